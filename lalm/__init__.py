@@ -1,0 +1,79 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Linear-attention models for the Hugging Face ecosystem. Importing lalm registers every variant with the Auto classes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import transformers
+
+from lalm.configuration.configuration_base import LalmConfig
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+from lalm.modeling.modeling_base import LalmPreTrainedModel
+from lalm.modeling.modeling_gla import (
+    GLAForCausalLM,
+    GLAForSequenceClassification,
+    GLAForTokenClassification,
+    GLAModel,
+)
+from lalm.modeling.modeling_linear_attention import (
+    LinearAttentionForCausalLM,
+    LinearAttentionForSequenceClassification,
+    LinearAttentionForTokenClassification,
+    LinearAttentionModel,
+)
+
+__version__ = "0.1.0"
+
+
+class Variant(NamedTuple):
+    """A configuration class and, by the name of the Auto class that builds it, each of its models."""
+
+    config: type[LalmConfig]
+    models: dict[str, type[LalmPreTrainedModel]]
+
+
+VARIANTS = (
+    Variant(
+        LinearAttentionConfig,
+        {
+            "AutoModel": LinearAttentionModel,
+            "AutoModelForCausalLM": LinearAttentionForCausalLM,
+            "AutoModelForSequenceClassification": LinearAttentionForSequenceClassification,
+            "AutoModelForTokenClassification": LinearAttentionForTokenClassification,
+        },
+    ),
+    Variant(
+        GLAConfig,
+        {
+            "AutoModel": GLAModel,
+            "AutoModelForCausalLM": GLAForCausalLM,
+            "AutoModelForSequenceClassification": GLAForSequenceClassification,
+            "AutoModelForTokenClassification": GLAForTokenClassification,
+        },
+    ),
+)
+
+for _variant in VARIANTS:
+    transformers.AutoConfig.register(_variant.config.model_type, _variant.config, exist_ok=True)
+    for _auto_name, _model in _variant.models.items():
+        getattr(transformers, _auto_name).register(_variant.config, _model, exist_ok=True)
+
+__all__ = [
+    "VARIANTS",
+    "GLAConfig",
+    "GLAForCausalLM",
+    "GLAForSequenceClassification",
+    "GLAForTokenClassification",
+    "GLAModel",
+    "LalmConfig",
+    "LalmPreTrainedModel",
+    "LinearAttentionConfig",
+    "LinearAttentionForCausalLM",
+    "LinearAttentionForSequenceClassification",
+    "LinearAttentionForTokenClassification",
+    "LinearAttentionModel",
+    "Variant",
+    "__version__",
+]

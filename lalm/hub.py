@@ -1,0 +1,140 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Saved checkpoints that load anywhere: the code they need, written beside the weights, and writes that never damage.
+
+transformers loads a class named in config.json's `auto_map` from files that lie flat beside it and import each other
+as `from .name import ...`. The package is not flat and imports absolutely, so saving rewrites it on the way out.
+`LalmConfig.save_pretrained` calls `export_code`; models, the Trainer and push_to_hub all pass through there.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+_BUNDLED = re.compile(r"lalm\.(modeling|configuration)\b")
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> None:
+    """Write the modeling and configuration code of `config` flat into `save_directory` and set `config.auto_map`.
+
+    Every head of the variant gets an entry, so `AutoModel` loads a saved causal language model with
+    `trust_remote_code=True` where lalm is not installed. Call it before config.json is written. Does nothing for a
+    class that is not a row of `lalm.VARIANTS`: a subclass made elsewhere, or a class loaded from a checkpoint.
+
+    Raises:
+        OSError: if the files cannot be written; `save_directory` and `config.auto_map` are then as they were.
+    """
+    from lalm import VARIANTS  # not at the top: lalm imports the configurations, which import this module
+
+    variant = next((row for row in VARIANTS if row.config is type(config)), None)
+    if variant is None:
+        return
+    classes = {"AutoConfig": variant.config, **variant.models}
+    sources = bundle_sources(*sorted({cls.__module__ for cls in classes.values()}))
+    with staged_save(save_directory) as staging:
+        for name, source in sources.items():
+            (staging / name).write_text(source, encoding="utf-8")
+    auto_map = {name: f"{_flat_name(cls.__module__)}.{cls.__name__}" for name, cls in classes.items()}
+    config.auto_map = _foreign_entries(config, Path(save_directory), set(sources)) | auto_map
+
+
+def bundle_sources(*modules: str) -> dict[str, str]:
+    """The source of `modules` and of all that they import from the package, by flat file name, imports rewritten.
+
+    Raises:
+        ValueError: if two modules have the same base name, or an import has a form that cannot be rewritten.
+    """
+    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        name = f"{_flat_name(module)}.py"
+        if found.setdefault(name, module) != module:
+            raise ValueError(f"{module} and {found[name]} would both be saved as {name}: rename one of them.")
+        if name not in sources:
+            sources[name], imported = _flatten(module)
+            pending += imported
+    return sources
+
+
+@contextlib.contextmanager
+def staged_save(save_directory: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder whose files move into `save_directory` once the block has ended without an error.
+
+    The folder lies inside `save_directory`, so a move is one rename and needs no space: a full disk shows itself
+    while the old files are untouched. Weights of an older save under names that the new one does not use are
+    removed, or from_pretrained could prefer them.
+
+    Raises:
+        OSError: if anything cannot be written; what `save_directory` held before is then still whole.
+    """
+    folder = Path(save_directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            yield Path(name)
+            _move_files(Path(name), folder)
+    except (OSError, SafetensorError) as error:
+        message = (
+            f"Could not save to {folder}: {getattr(error, 'strerror', None) or error}. What was there before is "
+            "untouched. Free some space or choose another folder, then save again."
+        )
+        code = getattr(error, "errno", None)
+        raise (OSError(code, message) if code else OSError(message)) from error
+
+
+def _move_files(staging: Path, folder: Path) -> None:
+    names = sorted(entry.name for entry in staging.iterdir())
+    for name in names:
+        os.replace(staging / name, folder / name)
+    if any(_WEIGHT_FILE.fullmatch(name) for name in names):
+        for old in folder.iterdir():
+            if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
+                old.unlink()
+
+
+def _foreign_entries(config: PreTrainedConfig, folder: Path, ours: set[str]) -> dict[str, object]:
+    """Entries of `auto_map` for code that is not ours and lies in `folder`, such as a user's own head.
+
+    Entries that point into a repository ("user/repo--module.Class") go: they would load that repository's code.
+    """
+    kept = {}
+    for name, reference in (getattr(config, "auto_map", None) or {}).items():
+        file = f"{str(reference).partition('.')[0]}.py"
+        if file not in ours and (folder / file).is_file():
+            kept[name] = reference
+    return kept
+
+
+def _flat_name(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+@functools.cache
+def _flatten(module: str) -> tuple[str, tuple[str, ...]]:
+    """The source of `module` with imports from the package made relative and flat, and the modules it imports."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
+        raise ValueError(f"{module} is not a module with a source file: import names from the file that defines them.")
+    lines = Path(spec.origin).read_text(encoding="utf-8").splitlines(keepends=True)
+    imported: list[str] = []
+    for node in ast.walk(ast.parse("".join(lines))):
+        if not isinstance(node, ast.ImportFrom) or not node.module or not _BUNDLED.match(node.module):
+            continue
+        line = lines[node.lineno - 1]
+        start = f"from {node.module} import "
+        if not line.lstrip().startswith(start):
+            raise ValueError(f"{spec.origin}:{node.lineno}: cannot rewrite this import; begin the line with {start!r}.")
+        lines[node.lineno - 1] = line.replace(start, f"from .{_flat_name(node.module)} import ", 1)
+        imported.append(node.module)
+    return "".join(lines), tuple(imported)

@@ -1,0 +1,45 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Speed of the training steps: tokens/s and the time left, for the log."""
+
+import time
+
+from transformers import TrainerCallback
+
+
+class ThroughputCallback(TrainerCallback):
+    """Times the optimisation steps only, without evaluation and saving.
+
+    `recent()` covers the steps since its last call, `overall()` all steps of this process's run.
+    """
+
+    def __init__(self):
+        self.seconds, self.steps, self.first_tokens = 0.0, 0, 0
+        self._begun = 0.0
+        self._mark = (0.0, 0, 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.__init__()
+        self.first_tokens = state.num_input_tokens_seen
+        self._mark = (0.0, 0, self.first_tokens)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._begun
+        self.steps += 1
+
+    def recent(self, state) -> dict[str, float]:
+        """Return ``tokens_per_second`` and ``eta_minutes`` from the steps since the last call."""
+        seconds, steps, tokens = self._mark
+        elapsed, done = self.seconds - seconds, self.steps - steps
+        if done == 0 or elapsed <= 0:
+            return {}
+        rate = (state.num_input_tokens_seen - tokens) / elapsed
+        self._mark = (self.seconds, self.steps, state.num_input_tokens_seen)
+        left = (state.max_steps - state.global_step) * elapsed / done
+        return {"tokens_per_second": round(rate, 1), "eta_minutes": round(left / 60, 2)}
+
+    def overall(self, state) -> float:
+        """Return tokens/s over all steps of this process's run, 0 if there were none."""
+        return (state.num_input_tokens_seen - self.first_tokens) / self.seconds if self.seconds else 0.0

@@ -1,0 +1,159 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The output folder of a run: what may be resumed, what must not be touched."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from lalm.training.arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from lalm.training.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# a resumed run with another value here would be another run
+MUST_MATCH = (
+    "model_type", "config_overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
+    "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "document_boundary", "packing",
+    "block_size", "max_train_samples", "seed",
+)  # fmt: skip
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError if a safetensors file is shorter than its header promises."""
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        header_size = int.from_bytes(handle.read(8), "little")
+        if size < 8 or 8 + header_size > size:
+            raise ValueError(f"{path.name} is cut off")
+        header = json.loads(handle.read(header_size))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if size < 8 + header_size + max(ends, default=0):
+        raise ValueError(f"{path.name} is cut off")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise ValueError or OSError that says what is missing or cut off in a Trainer checkpoint."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    if "global_step" not in state:
+        raise ValueError("trainer_state.json has no global_step")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        adapter = (folder / "adapter_model.safetensors").is_file()
+        names = ["adapter_model.safetensors" if adapter else "model.safetensors"]
+    sharded_by_backend = any(folder.glob("pytorch_model_fsdp_*")) or any(folder.glob("global_step*"))
+    if not sharded_by_backend:
+        for name in names:
+            check_safetensors(folder / name)
+        # torch.save writes a zip file, whose directory comes last
+        if not zipfile.is_zipfile(folder / "optimizer.pt"):
+            raise ValueError("optimizer.pt is missing or cut off")
+    if not (folder / "scheduler.pt").is_file():
+        raise ValueError("scheduler.pt is missing")
+    if not any(folder.glob("rng_state*.pth")):
+        raise ValueError("rng_state.pth is missing")
+
+
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders, latest first."""
+    found = [path for path in output_dir.iterdir() if path.is_dir() and CHECKPOINT.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """Return the latest checkpoint that can be resumed, passing over damaged ones with a message."""
+    for folder in checkpoints_of(output_dir):
+        try:
+            check_checkpoint(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is incomplete (%s): not resumed from", folder, error)
+            continue
+        return folder
+    return None
+
+
+def run_record(model: ModelArguments, data: DataArguments, training: ClmTrainingArguments) -> dict:
+    """Return the arguments of a run as JSON values, without secrets."""
+    record = {"model": dict(vars(model)), "data": dict(vars(data)), "training": training.to_dict()}
+    record["model"].pop("token")
+    return json.loads(json.dumps(record, default=str))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Return the names of `MUST_MATCH` whose values differ between two records."""
+    def flat(record: dict) -> dict:
+        return {**record.get("training", {}), **record.get("data", {}), **record.get("model", {})}
+
+    before, after = flat(old), flat(new)
+    return [name for name in MUST_MATCH if before.get(name) != after.get(name)]
+
+
+def read_record(output_dir: Path) -> dict | None:
+    """Return the record of the run in a folder; None if it holds none of ours."""
+    try:
+        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "training" in record else None
+
+
+def write_record(output_dir: Path, record: dict) -> None:
+    """Write the record of a run, all of it or nothing."""
+    staging = output_dir / (RUN_FILE + ".tmp")
+    staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(staging, output_dir / RUN_FILE)
+
+
+def explicit_checkpoint(path: str) -> Path:
+    """Return the checkpoint named by --resume_from_checkpoint, checked."""
+    folder = Path(path).expanduser()
+    try:
+        check_checkpoint(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume_from_checkpoint: {folder} is no complete checkpoint: {error}") from None
+    return folder
+
+
+def prepare_output_dir(record: dict, training: ClmTrainingArguments) -> str | None:
+    """Make or check the output folder and return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other arguments.
+    """
+    folder = Path(str(training.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir: {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot make {folder}: {error.strerror}") from None
+    old = read_record(folder)
+    if old is None and any(folder.iterdir()):
+        raise UserError(f"--output_dir: {folder} is not empty and holds no run of run_clm.py; name another folder")
+    if training.start_over and old is not None:
+        for checkpoint in checkpoints_of(folder):
+            shutil.rmtree(checkpoint)
+        old = None
+    if old is not None and (changed := differences(old, record)):
+        raise UserError(
+            f"--output_dir: {folder} holds a run with another {', '.join(changed)}; name another folder, or delete that "
+            f"run with --start_over"
+        )
+    asked = training.resume_from_checkpoint
+    if asked and str(asked).lower() not in ("true", "1"):
+        checkpoint = explicit_checkpoint(str(asked))
+    else:
+        checkpoint = last_complete_checkpoint(folder)
+        if asked and checkpoint is None:
+            raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint")
+    write_record(folder, record)
+    if checkpoint is not None:
+        logger.info("resuming from %s (start again with --start_over)", checkpoint)
+    return str(checkpoint) if checkpoint else None

@@ -1,0 +1,39 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The loss curve of a run as a PNG."""
+
+import logging
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def loss_points(log_history: list[dict]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Return (step, training loss) and (step, validation loss) from the Trainer's log."""
+    train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    validation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    return train, sorted(set(validation))
+
+
+def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
+    """Draw both losses (nats per token) over the steps; False if there is nothing to draw or matplotlib is absent."""
+    train, validation = loss_points(log_history)
+    if not train:
+        return False
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("matplotlib is not installed: no loss curve is drawn (pip install matplotlib)")
+        return False
+    # no pyplot: its global state and window backends have no place in a training process
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*train), label="training", linewidth=1)
+    if validation:
+        axes.plot(*zip(*validation), label="validation", marker="o")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    return True

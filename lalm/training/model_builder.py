@@ -1,0 +1,164 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""A new model from a type and overrides, or a checkpoint; both fitted to the tokenizer."""
+
+import logging
+from dataclasses import fields, is_dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lalm.training.arguments import ModelArguments
+from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_TYPE = "lalm_gla"
+POSITIONS_WITHOUT_LIMIT = ("none", "rope")
+
+
+def our_model_types() -> list[str]:
+    """Return the model types that lalm registers."""
+    from lalm import VARIANTS
+
+    return [variant.config.model_type for variant in VARIANTS]
+
+
+def config_class_of(model_type: str) -> type:
+    """Return the config class of a model type that can be a causal language model."""
+    ours = our_model_types()
+    known = [*ours, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    if model_type not in known:
+        raise UserError(
+            f"--model_type: there is no causal language model '{model_type}'{nearest_hint(model_type, known)}; "
+            f"ours are {', '.join(ours)}, and any of transformers will do"
+        )
+    return type(AutoConfig.for_model(model_type))
+
+
+def config_field_names(config_class: type) -> list[str]:
+    """Return the names `--config_overrides` may set for a config class."""
+    if is_dataclass(config_class):
+        names = [item.name for item in fields(config_class) if item.init]
+    else:
+        names = list(vars(config_class()))
+    return [*names, *getattr(config_class, "attribute_map", {})]
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return bos, eos and pad ids for the config.
+
+    A pad id equal to eos is left out: stock models freeze the embedding row of the pad id.
+    """
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] in (ids["bos_token_id"], ids["eos_token_id"]):
+        ids["pad_token_id"] = None
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int):
+    """Make the config of a new model: defaults, sizes that follow tokenizer and blocks, then the overrides.
+
+    Raises:
+        UserError: unknown model type or field (the nearest is named), a wrong value, a vocabulary too small.
+    """
+    model_type = arguments.model_type or DEFAULT_MODEL_TYPE
+    config_class = config_class_of(model_type)
+    overrides = dict(arguments.config_overrides or {})
+    names = config_field_names(config_class)
+    for key in overrides:
+        if key not in names:
+            raise UserError(f"--config_overrides: {model_type} has no field '{key}'{nearest_hint(key, names)}")
+    if overrides.get("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise UserError(
+            f"--config_overrides: vocab_size {overrides['vocab_size']} is below the tokenizer's {len(tokenizer)} tokens"
+        )
+    values = {"vocab_size": len(tokenizer), **special_token_ids(tokenizer)}
+    if "max_position_embeddings" in names:
+        positions = getattr(config_class(), "max_position_embeddings", None) or 0
+        values["max_position_embeddings"] = max(positions, block_size)
+    # stock defaults (Llama: 1 and 2) would name ordinary tokens of this tokenizer
+    absent = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
+    try:
+        config = config_class(**{**absent, **values, **overrides})
+    except Exception as error:
+        raise UserError(f"--config_overrides: {one_line(error)}") from None
+    check_positions(config, block_size)
+    return config
+
+
+def check_positions(config, block_size: int) -> None:
+    """Refuse blocks longer than a position table."""
+    limit = getattr(config, "max_position_embeddings", None)
+    kind = getattr(config, "position_embedding_type", "rope")
+    if limit and limit < block_size and kind not in POSITIONS_WITHOUT_LIMIT:
+        raise UserError(f"--block_size {block_size} is above the model's max_position_embeddings {limit}; lower it")
+
+
+def load_checkpoint(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Load `model_name_or_path`, checked against `model_type`, with embeddings grown to the tokenizer if needed."""
+    name = str(arguments.model_name_or_path)
+    hub = {
+        "revision": arguments.model_revision,
+        "token": arguments.token,
+        "cache_dir": arguments.cache_dir,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except Exception as error:
+        raise UserError(f"--model_name_or_path: cannot read a config from '{name}': {one_line(error)}") from None
+    if arguments.model_type and config.model_type != arguments.model_type:
+        raise UserError(
+            f"--model_name_or_path: '{name}' is a {config.model_type} checkpoint, not {arguments.model_type}; "
+            f"drop --model_type or name another checkpoint"
+        )
+    check_positions(config, block_size)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch_dtype(arguments.dtype), **attention_choice(arguments), **hub
+        )
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"--model_name_or_path: cannot load '{name}': {one_line(error)}") from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        logger.info("the tokenizer has %d tokens: the embeddings are resized", len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def attention_choice(arguments: ModelArguments) -> dict:
+    """Return the keyword that picks the softmax attention, if one is asked for."""
+    return {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+
+
+def torch_dtype(name: str) -> str | torch.dtype:
+    """Turn an argument into a dtype; ``auto`` stays."""
+    return name if name == "auto" else getattr(torch, name)
+
+
+def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Build or load the model of a run and say how big it is."""
+    if arguments.model_name_or_path:
+        model = load_checkpoint(arguments, tokenizer, block_size)
+        origin = f"loaded from {arguments.model_name_or_path}"
+    else:
+        config = new_config(arguments, tokenizer, block_size)
+        dtype = torch.float32 if arguments.dtype == "auto" else torch_dtype(arguments.dtype)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention_choice(arguments))
+        except (ValueError, ImportError) as error:
+            raise UserError(f"cannot build a {config.model_type} model: {one_line(error)}") from None
+        origin = "trained from scratch"
+    total, embeddings = count_parameters(model)
+    logger.info(
+        "%s (%s), %s: %s parameters, %s of them in the token embeddings",
+        type(model).__name__, model.config.model_type, origin, f"{total:,}", f"{embeddings:,}",
+    )  # fmt: skip
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Return (all parameters, those of the input embeddings); tied weights count once."""
+    return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()

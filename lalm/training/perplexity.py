@@ -1,0 +1,67 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Token-level perplexity and accuracy, summed over tokens: ``exp(sum of -log p / number of tokens scored)``.
+
+Which tokens are scored is stated in lalm.training.packing. A mean of batch means would weigh tokens of short blocks more.
+"""
+
+import math
+from pathlib import Path
+
+import evaluate
+import torch
+from transformers import EvalPrediction
+
+TOKEN_ACCURACY = str(Path(__file__).with_name("token_accuracy.py"))
+IGNORED = -100
+
+
+def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduce logits to what the figures need, so that an evaluation never holds more than one batch of logits.
+
+    Args:
+        logits: [B, T, vocabulary], any float dtype (a tuple's first element, if a model returns more).
+        labels: [B, T], not shifted, -100 where a token is not scored.
+
+    Returns:
+        predicted ids [B, T] int64 and -log p of the true token [B, T] float32 in nats, both at the position of the
+        token they are about; position 0, which nothing predicts, and unscored tokens hold 0.
+    """
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    predicted = torch.zeros_like(labels)
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    # row by row: a float32 copy of all logits of a batch can be larger than the model
+    for row in range(labels.shape[0]):
+        predicted[row, 1:] = logits[row, :-1].argmax(-1)
+        losses[row, 1:] = torch.nn.functional.cross_entropy(
+            logits[row, :-1].float(), labels[row, 1:], ignore_index=IGNORED, reduction="none"
+        )
+    return predicted, losses
+
+
+class TokenMetrics:
+    """`compute_metrics` of the Trainer, called batch by batch; ``compute_result`` asks for the figures so far."""
+
+    def __init__(self):
+        self.accuracy = evaluate.load(TOKEN_ACCURACY, keep_in_memory=True)
+        self.loss_sum, self.tokens = 0.0, 0
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict:
+        predicted, losses = (torch.as_tensor(item) for item in prediction.predictions)
+        labels = torch.as_tensor(prediction.label_ids).clone()
+        labels[:, 0] = IGNORED
+        scored = labels != IGNORED
+        self.loss_sum += losses[scored].double().sum().item()
+        self.tokens += int(scored.sum())
+        self.accuracy.add_batch(predictions=predicted.tolist(), references=labels.tolist())
+        if not compute_result:
+            return {}
+        loss = self.loss_sum / self.tokens if self.tokens else float("nan")
+        result = {
+            "nll": loss,
+            "perplexity": math.exp(loss) if loss < 700 else float("inf"),
+            "accuracy": self.accuracy.compute()["accuracy"],
+            "tokens_scored": self.tokens,
+        }
+        self.loss_sum, self.tokens = 0.0, 0
+        return result

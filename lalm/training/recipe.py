@@ -1,0 +1,152 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Recipe files and flags -> argument dataclasses; flags win over the recipe."""
+
+import json
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from lalm.training.arguments import (
+    ARGUMENT_CLASSES,
+    DATA_SOURCES,
+    ClmTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    field_names,
+)
+from lalm.training.errors import UserError, nearest_hint, one_line
+
+
+class ClmArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` whose complaints are one `UserError` instead of a page of usage."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def read_recipe(path: str) -> dict:
+    """Read a YAML or JSON recipe; its keys are the names of the flags.
+
+    Raises:
+        UserError: the file is missing or broken, or a key is no argument (the nearest one is named).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        recipe = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the recipe {path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: "
+                        f"{one_line(error)}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {path} must hold 'name: value' lines")
+    known = field_names()
+    for key in recipe:
+        if key not in known:
+            raise UserError(f"the recipe {path} has an unknown field '{key}'{nearest_hint(str(key), known)}")
+    return recipe
+
+
+def parse_value(text: str):
+    """Read an override's value: JSON where it is JSON (also Python's True, False, None), plain text otherwise."""
+    try:
+        return {"None": None, "True": True, "False": False}[text]
+    except KeyError:
+        pass
+    try:
+        return json.loads(text)
+    except ValueError:
+        if text[:1] in "[{\"":
+            raise UserError(f"--config_overrides: '{text}' is not valid JSON") from None
+        return text
+
+
+def split_overrides(text: str) -> list[str]:
+    """Split ``a=1,b=[1,2]`` at the commas outside of brackets and quotes."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for i, character in enumerate(text):
+        if character == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (character in "[{") - (character in "]}")
+            if character == "," and depth == 0:
+                parts.append(text[start:i])
+                start = i + 1
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def parse_overrides(items: list[str] | dict | None) -> dict:
+    """Turn ``["hidden_size=64", "full_attention_layers=[1],window=null"]``, JSON objects or a mapping into a dict."""
+    if isinstance(items, dict):
+        return dict(items)
+    overrides: dict = {}
+    for item in items or []:
+        if item.lstrip().startswith("{"):
+            overrides.update(parse_value(item))
+            continue
+        for part in split_overrides(item):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise UserError(f"--config_overrides: '{part}' is not of the form key=value")
+            overrides[key.strip()] = parse_value(value.strip())
+    return overrides
+
+
+def recipe_to_flags(recipe: dict) -> list[str]:
+    """Write a recipe as flags, so that the parser checks the types of both alike. A null keeps the default."""
+    flags = []
+    for key, value in recipe.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *(str(item) for item in value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{key}={json.dumps(value)}")
+        elif value is not None:
+            flags.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
+
+
+def reconcile(recipe: dict, flags: list[str]) -> dict:
+    """Drop from the recipe what the flags replace as a whole: the source of the text, or the model to start from."""
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    dropped: set[str] = set()
+    if "dataset_name" in given or given & set(DATA_SOURCES[1:]):
+        dropped |= {*DATA_SOURCES, "dataset_config_name"} - given
+    if "model_name_or_path" in given:
+        dropped.add("config_overrides")
+    elif given & {"model_type", "config_overrides"}:
+        dropped.add("model_name_or_path")
+    return {key: value for key, value in recipe.items() if key not in dropped}
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
+    """Parse ``[recipe.yaml] --flag value ...`` into the three dataclasses.
+
+    `ModelArguments.config_overrides` is a dict afterwards: the recipe's mapping with the flags merged over it.
+
+    Raises:
+        UserError: unknown names (the nearest one is given), wrong types, contradictory options.
+    """
+    recipe: dict = {}
+    if argv and not argv[0].startswith("-"):
+        recipe, argv = read_recipe(argv[0]), argv[1:]
+    recipe = reconcile(recipe, argv)
+    recipe_overrides = recipe.pop("config_overrides", None)
+    if isinstance(recipe_overrides, str):
+        recipe_overrides = [recipe_overrides]
+    parser = ClmArgumentParser(ARGUMENT_CLASSES, allow_abbrev=False, prog="run_clm.py")
+    try:
+        model, data, training, rest = parser.parse_args_into_dataclasses(
+            recipe_to_flags(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(one_line(error)) from None
+    if rest:
+        name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
+        raise UserError(f"unknown argument '{rest[0]}'{nearest_hint(name, field_names())}")
+    model.config_overrides = {**parse_overrides(recipe_overrides), **parse_overrides(model.config_overrides)}
+    if model.model_name_or_path and model.config_overrides:
+        raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
+    return model, data, training

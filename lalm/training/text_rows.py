@@ -1,0 +1,201 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Text from the Hub, from local files or from the built-in default, as rows of one text column a split."""
+
+import gzip
+import logging
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+
+from lalm.training.arguments import DataArguments, ModelArguments
+from lalm.training.default_text import python_reference
+from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass
+class SplitRows:
+    """One split: datasets with one ``text`` column, a dataset a file. `is_text_file` tells lines from records."""
+
+    parts: list[Dataset | IterableDataset]
+    is_text_file: bool
+    source: str
+    sources: list[str] = field(default_factory=list)
+
+    def texts(self) -> Iterator[str]:
+        """Iterate over the texts of all parts; None (an empty cell) comes as ''."""
+        for part in self.parts:
+            for row in part:
+                yield row["text"] or ""
+
+
+def builder_of(path: Path) -> tuple[str, dict]:
+    """Return the `datasets` builder for a file name and its options; an unknown suffix is plain text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    name = BUILDERS.get(suffixes[-1] if suffixes else "", "text")
+    options: dict = {"keep_linebreaks": True} if name == "text" else {}
+    if suffixes[-1:] == [".tsv"]:
+        options["sep"] = "\t"
+    return name, options
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuse what cannot be read: a missing, empty or broken compressed file."""
+    if not path.exists():
+        near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{flag}: there is no file {path}{nearest_hint(path.name, near)}")
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder; name its files")
+    try:
+        with open(path, "rb") as handle:
+            if not handle.read(1):
+                raise UserError(f"{flag}: the file {path} is empty")
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path, "rb") as handle:
+                if not handle.read(1):
+                    raise UserError(f"{flag}: the file {path} holds no text")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{flag}: {path} is not a readable gzip file: {one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {path}: {error.strerror or one_line(error)}") from None
+
+
+def choose_text_column(dataset: Dataset | IterableDataset, wanted: str | None, source: str) -> str:
+    """Return the text column: the one asked for, 'text', or the only column of strings."""
+    if dataset.features is None:
+        dataset = dataset._resolve_features() if isinstance(dataset, IterableDataset) else dataset
+    features = dataset.features or {}
+    columns = list(features)
+    if wanted is not None:
+        if wanted not in columns:
+            raise UserError(f"--text_column: {source} has no column '{wanted}'{nearest_hint(wanted, columns)}; "
+                            f"its columns are {', '.join(columns)}")
+        chosen = wanted
+    elif "text" in columns:
+        chosen = "text"
+    else:
+        strings = [name for name in columns if getattr(features[name], "dtype", None) in ("string", "large_string")]
+        if len(strings) != 1:
+            raise UserError(f"{source} has no column 'text'; name one with --text_column: {', '.join(columns)}")
+        chosen = strings[0]
+    if getattr(features[chosen], "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"--text_column: column '{chosen}' of {source} does not hold text")
+    return chosen
+
+
+def keep_text(dataset: Dataset | IterableDataset, wanted: str | None, source: str) -> Dataset | IterableDataset:
+    """Reduce a dataset to one column called ``text``."""
+    column = choose_text_column(dataset, wanted, source)
+    dataset = dataset.select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def load_file(path: Path, data: DataArguments, cache_dir: str | None, flag: str) -> Dataset | IterableDataset:
+    """Load one local file as rows with a ``text`` column."""
+    check_file(path, flag)
+    name, options = builder_of(path)
+    try:
+        rows = load_dataset(
+            name, data_files={"train": str(path)}, split="train", streaming=data.streaming, cache_dir=cache_dir, **options
+        )
+        rows = keep_text(rows, data.text_column, str(path))
+    except UserError:
+        raise
+    except Exception as error:
+        # datasets wraps parser errors of pyarrow, pandas and json in types of its own
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{flag}: cannot read {path} as {name}: {one_line(error)}") from None
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise UserError(f"{flag}: the file {path} holds no rows")
+    return rows
+
+
+def load_local(data: DataArguments, cache_dir: str | None) -> dict[str, SplitRows]:
+    """Load the splits given as local files."""
+    splits = {}
+    for split in SPLITS:
+        files = getattr(data, f"{split}_file")
+        if not files:
+            continue
+        paths = [Path(name).expanduser() for name in files]
+        kinds = {builder_of(path)[0] == "text" for path in paths}
+        if len(kinds) > 1:
+            raise UserError(f"--{split}_file mixes text files with records (csv, json, parquet); give one kind")
+        parts = [load_file(path, data, cache_dir, f"--{split}_file") for path in paths]
+        splits[split] = SplitRows(parts, kinds.pop(), ", ".join(path.name for path in paths), [str(p) for p in paths])
+    return splits
+
+
+def load_hub(data: DataArguments, model: ModelArguments) -> dict[str, SplitRows]:
+    """Load the splits of a Hub dataset (or of a dataset folder)."""
+    name = str(data.dataset_name)
+    try:
+        loaded = load_dataset(
+            name, data.dataset_config_name, cache_dir=model.cache_dir, token=model.token, streaming=data.streaming
+        )
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"--dataset_name: cannot load '{name}': {one_line(error)}") from None
+    config = f" ({data.dataset_config_name})" if data.dataset_config_name else ""
+    return {
+        split: SplitRows([keep_text(loaded[split], data.text_column, name)], False, f"{name}{config}, split {split}")
+        for split in SPLITS
+        if split in loaded
+    }
+
+
+def hold_out(rows: SplitRows, percentage: float) -> tuple[SplitRows, SplitRows]:
+    """Split the last `percentage` percent of the rows off for validation."""
+    if any(isinstance(part, IterableDataset) for part in rows.parts):
+        raise UserError("--streaming cannot hold out validation text; give --validation_file or drop --do_eval")
+    whole = concatenate_datasets(rows.parts) if len(rows.parts) > 1 else rows.parts[0]
+    held = max(1, round(len(whole) * percentage / 100))
+    if held >= len(whole):
+        raise UserError(f"the training text has only {len(whole)} rows; give --validation_file or drop --do_eval")
+    cut = len(whole) - held
+    logger.warning("no validation split: the last %d of %d training rows are held out", held, len(whole))
+    train = SplitRows([whole.select(range(cut))], rows.is_text_file, f"{rows.source}, first {cut} rows", rows.sources)
+    source = f"{rows.source}, last {held} rows"
+    return train, SplitRows([whole.select(range(cut, len(whole)))], rows.is_text_file, source, rows.sources)
+
+
+def load_splits(data: DataArguments, model: ModelArguments, needed: set[str]) -> dict[str, SplitRows]:
+    """Load the splits a run needs.
+
+    Raises:
+        UserError: a needed split is missing, or its source cannot be read.
+    """
+    if data.dataset_name:
+        splits = load_hub(data, model)
+    elif data.train_file or data.validation_file or data.test_file:
+        splits = load_local(data, model.cache_dir)
+    else:
+        texts = python_reference()
+        source = "the Python language reference (pydoc_data.topics)"
+        splits = {
+            name: SplitRows([Dataset.from_dict({"text": texts[name]})], False, f"{source}, {name}") for name in SPLITS
+        }
+    if "validation" in needed and "validation" not in splits and "train" in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"], data.validation_split_percentage)
+    for split in sorted(needed):
+        if split not in splits:
+            raise UserError(f"the run needs a {split} split and there is none; give --{split}_file")
+    return {split: rows for split, rows in splits.items() if split in needed}
+
+
+def quiet_progress_bars() -> None:
+    """Keep the bars of `datasets` out of the log; training has its own."""
+    datasets.disable_progress_bars()

@@ -1,0 +1,169 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""From what callers pass to a model (masks, positions, packing in three forms) to one layout, once per forward.
+
+Packed documents are recognised in every form the ecosystem uses: `seq_idx`, `cu_seq_lens_q`, or `position_ids` that
+start again. Padding may stand left, right or inside, together with packing, and in every piece of a cached sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
+
+
+def is_fresh(cache: Cache | None) -> bool:
+    """Whether nothing has been written to `cache`. Asks Python flags only, so that it can be compiled."""
+    if cache is None:
+        return True
+    for layer in cache.layers:
+        if hasattr(layer, "has_previous_state"):
+            return not any(layer.has_previous_state.values())
+    return not any(layer.is_initialized for layer in cache.layers)
+
+
+def current_mask(attention_mask: torch.Tensor | dict | None, batch: int, length: int, seen) -> torch.Tensor | None:
+    """The bool `[B, T]` part of `attention_mask` that covers the current tokens, None when it is all ones.
+
+    Args:
+        attention_mask: `[B, seen + T]`, or the dict by layer type that generate() makes for compiled decoding.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    if isinstance(attention_mask, dict):
+        mask = attention_mask.get("lalm_recurrent")
+        return None if mask is None else mask[:, -length:].bool()
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] with 1 for real tokens, got shape {tuple(attention_mask.shape)}: "
+            "linear attention cannot mask pairs of tokens."
+        )
+    if not torch.compiler.is_compiling():
+        expected = (batch, int(seen) + length)
+        if tuple(attention_mask.shape) != expected:
+            past = f" ({int(seen)} cached and {length} new tokens)" if int(seen) else ""
+            raise ValueError(f"attention_mask must be {expected}{past}, got {tuple(attention_mask.shape)}.")
+        if bool((attention_mask[:, -length:] != 0).all()):
+            return None
+    return attention_mask[:, -length:] != 0
+
+
+def build_layout(
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    shape: tuple[int, int],
+    fresh: bool,
+) -> SequenceLayout:
+    """The layout of tokens `shape = [B, T]`. Position ids tell documents apart only in a `fresh` forward, as in stock
+    transformers; the explicit forms always do.
+
+    Raises:
+        ValueError: seq_idx or cu_seqlens of a shape that does not fit.
+    """
+    segments = None
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != shape:
+            raise ValueError(f"seq_idx must be [batch, tokens] = {shape}, got {tuple(seq_idx.shape)}.")
+        segments = _documents(seq_idx, mask, step=0)
+    elif cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, *shape)
+        segments = _documents(segments_of(cu_seqlens, shape[1]), mask, step=0)
+    elif position_ids is not None and fresh and shape[1] > 1:
+        segments = _documents(position_ids.expand(shape), mask, step=1)
+    if segments is not None and not torch.compiler.is_compiling() and not bool(segments.any()):
+        segments = None
+    order = None
+    if mask is not None and (torch.compiler.is_compiling() or bool((mask[:, 1:] < mask[:, :-1]).any())):
+        order = mask.int().argsort(dim=1, stable=True)
+    return SequenceLayout(mask, segments, order)
+
+
+def _documents(marks: torch.Tensor, mask: torch.Tensor | None, step: int) -> torch.Tensor:
+    """Number the documents of each row: a real token whose mark is not `step` more than that of the real token before
+    it starts one. Padding belongs to what precedes it."""
+    if mask is None:
+        return (torch.diff(marks, dim=1, prepend=marks[:, :1] - step) != step).cumsum(1)
+    index = torch.arange(marks.shape[1], device=marks.device)
+    latest = torch.where(mask, index, -1).cummax(1).values
+    previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)
+    starts = mask & (previous >= 0) & (marks != marks.gather(1, previous.clamp(min=0)) + step)
+    return starts.cumsum(1)
+
+
+def positions(
+    layout: SequenceLayout, attention_mask: torch.Tensor | dict | None, seen, like: torch.Tensor
+) -> torch.Tensor:
+    """Position of every token `[B, T]` in its document, padding not counted, going on after `seen` cached tokens."""
+    batch, length = like.shape[:2]
+    real = (
+        torch.ones(batch, length, dtype=torch.int64, device=like.device) if layout.mask is None else layout.mask.long()
+    )
+    before = real.cumsum(1) - real
+    offset = seen
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] > length:
+        offset = (attention_mask[:, :-length] != 0).sum(1, keepdim=True)
+    if layout.segments is None:
+        return before + offset
+    starts = layout.starts()
+    begin = torch.where(starts, before, 0).cummax(1).values
+    return before - begin + torch.where(layout.segments == layout.segments[:, :1], offset, 0)
+
+
+def softmax_masks(
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    cache: Cache | None,
+    layout: SequenceLayout,
+) -> dict[str, torch.Tensor | None]:
+    """The mask of each kind of softmax layer in `config.layer_types`, made by transformers for the attention backend.
+
+    A sliding layer works on rows whose padding has been moved to the front (`layout.pads_first`), so that its window
+    counts real tokens; the mask returned for it is in that order.
+    """
+    kinds = set(config.layer_types) - {"lalm_recurrent"}
+    if isinstance(attention_mask, dict) or not kinds:
+        return attention_mask if isinstance(attention_mask, dict) else {}
+    if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            "Flash attention cannot combine padding with packed documents: drop attention_mask, or load the model with "
+            "attn_implementation='sdpa'."
+        )
+    length = hidden_states.shape[1]
+    masks = {}
+    for kind in kinds:
+        make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+        mask, segments = attention_mask, layout.segments
+        if kind == "sliding_attention" and layout.order is not None:
+            past, current = mask[:, :-length], mask[:, -length:]
+            mask = torch.cat([past.sort(dim=1).values, layout.pads_first(current)], dim=1)
+            segments = None if segments is None else layout.pads_first(segments)
+        same_document = (
+            None if segments is None else _same_document(segments, 0 if cache is None else cache.get_seq_length())
+        )
+        masks[kind] = make(
+            config=config,
+            inputs_embeds=hidden_states,
+            attention_mask=mask,
+            past_key_values=cache,
+            and_mask_function=same_document,
+        )
+    return masks
+
+
+def _same_document(segments: torch.Tensor, seen):
+    """Mask function over absolute positions; everything cached belongs to the row's first document."""
+    last = segments.shape[1] - 1
+
+    def same(batch, head, query, key):
+        query_at, key_at = (query - seen).clamp(min=0, max=last), (key - seen).clamp(min=0, max=last)
+        return segments[batch, query_at] == segments[batch, key_at]
+
+    return same

@@ -1,0 +1,106 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The cache of one linear-attention layer, known to the stock DynamicCache and StaticCache as "lalm_recurrent".
+
+The stock linear layer counts no tokens and takes a layer without a convolution for one that has seen nothing, so a
+model made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
+the number of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+
+
+class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
+    """Recurrent state `[B, H, K, V]` float32, convolution state `[B, W - 1, D]` and the number of tokens seen.
+
+    All are replaced in place, so that their addresses hold for compiled and graph-captured decoding; while gradients
+    are recorded they are replaced by new tensors, so that a loss may reach back through a cache.
+    """
+
+    _layer_type = "lalm_recurrent"
+    supports_early_init = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, number_of_states: int = 1, **kwargs):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        # A tensor: compiled decoding would treat an int as a constant and compile anew at every step.
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        if self.device is None:
+            self.dtype, self.device = conv_states.dtype, conv_states.device
+        self.is_conv_states_initialized[state_idx] = True
+        return self._replace(self.conv_states, state_idx, conv_states)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, num_tokens: int = 0, **kwargs
+    ) -> torch.Tensor:
+        """Store the state after `num_tokens` further tokens."""
+        if self.device is None:
+            self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
+        self.is_recurrent_states_initialized[state_idx] = True
+        if self.cumulative_length.device != recurrent_states.device:
+            self.cumulative_length = self.cumulative_length.to(recurrent_states.device)
+        if not self.has_previous_state[state_idx] and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.has_previous_state[state_idx] = True
+        self.cumulative_length.add_(num_tokens)
+        return self._replace(self.recurrent_states, state_idx, recurrent_states)
+
+    @staticmethod
+    def _replace(states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor) -> torch.Tensor:
+        current = states[index]
+        if current is None or current.shape != value.shape or value.requires_grad or current.requires_grad:
+            states[index] = value if value.requires_grad else value.clone()
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(states[index])
+        else:
+            current.copy_(value)
+        return states[index]
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise TypeError("A linear-attention layer keeps no keys and values; use update_recurrent_state.")
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_batch(lambda x: x[indices])
+
+    def _map_batch(self, function) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = function(state)
+
+
+# CacheLayerMixin registers `_layer_type` for DynamicCache only.
+STATIC_LAYER_TYPE_MAPPING[RecurrentLayer._layer_type] = RecurrentLayer
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RecurrentLayer._layer_type] = create_recurrent_attention_mask

@@ -1,0 +1,108 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Feature maps of linear attention: phi(q) . phi(k) stands in for softmax's exp(q . k).
+
+All take and return `[B, T, H, *]`, compute in float32 (float64 for float64) and never return less, so that the small
+values of a float32 feature survive a bfloat16 model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+
+
+def elu_features(x: torch.Tensor) -> torch.Tensor:
+    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost beside 1."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def taylor_features(x: torch.Tensor) -> torch.Tensor:
+    """phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K) (Based, Arora et al., arXiv 2402.18668, section 4.1).
+
+    Of the K^2 second-order products only the distinct ones are kept, K (K + 1) / 2, those off the diagonal times sqrt 2.
+    """
+    size = x.shape[-1]
+    row, column = torch.triu_indices(size, size, device=x.device)
+    weight = torch.where(row == column, 0.5**0.5, 1.0).to(x.dtype) / size**0.5
+    return torch.cat([torch.ones_like(x[..., :1]), x / size**0.25, x[..., row] * x[..., column] * weight], dim=-1)
+
+
+def dpfp_features(x: torch.Tensor, nu: int) -> torch.Tensor:
+    """Deterministic parameter-free projection (Schlag et al., arXiv 2102.11174, eq. 37): `2 nu K` products."""
+    x = torch.cat([x.relu(), (-x).relu()], dim=-1)
+    return torch.cat([x * x.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
+
+
+class FavorFeatures(nn.Module):
+    """Positive random features of the softmax kernel (Performers, Choromanski et al., arXiv 2009.14794, lemma 1).
+
+    The directions are random, orthogonal in blocks, fixed, and stored with the weights.
+    """
+
+    def __init__(self, size: int, num_features: int):
+        super().__init__()
+        self.register_buffer("directions", torch.empty(num_features, size))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        count, size = self.directions.shape
+        blocks = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(-(-count // size))]
+        lengths = torch.randn(count, size).norm(dim=-1, keepdim=True)
+        init.copy_(self.directions, (torch.cat(blocks)[:count] * lengths).to(self.directions))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x / x.shape[-1] ** 0.25
+        exponent = x @ self.directions.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
+        return exponent.exp() / math.sqrt(self.directions.shape[0])
+
+
+class HedgehogFeatures(nn.Module):
+    """Learned map: softmax of W x beside softmax of -W x (Zhang et al., arXiv 2402.04347), W per layer, from identity."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, size))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.copy_(self.weight, torch.eye(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x @ self.weight.to(x.dtype).T
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+class FeatureMap(nn.Module):
+    """The map called `name`, for heads of key size `size`."""
+
+    def __init__(self, name: str, size: int, num_features: int | None = None, dpfp_nu: int = 3):
+        super().__init__()
+        self.name, self.dpfp_nu = name, dpfp_nu
+        if name == "favor":
+            self.map = FavorFeatures(size, num_features or size)
+        elif name == "hedgehog":
+            self.map = HedgehogFeatures(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(compute_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            if self.name in ("favor", "hedgehog"):
+                return self.map(x)
+            if self.name == "dpfp":
+                return dpfp_features(x, self.dpfp_nu)
+            return _FIXED[self.name](x)
+
+
+_FIXED = {
+    "elu": elu_features,
+    "relu": torch.relu,
+    "exp": torch.exp,
+    "softmax": lambda x: x.softmax(-1),
+    "taylor": taylor_features,
+    "identity": lambda x: x,
+}

@@ -1,0 +1,128 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Layers that several variants share. B batch, T time, D channels, W convolution width, H heads, K head size."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.ops.layout import SequenceLayout
+
+NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+
+
+class MLP(nn.Module):
+    """`down(act(up x))`, or gated (SwiGLU, Shazeer, arXiv 2002.05202): `down(act(gate x) * up x)`."""
+
+    def __init__(self, config: LalmConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        if config.mlp_type == "gated":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        else:
+            self.gate_proj = None
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over the real tokens of each document, followed by SiLU.
+
+    Neither padding nor a neighbouring document is ever inside a window. The state is the last W - 1 real inputs.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def forward(
+        self, x: torch.Tensor, state: torch.Tensor | None, layout: SequenceLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x [B, T, D]`, state `[B, W - 1, D]` or None for a fresh start -> outputs `[B, T, D]` and the new state."""
+        length, before = x.shape[1], self.weight.shape[1] - 1
+        x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
+        segments = layout.segments if layout.segments is None else layout.pads_first(layout.segments)
+        fresh = state is None
+        state = x.new_zeros(x.shape[0], before, x.shape[2]) if state is None else state.to(x.dtype)
+        window = torch.cat([state, x], dim=1)
+        if layout.mask is not None and not fresh:
+            window = _slide_state_over_padding(window, before, layout.mask)
+        if segments is not None:
+            segments = torch.cat([segments[:, :1].expand(-1, before), segments], dim=1)
+        y = window[:, before:] * self.weight[:, before]
+        for lag in range(1, before + 1):
+            earlier = window[:, before - lag : before - lag + length] * self.weight[:, before - lag]
+            if segments is not None:
+                same = segments[:, before:] == segments[:, before - lag : before - lag + length]
+                earlier = earlier * same[..., None]
+            y = y + earlier
+        state = window[:, length:]
+        if segments is not None:
+            state = state * (segments[:, length:] == segments[:, -1:])[..., None]
+        return layout.restore(nn.functional.silu(y)), state
+
+
+def _slide_state_over_padding(window: torch.Tensor, before: int, mask: torch.Tensor) -> torch.Tensor:
+    """Move the W - 1 inputs of the state from the front of `window` to just before each row's first real token."""
+    padding = (~mask).sum(1, keepdim=True)
+    slots = torch.arange(window.shape[1], device=window.device)[None]
+    source = torch.where(slots < padding + before, (slots - padding).clamp(min=0), slots)
+    return window.gather(1, source[..., None].expand(-1, -1, window.shape[2]))
+
+
+def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[B, T, 1, size]`, float32, of rotary embeddings (Su et al., arXiv 2104.09864), halves layout."""
+    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    angles = position_ids[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the channels of `x [B, T, H, K]` by their positions."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def sinusoidal_positions(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """`[B, T, size]` float32: the fixed table of Vaswani et al. (arXiv 1706.03762, 3.5), sines before cosines."""
+    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    angles = position_ids[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned or sinusoidal positions, added to the token embeddings."""
+
+    def __init__(self, config: LalmConfig):
+        super().__init__()
+        self.config = config
+        if config.position_embedding_type == "learned":
+            self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions `[B, T]` -> `[B, T, D]`."""
+        if self.config.position_embedding_type == "sinusoidal":
+            return sinusoidal_positions(position_ids, self.config.hidden_size, self.config.rope_theta)
+        return look_up(self.table, position_ids, "position", "max_position_embeddings")
+
+
+def look_up(table: nn.Embedding, ids: torch.Tensor, what: str, field: str) -> torch.Tensor:
+    """`table(ids)`; on the CPU an id outside the table raises a ValueError that names `field`."""
+    if torch.compiler.is_compiling():
+        return table(ids)
+    try:
+        return table(ids)
+    except IndexError as error:
+        raise ValueError(
+            f"{what} ids run from {int(ids.min())} to {int(ids.max())}, and {field} = {table.num_embeddings} allows 0 to "
+            f"{table.num_embeddings - 1}."
+        ) from error

@@ -1,0 +1,433 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The backbone and the heads of every variant, written once. A variant gives its mixer; see docs/adding_a_variant.md."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.batch_layout import build_layout, current_mask, is_fresh, positions, softmax_masks
+from lalm.modeling.cache import RecurrentLayer
+from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, rotate
+from lalm.modeling.ops.layout import SequenceLayout
+
+Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Mixer(nn.Module):
+    """Base of the linear mixers: projections, positions and cache; a subclass adds `attend`, its op and output.
+
+    Shapes: B batch, T tokens, H heads, K and V key and value size of a head, D = hidden_size.
+    """
+
+    layer_type: ClassVar[str] = "lalm_recurrent"
+
+    def __init__(self, config: LalmConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads = config.num_attention_heads
+        self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
+        key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
+        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
+        self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size) if config.use_short_conv else None
+        self.q_norm = nn.RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: Tables,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
+        cache: Any = past_key_values
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.conv is not None:
+            state = None if cache is None else cache.get_conv_state(self.layer_idx)
+            qkv, state = self.conv(torch.cat([q, k, v], dim=-1), state, layout)
+            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
+            if cache is not None:
+                cache.update_conv_state(state, self.layer_idx)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
+        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+        return self.o_proj(o.flatten(-2)), None
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: torch.Tensor | None,
+        output_final_state: bool,
+        layout: SequenceLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> the normed, gated output `[B, T, H, V]` and the state."""
+        raise NotImplementedError
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface."""
+
+    def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
+        super().__init__()
+        self.config, self.layer_idx, self.layer_type = config, layer_idx, layer_type
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: Tables,
+        masks: dict[str, torch.Tensor | None],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, T, D] -> [B, T, D]` and the attention weights `[B, H, T, S]` where the backend gives them."""
+        moved = self.layer_type == "sliding_attention" and not masks.get("prepared")
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
+        if moved:
+            q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        o, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            masks[self.layer_type],
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        o = o.flatten(-2)
+        return self.o_proj(layout.restore(o) if moved else o), weights
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm residual block: `x + mixer(norm x)`, then `x + mlp(norm x)`."""
+
+    def __init__(self, config: LalmConfig, layer_idx: int, mixer_class: type[Mixer]):
+        super().__init__()
+        layer_type = config.layer_types[layer_idx]
+        norm = NORMS[config.norm_type]
+        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
+        if layer_type == Mixer.layer_type:
+            self.mixer: nn.Module = mixer_class(config, layer_idx)
+        else:
+            self.mixer = SoftmaxAttention(config, layer_idx, layer_type)
+        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class LalmPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model class: initialisation, capabilities, recordable outputs."""
+
+    config: LalmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": Block, "attentions": OutputRecorder(SoftmaxAttention, index=1)}
+    _is_stateful = True
+    _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            # The bound torch gives a convolution of this width, whose every output sees `width` inputs.
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+
+
+class LalmModel(LalmPreTrainedModel):
+    """Embeddings, blocks and final norm. A variant names its configuration and its mixer."""
+
+    mixer_class: ClassVar[type[Mixer]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        added = config.position_embedding_type in ("learned", "sinusoidal")
+        self.embed_positions = PositionEmbedding(config) if added else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, i, self.mixer_class) for i in range(config.num_hidden_layers))
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack over `input_ids [B, T]` (or `inputs_embeds [B, T, D]`).
+
+        Args:
+            attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
+            position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
+            past_key_values: a DynamicCache or StaticCache made from this model's configuration.
+            seq_idx: `[B, T]`, packed documents by number.
+            cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
+
+        Raises:
+            ValueError: an input does not fit; the message names it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        batch, length = inputs_embeds.shape[:2]
+        fresh = is_fresh(past_key_values)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = current_mask(attention_mask, batch, length, seen)
+        layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh)
+        if position_ids is None:
+            position_ids = positions(layout, attention_mask, seen, inputs_embeds)
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
+        hidden_states = self.dropout(hidden_states)
+        masks = softmax_masks(self.config, hidden_states, attention_mask, past_key_values, layout)
+        rotary = self._rotary_tables(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layout=layout,
+                rotary=rotary,
+                masks=masks,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _rotary_tables(self, position_ids: torch.Tensor) -> Tables:
+        """cos and sin by head size, empty unless positions are rotary."""
+        if self.config.position_embedding_type != "rope":
+            return {}
+        kinds = set(self.config.layer_types)
+        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds else set()
+        if kinds - {Mixer.layer_type}:
+            sizes.add(self.config.head_dim)
+        return {size: rotary_tables(position_ids, size, self.config.rope_theta) for size in sizes}
+
+
+class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
+    """Language model: backbone and `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) are shifted by one and give the mean
+        cross-entropy in nats, over `num_items_in_batch` tokens if that is passed. `logits_to_keep` limits the logits
+        to the last so many positions, or to the positions of an index tensor."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LalmForSequenceClassification(LalmPreTrainedModel):
+    """One label (or regression target) a sequence, read at the last real token."""
+
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """As `LalmModel.forward`. The last real token is the last with `attention_mask` 1; without a mask the last
+        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded.
+
+        Raises:
+            ValueError: a batch without `attention_mask` and without `pad_token_id`, where padding cannot be told.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        batch, length = logits.shape[:2]
+        last = torch.full((batch,), length - 1, device=logits.device)
+        real = None if attention_mask is None else attention_mask[:, -length:] != 0
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        if real is not None:
+            last = (real * torch.arange(length, device=logits.device)).argmax(-1)
+        elif batch > 1:
+            raise ValueError(
+                "Cannot tell padding in this batch: pass attention_mask, or set config.pad_token_id and pass input_ids."
+            )
+        pooled_logits = logits[torch.arange(batch, device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LalmForTokenClassification(LalmPreTrainedModel):
+    """One label a token."""
+
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """As `LalmModel.forward`; `labels [B, T]`, -100 is ignored."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "LalmForCausalLM",
+    "LalmForSequenceClassification",
+    "LalmForTokenClassification",
+    "LalmModel",
+    "RecurrentLayer",
+]

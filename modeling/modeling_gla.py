@@ -1,0 +1,88 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Gated linear attention (Yang et al., arXiv 2312.06635).
+
+Code symbol -> paper (section 4.4): g -> log alpha; gk_proj -> W_alpha^1, W_alpha^2, b_alpha; gate_logit_normalizer ->
+tau; g_proj -> W_r; o_proj -> W_O; o_norm -> LN (RMSNorm here, as in the authors' released code).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.modeling.modeling_base import (
+    LalmForCausalLM,
+    LalmForSequenceClassification,
+    LalmForTokenClassification,
+    LalmModel,
+    Mixer,
+)
+from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.gla import chunk_gla, fla_gla, recurrent_gla
+
+
+class GLAMixer(Mixer):
+    """q, k, v and a decay per key channel -> gated linear attention -> norm per head -> swish gate -> output."""
+
+    def __init__(self, config: GLAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        self.gk_proj = nn.Sequential(
+            nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
+            nn.Linear(config.gate_low_rank_dim, key_size),
+        )
+        self.g_proj = nn.Linear(config.hidden_size, value_size, bias=False) if config.use_output_gate else None
+        self.o_norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps)
+        self.gate_logit_normalizer = config.gate_logit_normalizer
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        g = F.logsigmoid(self.gk_proj(hidden_states).float()) / self.gate_logit_normalizer
+        op = choose(
+            "gla",
+            self.config.linear_attn_implementation,
+            q,
+            recurrent=recurrent_gla,
+            chunk=chunk_gla,
+            fla=fla_gla,
+        )
+        o, state = op(
+            q,
+            k,
+            v,
+            g.unflatten(-1, (self.num_heads, -1)),
+            initial_state=state,
+            output_final_state=output_final_state,
+            layout=layout,
+        )
+        o = self.o_norm(o)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(hidden_states)).view_as(o)
+        return o, state
+
+
+class GLAModel(LalmModel):
+    config: GLAConfig
+    mixer_class = GLAMixer
+
+
+class GLAForCausalLM(LalmForCausalLM):
+    config: GLAConfig
+    model_class = GLAModel
+
+
+class GLAForSequenceClassification(LalmForSequenceClassification):
+    config: GLAConfig
+    model_class = GLAModel
+
+
+class GLAForTokenClassification(LalmForTokenClassification):
+    config: GLAConfig
+    model_class = GLAModel
+
+
+__all__ = [
+    "GLAForCausalLM",
+    "GLAForSequenceClassification",
+    "GLAForTokenClassification",
+    "GLAModel",
+]

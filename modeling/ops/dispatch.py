@@ -1,0 +1,97 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Which implementation of an op runs. The one place that decides, that says so, and that knows optional kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from transformers.utils import logging
+
+from lalm.modeling.ops.layout import SequenceLayout
+
+logger = logging.get_logger(__name__)
+
+# Below this many tokens stepping through them beats preparing one chunk.
+_SHORT = 8
+
+
+def choose(
+    rule: str, implementation: str, q: torch.Tensor, *, recurrent: Callable, chunk: Callable, fla: Callable
+) -> Callable:
+    """Pick the form of op `rule` for queries `q [B, T, H, K]`.
+
+    Args:
+        rule: the op's name, for the log.
+        implementation: "auto" takes `recurrent` for a few tokens (decoding) and `chunk` otherwise; "chunk",
+            "recurrent" and "fla" take that form whatever the input.
+
+    Raises:
+        ValueError: "fla" for tensors that are not on a GPU.
+        ImportError: "fla" without flash-linear-attention installed.
+    """
+    if implementation == "auto":
+        name = "recurrent" if q.shape[1] < _SHORT else "chunk"
+    else:
+        name = implementation
+    if name == "fla" and q.device.type == "cpu":
+        raise ValueError(
+            "linear_attn_implementation='fla' runs Triton kernels on a GPU, and the input is on the CPU: move the model "
+            "to the GPU or set linear_attn_implementation='auto'."
+        )
+    if not torch.compiler.is_compiling():
+        _announce(rule, name, implementation, q.device.type)
+    return {"recurrent": recurrent, "chunk": chunk, "fla": fla}[name]
+
+
+@cache
+def _announce(rule: str, name: str, implementation: str, device: str) -> None:
+    logger.info(f"{rule}: the {name} form runs on {device} (linear_attn_implementation={implementation!r}).")
+
+
+def fla_diagonal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_diagonal` by the kernels of flash-linear-attention; same arguments."""
+    try:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise ImportError(
+            "linear_attn_implementation='fla' needs flash-linear-attention with Triton: pip install 'lalm[gpu]'."
+        ) from error
+    layout = layout or SequenceLayout()
+    k, g = layout.freeze(k, g)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    batch, length = q.shape[:2]
+    documents = layout.document_ids()
+    cu_seqlens = first = last = None
+    if documents is not None:
+        # The kernels know documents as pieces of one long row: lay the rows end to end and cut at every border.
+        cuts = torch.ones(batch, length, dtype=torch.bool, device=q.device)
+        cuts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        borders = cuts.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat([borders, borders.new_tensor([batch * length])]).to(torch.int32)
+        first = torch.searchsorted(borders, torch.arange(batch, device=q.device) * length)
+        last = torch.cat([first[1:], first.new_tensor([len(borders)])]) - 1
+        q, k, v, g = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, g))
+        if state is not None:
+            state = state.new_zeros(len(borders), *state.shape[1:]).index_copy(0, first, state)
+    common = dict(scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    if g is None:
+        o, final = chunk_linear_attn(q, k, v, normalize=False, **common)
+    elif g.shape[-1] == 1:
+        o, final = chunk_simple_gla(q, k, v, g=g.squeeze(-1).float(), **common)
+    else:
+        o, final = chunk_gla(q, k, v, g.float(), **common)
+    if last is not None:
+        o, final = o.view(batch, length, *o.shape[2:]), final[last]
+    return o, final

@@ -1,0 +1,133 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Causal linear attention (Katharopoulos et al., arXiv 2006.16236), with an optional decay per head and token.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T     z_t = exp(g_t) z_{t-1} + k_t
+    o_t = S_t^T q_t / (z_t . q_t + eps)    (eq. 16-20; without the denominator when normalize=False)
+
+The caller applies the feature map to q and k. The normaliser z rides as one more column of the state, kept up by a
+value that is always 1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
+from lalm.modeling.ops.dispatch import fla_diagonal
+from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+
+
+def _linear_attention(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout):
+    check_shapes(q, k, v, layout)
+    if g is not None and g.shape != q.shape[:3]:
+        raise ValueError(
+            f"g must be one log decay per token and head, [B, T, H] = {tuple(q.shape[:3])}, got {tuple(g.shape)}."
+        )
+    if cu_seqlens is not None:
+        if layout is not None:
+            raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the borders.")
+
+        def one_batch(q, k, v, g, initial_state=None, output_final_state=False, layout=None):
+            return _linear_attention(
+                core, q, k, v, g, scale, initial_state, output_final_state, None, normalize, eps, layout
+            )
+
+        return per_document(one_batch, (q, k, v, g), cu_seqlens, initial_state, output_final_state)
+    value_size = v.shape[-1]
+    check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], value_size + normalize))
+    with torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        values = F.pad(v, (0, 1), value=1.0) if normalize else v
+        o, state = core(q, k, values, None if g is None else g[..., None], scale, initial_state, layout)
+        if normalize:
+            o = o[..., :value_size] / (o[..., value_size:] + eps)
+        return o.to(v.dtype), state if output_final_state else None
+
+
+def recurrent_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    layout: SequenceLayout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal linear attention one token at a time: the definition, and the way to decode.
+
+    Args:
+        q, k: `[B, T, H, K]`, feature map applied, not negative if `normalize`.
+        v: `[B, T, H, V]`.
+        g: log decay `[B, T, H]`, at most 0, natural log; None for none.
+        scale: factor on q; None for `K ** -0.5`. Under `normalize` it matters beside `eps` only.
+        initial_state: `[N, H, K, V]`, with `normalize` `[N, H, K, V + 1]` whose last column is z; None for zeros.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
+        normalize: divide by `z . q + eps`.
+        layout: padding and document borders of a batch; its rows have one state each (N = B).
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of v, and the final state or None. States and sums are float32, or float64 if
+        an input is.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    return _linear_attention(
+        recurrent_diagonal,
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout),
+    )
+
+
+def chunk_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    layout: SequenceLayout | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_linear_attention` by matrix products over chunks of `chunk_size` (a power of two) tokens.
+
+    Same arguments, same results up to rounding. The backward pass keeps the inputs and recomputes the states.
+    """
+
+    return _linear_attention(
+        partial(chunk_diagonal, chunk_size=chunk_size),
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout),
+    )
+
+
+def fla_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    layout: SequenceLayout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, rounding of the dtype of v."""
+    return _linear_attention(
+        fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout)
+    )

@@ -1,0 +1,133 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Train and evaluate a causal language model.
+
+    accelerate launch run_clm.py recipes/lalm_base.yaml --output_dir runs/base
+    python run_clm.py --model_type lalm_gla --train_file text.txt --output_dir runs/text
+
+The first argument may be a YAML or JSON recipe; flags win over it. Without any data the Python language reference is
+used. The same command again resumes. `LALM_DEBUG=1` shows tracebacks.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
+from lalm.training.checkpoints import prepare_output_dir, run_record
+from lalm.training.clm_trainer import ClmTrainer
+from lalm.training.errors import exit_on_user_error
+from lalm.training.loss_curve import write_loss_curve
+from lalm.training.model_builder import build_model
+from lalm.training.model_card import model_card
+from lalm.training.packing import PackingCollator
+from lalm.training.recipe import parse_arguments
+from lalm.training.run_data import prepare_data
+from lalm.training.run_results import EVALUATION_KEYS, read_json, summary_lines, training_figures, write_json
+from lalm.training.tracking import check_trackers
+
+logger = logging.getLogger("lalm.training")
+
+
+def set_up_logging(training) -> None:
+    """Log warnings and our own messages on the main process, errors on the others."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO if training.should_log else logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(training.get_process_log_level() if training.log_level != "passive" else 30)
+
+
+def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer:
+    """Build the model and its Trainer."""
+    model_arguments, data_arguments, training = arguments
+    set_seed(training.seed)
+    model = build_model(model_arguments, data.tokenizer, data_arguments.block_size)
+    pad = data.tokenizer.pad_token_id if data.tokenizer.pad_token_id is not None else data.tokenizer.eos_token_id
+
+    def write_card(trainer: ClmTrainer) -> None:
+        card = model_card(trainer.accelerator.unwrap_model(trainer.model), data, arguments, results, argv)
+        (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+    return ClmTrainer(
+        model=model,
+        args=training,
+        train_dataset=data.splits.get("train"),
+        eval_dataset=data.splits.get("validation"),
+        data_collator=PackingCollator(data_arguments.block_size, pad or 0),
+        processing_class=data.tokenizer,
+        write_card=write_card,
+    )
+
+
+def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
+    """Train (or resume), save the model, and gather the figures."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    figures = training_figures(trainer)
+    if not figures["train_seconds"]:
+        # the run was complete already: keep the speed that was measured then
+        earlier = read_json(Path(trainer.args.output_dir) / "train_results.json")
+        figures |= {key: earlier[key] for key in ("tokens_per_second", "train_seconds") if key in earlier}
+    results |= figures
+    save_results(trainer, "train", figures)
+
+
+def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results: dict) -> None:
+    """Score a split and gather its figures, with the window they hold for."""
+    metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
+    figures = {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
+    figures |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
+    results |= figures
+    save_results(trainer, prefix, figures)
+
+
+def save_results(trainer: ClmTrainer, name: str, figures: dict) -> None:
+    """Write `<name>_results.json` and add to `all_results.json`."""
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}_results.json", figures)
+        write_json(folder / "all_results.json", read_json(folder / "all_results.json") | figures)
+
+
+def report(trainer: ClmTrainer, results: dict) -> None:
+    """Draw the loss curve, write the card, push if asked, and print the closing lines."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.do_train and trainer.is_world_process_zero():
+        title = f"{trainer.model.config.model_type}, {folder.name}"
+        write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title)
+        trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print("\n".join([*summary_lines(results), f"results are in {folder}"]))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run what the command line asks for and return the figures."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = model_arguments, data_arguments, training = parse_arguments(argv)
+    set_up_logging(training)
+    check_trackers(training.report_to)
+    checkpoint = None
+    if training.do_train:
+        with training.main_process_first(desc="output folder"):
+            checkpoint = prepare_output_dir(run_record(*arguments), training)
+    data = prepare_data(model_arguments, data_arguments, training, checkpoint)
+    results: dict = {}
+    trainer = build_trainer(arguments, data, argv, results)
+    if training.do_train:
+        train(trainer, checkpoint, results)
+    if training.do_eval:
+        evaluate(trainer, data.splits["validation"], "eval", data_arguments, results)
+    if training.do_test:
+        evaluate(trainer, data.splits["test"], "test", data_arguments, results)
+    report(trainer, results)
+    return results
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

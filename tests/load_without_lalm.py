@@ -1,0 +1,44 @@
+"""Run as a script by test_hub.py: loads checkpoints where lalm cannot be imported and writes what they compute.
+
+Usage: load_without_lalm.py TASKS.json, a list of {"path", "auto_class", "output", "resave" (optional)}.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+# Python refuses to import a name whose entry is None, wherever the package may be installed.
+sys.modules["lalm"] = None
+
+
+def run_task(path: str, auto_class: str, output: str, resave: str | None = None) -> None:
+    model = getattr(transformers, auto_class).from_pretrained(path, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    input_ids = torch.arange(6)[None]
+    with torch.no_grad():
+        result = {"output": model(input_ids)[0]}
+        if auto_class == "AutoModelForCausalLM":
+            result["generated"] = model.generate(input_ids, max_new_tokens=4, do_sample=False)
+    save_file({name: tensor.contiguous() for name, tensor in result.items()}, output)
+    if resave is not None:
+        model.save_pretrained(resave)
+
+
+def main() -> None:
+    try:
+        importlib.import_module("lalm.configuration")
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("lalm can be imported: this run would prove nothing")
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        run_task(**task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Checkpoints carry the code they need, load where lalm is missing, and a failed save leaves the old one whole."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.utils import hub as transformers_hub
+
+import lalm
+from lalm import hub
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.modeling.modeling_gla import GLAForCausalLM
+
+SCRIPT = Path(__file__).with_name("load_without_lalm.py")
+INPUT_IDS = torch.arange(6)[None]
+VARIANTS = pytest.mark.parametrize("variant", lalm.VARIANTS, ids=lambda row: row.config.model_type)
+
+
+def tiny_config(config_class, **fields):
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    # One softmax layer, so that its code path is in the bundle's tests too.
+    return config_class(**sizes, full_attention_layers=[1], pad_token_id=0, **fields)
+
+
+def tiny_model(fields=None):
+    return GLAForCausalLM(tiny_config(GLAConfig, **(fields or {}))).eval()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def run_without_lalm(tasks, folder):
+    """Run the tasks in one process that starts elsewhere, finds no lalm and has a module cache of its own."""
+    tasks_file = folder / "tasks.json"
+    tasks_file.write_text(json.dumps(tasks))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", str(SCRIPT), str(tasks_file)]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def expected_output(model):
+    with torch.no_grad():
+        return model(INPUT_IDS)[0]
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory):
+    """Every head of every variant saved, loaded without lalm and saved again there, then loaded once more."""
+    folder = tmp_path_factory.mktemp("remote")
+    tasks, again, expected = [], [], {}
+    for row in lalm.VARIANTS:
+        for head, model_class in row.models.items():
+            name = f"{row.config.model_type}-{head}"
+            model = model_class(tiny_config(row.config)).eval()
+            model.save_pretrained(folder / name)
+            expected[name] = expected_output(model)
+            if head == "AutoModelForCausalLM":
+                expected[f"{name}-body"] = expected_output(model.model)
+                expected[f"{name}-generated"] = model.generate(INPUT_IDS, max_new_tokens=4, do_sample=False)
+                body = {"path": str(folder / name), "auto_class": "AutoModel"}
+                tasks.append(body | {"output": str(folder / f"{name}-body.out")})
+            task = {"auto_class": head, "path": str(folder / name), "output": str(folder / f"{name}.out")}
+            tasks.append(task | {"resave": str(folder / f"{name}-resaved")})
+            again.append(task | {"path": str(folder / f"{name}-resaved"), "output": str(folder / f"{name}-again.out")})
+    run_without_lalm(tasks, folder)
+    run_without_lalm(again, folder)
+    return folder, expected
+
+
+HEADS = [(row.config.model_type, head) for row in lalm.VARIANTS for head in row.models]
+
+
+@pytest.mark.parametrize(("model_type", "head"), HEADS)
+@pytest.mark.parametrize("round_trip", ["saved", "resaved"])
+def test_every_head_loads_without_lalm(remote, model_type, head, round_trip):
+    folder, expected = remote
+    name = f"{model_type}-{head}"
+    got = load_file(folder / (f"{name}.out" if round_trip == "saved" else f"{name}-again.out"))
+    torch.testing.assert_close(got["output"], expected[name], rtol=0, atol=0)
+    if head == "AutoModelForCausalLM":
+        assert got["generated"].tolist() == expected[f"{name}-generated"].tolist()
+
+
+@VARIANTS
+def test_auto_model_loads_a_saved_causal_lm_without_lalm(remote, variant):
+    folder, expected = remote
+    name = f"{variant.config.model_type}-AutoModelForCausalLM-body"
+    torch.testing.assert_close(load_file(folder / f"{name}.out")["output"], expected[name], rtol=0, atol=0)
+
+
+@VARIANTS
+def test_folder_holds_exactly_the_code_of_the_variant(tmp_path, variant):
+    config = tiny_config(variant.config)
+    config.save_pretrained(tmp_path)
+    written = {path.name for path in tmp_path.glob("*.py")}
+    modules = {cls.__module__ for cls in (variant.config, *variant.models.values())}
+    assert written == set(hub.bundle_sources(*modules))
+    for file in tmp_path.glob("*.py"):
+        # transformers' own reading of the file: no import that needs lalm, no sibling that is missing
+        assert "lalm" not in get_imports(file), file.name
+        assert {f"{name}.py" for name in get_relative_imports(file)} <= written, file.name
+    others = {f"{row.config.__module__.rpartition('.')[2]}.py" for row in lalm.VARIANTS if row is not variant}
+    assert not written & others
+
+
+@VARIANTS
+def test_auto_map_names_every_head_and_reloads(tmp_path, variant):
+    tiny_config(variant.config).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", *variant.models}
+    assert auto_map["AutoModel"].endswith(f".{variant.models['AutoModel'].__name__}")
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is variant.config
+    assert loaded.auto_map == auto_map
+
+
+@pytest.mark.parametrize("trust", [None, True, False])
+def test_installed_code_wins_and_asks_for_no_trust(tmp_path, trust):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "modeling_gla.py").write_text("raise RuntimeError('the checkpoint code ran')")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert type(loaded) is GLAForCausalLM
+    torch.testing.assert_close(expected_output(loaded), expected_output(model), rtol=0, atol=0)
+
+
+def test_stale_repository_references_are_replaced_and_a_users_own_head_stays(tmp_path):
+    config = tiny_config(GLAConfig)
+    config.auto_map = {
+        "AutoModel": "someone/old-repo--modeling_gla.GLAModel",
+        "AutoModelForMaskedLM": "my_head.GLAForMaskedLM",
+        "AutoModelForVision2Seq": "someone/old-repo--other.Other",
+    }
+    (tmp_path / "my_head.py").write_text("# a head of the user's own, put here by transformers before the config\n")
+    config.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_gla.GLAModel"
+    assert auto_map["AutoModelForMaskedLM"] == "my_head.GLAForMaskedLM"
+    assert not [reference for reference in auto_map.values() if "--" in reference]
+
+
+def test_a_class_that_is_not_ours_gets_no_code(tmp_path):
+    class OtherConfig(GLAConfig):
+        model_type = "other"
+
+    hub.export_code(tiny_config(OtherConfig), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trainer_save_model_and_push_to_hub_carry_the_code(tmp_path, monkeypatch):
+    model = tiny_model()
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    Trainer(model=model, args=arguments).save_model(str(tmp_path / "run"))
+    saved = set(contents(tmp_path / "run"))
+    code = set(hub.bundle_sources(GLAForCausalLM.__module__))
+    assert code | {"config.json", "model.safetensors"} <= saved
+
+    class OfflineApi:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def create_commit(self, operations, **kwargs):
+            self.pushed = {operation.path_in_repo for operation in operations}
+
+    class Card:
+        def save(self, path):
+            Path(path).write_text("card")
+
+    api = OfflineApi()
+    monkeypatch.setattr(transformers_hub, "hf_api", lambda: api)
+    monkeypatch.setattr(transformers_hub, "create_and_tag_model_card", lambda *args, **kwargs: Card())
+    model.push_to_hub("user/tiny")
+    assert code | {"config.json", "model.safetensors"} <= api.pushed
+
+
+def test_a_peft_adapter_is_saved_without_code(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", r=2))
+    adapter.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.py"))
+
+
+@pytest.mark.parametrize("limit_bytes", [500, 20_000])
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(tmp_path, limit_bytes):
+    """The first limit stops at the code or config.json, the second at the weights."""
+    tiny_model().save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    other = tiny_model({"gate_logit_normalizer": 8})
+    other.resize_token_embeddings(400)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Could not save to .* before is untouched"):
+            other.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "checkpoint"
+    file.write_text("something")
+    with pytest.raises(OSError, match="Could not save to .*checkpoint: File exists"):
+        hub.export_code(tiny_config(GLAConfig), file)
+    assert file.read_text() == "something"
+
+
+def test_weights_of_an_older_save_do_not_shadow_the_new_ones(tmp_path):
+    first, second = tiny_model(), tiny_model()
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(
+        expected_output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected_output(second), rtol=0, atol=0
+    )
+    first.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*") if path.suffix != ".py"] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1; from lalm.modeling.ops.gla import chunk_gla", "awkward.py:1: cannot rewrite"),
+        ("from lalm.modeling import ops", "lalm.modeling is not a module with a source file"),
+    ],
+)
+def test_an_import_that_cannot_be_rewritten_is_named(tmp_path, monkeypatch, source, message):
+    (tmp_path / "awkward.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    hub._flatten.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        hub.bundle_sources("awkward")

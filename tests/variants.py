@@ -1,0 +1,116 @@
+"""The table of tiny models that every test in tests/modeling runs over.
+
+Adding a variant is adding rows: one for its defaults, one for each switch that changes how tokens, padding, documents
+or states meet. A row may switch a test off by the name of its function, and only with a reason, which pytest prints.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import lalm
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+
+HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tiny configuration. `off` maps the name of a test function to the reason why this row does not run it."""
+
+    name: str
+    config_class: type
+    fields: dict = field(default_factory=dict)
+    off: dict = field(default_factory=dict)
+
+    def config(self, **changes):
+        return self.config_class(**(TINY | self.fields | changes))
+
+    def model_class(self, head="AutoModelForCausalLM"):
+        (variant,) = [variant for variant in lalm.VARIANTS if variant.config is self.config_class]
+        return variant.models[head]
+
+    def build(self, head="AutoModelForCausalLM", dtype=torch.float64, seed=0, **changes):
+        """A model in eval mode whose every parameter matters: unit-scale weights, norms and biases off their defaults.
+
+        The initialisation of training (0.02, gains 1, biases 0) would hide most mistakes under small numbers.
+        """
+        torch.manual_seed(seed)
+        model = self.model_class(head)(self.config(**changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
+                else:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            model.get_input_embeddings().weight.normal_()
+        return model.to(dtype).eval()
+
+    @property
+    def is_recurrent(self):
+        """No softmax layer: the whole memory is the recurrent state."""
+        return set(self.config().layer_types) == {"lalm_recurrent"}
+
+
+def _linear(name, off=None, **fields):
+    return Row(f"linear_{name}", LinearAttentionConfig, fields, off or {})
+
+
+def _gla(name, off=None, **fields):
+    return Row(f"gla_{name}", GLAConfig, fields, off or {})
+
+
+HYBRID = {"num_hidden_layers": 3, "position_embedding_type": "rope"}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+ROWS = (
+    _linear("plain"),
+    _linear("conv_gated_mlp", use_short_conv=True, conv_size=4, mlp_type="gated", tie_word_embeddings=True),
+    _linear("conv_qk_norm_rope", use_short_conv=True, conv_size=3, qk_norm=True, position_embedding_type="rope"),
+    _linear("learned_layernorm", position_embedding_type="learned", norm_type="layernorm"),
+    _linear("sinusoidal_tied", position_embedding_type="sinusoidal", tie_word_embeddings=True),
+    _linear("unnormalized_identity", feature_map="identity", normalize=False),
+    _linear("normalized_with_output_norm", output_norm=True, expand_k=0.5, expand_v=2),
+    _linear("relu", feature_map="relu", hidden_act="relu"),
+    _linear("exp", feature_map="exp"),
+    _linear("softmax", feature_map="softmax", expand_v=0.5),
+    _linear("taylor", feature_map="taylor", num_attention_heads=4),
+    _linear("dpfp", feature_map="dpfp"),
+    _linear("favor", feature_map="favor"),
+    _linear("hedgehog", feature_map="hedgehog"),
+    _linear("hybrid_full", full_attention_layers=[1], use_short_conv=True, qk_norm=True, **HYBRID),
+    _linear("hybrid_learned", full_attention_layers=[0], position_embedding_type="learned"),
+    _linear("hybrid_sliding", sliding_attention_layers=[0, 2], sliding_window=6, **HYBRID),
+    _linear("hybrid_both", full_attention_layers=[2], sliding_attention_layers=[0], sliding_window=5, **HYBRID | GROUPED),
+    _gla("plain"),
+    _gla("conv_tied", use_short_conv=True, conv_size=4, tie_word_embeddings=True),
+    _gla("qk_norm_rope", qk_norm=True, position_embedding_type="rope"),
+    _gla("no_output_gate", use_output_gate=False, expand_k=1, expand_v=2, gate_logit_normalizer=1, mlp_type="mlp"),
+    _gla("hybrid_full", full_attention_layers=[1], use_short_conv=True, **HYBRID | GROUPED),
+    _gla("hybrid_sliding", sliding_attention_layers=[1], sliding_window=6, use_short_conv=True, **HYBRID),
+)
+# One row for each way of keeping memory: for tests whose subject is the surroundings, not the arithmetic.
+FEW = ("linear_plain", "linear_learned_layernorm", "linear_hybrid_both", "gla_conv_tied", "gla_hybrid_full")
+
+
+def _params(rows):
+    return [pytest.param(row, id=row.name) for row in rows]
+
+
+every_row = pytest.mark.parametrize("row", _params(ROWS))
+few_rows = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name in FEW]))
+each_variant = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name.endswith("_plain")]))
+recurrent_rows = pytest.mark.parametrize("row", _params([row for row in ROWS if row.is_recurrent]))
