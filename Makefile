@@ -48,7 +48,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mlinter --no-progress --no-cache modeling configuration
+	$(BIN)/python .ci/lint_models.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

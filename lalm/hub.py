@@ -134,7 +134,9 @@ def _flatten(module: str) -> tuple[str, tuple[str, ...]]:
         line = lines[node.lineno - 1]
         start = f"from {node.module} import "
         if not line.lstrip().startswith(start):
-            raise ValueError(f"{spec.origin}:{node.lineno}: cannot rewrite this import; begin the line with {start!r}.")
+            raise ValueError(
+                f"{spec.origin}:{node.lineno}: cannot rewrite this import; begin the line with {start!r}."
+            )
         lines[node.lineno - 1] = line.replace(start, f"from .{_flat_name(node.module)} import ", 1)
         imported.append(node.module)
     return "".join(lines), tuple(imported)

@@ -10,7 +10,16 @@ from transformers.activations import ACT2FN
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.ops.layout import SequenceLayout
 
-NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm in the dtype of its weight, so that autocast neither rounds the mean square nor leaves the fused
+    kernel; the output has the dtype of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
 
 class MLP(nn.Module):

@@ -24,7 +24,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.batch_layout import build_layout, current_mask, is_fresh, positions, softmax_masks
 from lalm.modeling.cache import RecurrentLayer
-from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, rotate
+from lalm.modeling.layers import (
+    MLP,
+    NORMS,
+    PositionEmbedding,
+    RMSNorm,
+    ShortConvolution,
+    look_up,
+    rotary_tables,
+    rotate,
+)
 from lalm.modeling.ops.layout import SequenceLayout
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -49,8 +58,8 @@ class Mixer(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
         self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
         self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size) if config.use_short_conv else None
-        self.q_norm = nn.RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -108,8 +117,8 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,

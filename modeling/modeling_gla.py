@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
+from lalm.modeling.layers import RMSNorm
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
     LalmForSequenceClassification,
@@ -32,7 +33,7 @@ class GLAMixer(Mixer):
             nn.Linear(config.gate_low_rank_dim, key_size),
         )
         self.g_proj = nn.Linear(config.hidden_size, value_size, bias=False) if config.use_output_gate else None
-        self.o_norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps)
+        self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps)
         self.gate_logit_normalizer = config.gate_logit_normalizer
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):

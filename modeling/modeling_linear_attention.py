@@ -9,6 +9,7 @@ from torch import nn
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import FavorFeatures, FeatureMap, HedgehogFeatures
+from lalm.modeling.layers import RMSNorm
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
     LalmForSequenceClassification,
@@ -30,7 +31,7 @@ class LinearAttentionMixer(Mixer):
         # Random features approximate softmax only if q and k share their directions; a learned map has one for each.
         self.k_map = None if config.feature_map == "favor" else FeatureMap(*map_args)
         self.normalize = config.normalize
-        self.o_norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps) if config.output_norm else None
+        self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps) if config.output_norm else None
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         op = choose(

@@ -40,7 +40,10 @@ def test_sequence_head_is_score_of_the_hidden_state(row):
         hidden = model.model(ids).last_hidden_state
         assert_close(model(ids).logits, model.score(hidden)[:, -1], "logits")
         embeds = model.get_input_embeddings()(ids)
-        assert_close(model(inputs_embeds=embeds).logits, model(ids).logits, "from embeddings")
+        mask = torch.ones_like(ids)
+        assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, model(ids).logits, "from embeddings")
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(inputs_embeds=embeds)
 
 
 @each_variant

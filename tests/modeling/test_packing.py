@@ -113,7 +113,8 @@ def test_softmax_implementations(row, implementation, form):
     with torch.no_grad():
         logits = model(ids, use_cache=False, **borders(LENGTHS, (form,))).logits
     for span in spans(LENGTHS):
-        assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}")
+        # Stock eager attention takes its softmax in float32.
+        assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}", tolerance=1e-6)
 
 
 @few_rows
@@ -154,9 +155,9 @@ def test_loss_of_the_stock_collator(row, options):
             ids = torch.tensor([document])
             total = total + model(ids, labels=ids, use_cache=False).loss * (len(document) - 1) / count
     total.backward()
-    assert_close(loss.detach(), total.detach(), "loss")
+    assert_close(loss.detach(), total.detach(), "loss", tolerance=1e-6)  # float32 in the stock loss
     alone = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert_same_gradients(packed, alone)
+    assert_same_gradients(packed, alone, tolerance=1e-5)
 
 
 @few_rows

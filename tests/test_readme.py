@@ -1,0 +1,106 @@
+"""The README's commands exist and parse, its Python runs, and what it names is there."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import lalm
+from lalm import GLAConfig, GLAForCausalLM
+from lalm.training.recipe import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+MAKE = sorted(
+    {match for line in [*COMMANDS, README] for match in re.findall(r"\bmake (demo|test|check|bench|help)\b", line)}
+)
+RUN_CLM = [line for line in COMMANDS if "run_clm.py" in line]
+
+
+def test_the_two_commands_are_there():
+    assert {"make demo", "make test"} <= set(COMMANDS)
+    assert len(RUN_CLM) >= 2
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_make_targets_exist(target):
+    run = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_make_help_names_every_target():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert {"demo", "test", "check", "bench"} <= set(re.findall(r"^make (\w+)", shown, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", RUN_CLM)
+def test_training_commands_parse(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    words = words[words.index("run_clm.py") + 1 :]
+    model, data, training = parse_arguments([word.replace("runs/", f"{tmp_path}/") for word in words])
+    assert training.do_train
+    assert model.model_type or model.model_name_or_path or words[0].endswith(".yaml")
+    assert data.dataset_name or data.train_file
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """A folder with a checkpoint in runs/demo, as `make demo` leaves it, but tiny and untrained."""
+    folder = tmp_path_factory.mktemp("readme")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "The", "for", "statement", "A", "class"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "runs/demo")
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GLAForCausalLM(GLAConfig(**sizes, pad_token_id=0)).save_pretrained(folder / "runs/demo")
+    return folder
+
+
+def test_python_blocks_run_in_order(demo_folder, monkeypatch, capsys):
+    monkeypatch.chdir(demo_folder)
+    assert AutoTokenizer.from_pretrained("runs/demo").pad_token_id == 0
+    names = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert "generated_text" in capsys.readouterr().out
+    assert type(names["classifier"]) is lalm.LinearAttentionForSequenceClassification
+    assert isinstance(names["model"], GLAForCausalLM)
+
+
+def test_every_variant_and_feature_map_is_listed():
+    for row in lalm.VARIANTS:
+        assert f"`{row.config.model_type}`" in README
+    fields = lalm.LinearAttentionConfig.__dataclass_fields__["feature_map"].type
+    for name in re.findall(r"\w+", str(fields).removeprefix("Literal")):
+        assert name in README, name
+
+
+def test_fields_in_the_table_exist():
+    table = README[README.index("| fields | meaning |") : README.index("A misspelt field")]
+    named = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:] if line))
+    assert len(named) > 20
+    assert set(named) <= set(lalm.LalmConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/adding_a_variant.md"])
+def test_links_and_paths_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    folder = (ROOT / document).parent
+    assert [link for link in links if not (folder / link).exists()] == []
+    paths = re.findall(r"`((?:modeling|configuration|tests|lalm|docs|recipes)/[\w/.]*)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
