@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO_DIR ?= runs/demo
+WORKERS ?= 2
 # accelerate asks for each of these, or warns of the defaults that it took.
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -40,9 +41,9 @@ demo: $(STAMP)
 	@echo "Loading $(DEMO_DIR) in a new process that does not import lalm:"
 	@$(BIN)/python -I recipes/generate_demo.py $(DEMO_DIR)
 
-# One thread: the models of the tests are tiny, and more threads slow them down.
+# One thread a worker: the models of the tests are tiny, and more threads slow them down.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,13 +10,12 @@ used. The same command again resumes. `LALM_DEBUG=1` shows tracebacks.
 
 import logging
 import sys
-from pathlib import Path
 
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
-from lalm.training.checkpoints import prepare_output_dir, run_record
+from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
 from lalm.training.clm_trainer import ClmTrainer
 from lalm.training.errors import exit_on_user_error
 from lalm.training.loss_curve import write_loss_curve
@@ -48,7 +47,7 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
 
     def write_card(trainer: ClmTrainer) -> None:
         card = model_card(trainer.accelerator.unwrap_model(trainer.model), data, arguments, results, argv)
-        (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
+        (training.folder / "README.md").write_text(card, encoding="utf-8")
 
     return ClmTrainer(
         model=model,
@@ -63,13 +62,18 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
 
 def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
     """Train (or resume), save the model, and gather the figures."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and is_finished(checkpoint, trainer.args):
+        logger.info("%s is the end of the training: nothing is left to train", checkpoint)
+        trainer.restore(checkpoint)
+    else:
+        trainer.args.eval_on_start &= checkpoint is None  # a resumed run has that evaluation in its history
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     figures = training_figures(trainer)
     if not figures["train_seconds"]:
         # the run was complete already: keep the speed that was measured then
-        earlier = read_json(Path(trainer.args.output_dir) / "train_results.json")
+        earlier = read_json(trainer.args.folder / "train_results.json")
         figures |= {key: earlier[key] for key in ("tokens_per_second", "train_seconds") if key in earlier}
     results |= figures
     save_results(trainer, "train", figures)
@@ -87,7 +91,7 @@ def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results:
 def save_results(trainer: ClmTrainer, name: str, figures: dict) -> None:
     """Write `<name>_results.json` and add to `all_results.json`."""
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
+        folder = trainer.args.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}_results.json", figures)
         write_json(folder / "all_results.json", read_json(folder / "all_results.json") | figures)
@@ -95,10 +99,9 @@ def save_results(trainer: ClmTrainer, name: str, figures: dict) -> None:
 
 def report(trainer: ClmTrainer, results: dict) -> None:
     """Draw the loss curve, write the card, push if asked, and print the closing lines."""
-    folder = Path(trainer.args.output_dir)
+    folder = trainer.args.folder
     if trainer.args.do_train and trainer.is_world_process_zero():
-        title = f"{trainer.model.config.model_type}, {folder.name}"
-        write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title)
+        write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", folder.name)
         trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -111,15 +114,16 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     arguments = model_arguments, data_arguments, training = parse_arguments(argv)
     set_up_logging(training)
-    check_trackers(training.report_to)
-    checkpoint = None
-    if training.do_train:
-        with training.main_process_first(desc="output folder"):
-            checkpoint = prepare_output_dir(run_record(*arguments), training)
+    check_trackers(training.trackers)
+    record = run_record(*arguments)
+    checkpoint = check_output_dir(record, training) if training.do_train else None
     data = prepare_data(model_arguments, data_arguments, training, checkpoint)
     results: dict = {}
     trainer = build_trainer(arguments, data, argv, results)
     if training.do_train:
+        if trainer.is_world_process_zero():
+            claim_output_dir(record, training)
+        trainer.accelerator.wait_for_everyone()
         train(trainer, checkpoint, results)
     if training.do_eval:
         evaluate(trainer, data.splits["validation"], "eval", data_arguments, results)

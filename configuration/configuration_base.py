@@ -3,13 +3,15 @@
 
 import difflib
 import os
-from typing import Any, Literal
+from dataclasses import field
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+# Under transformers' own logger, so that its verbosity settings hold.
+logger = logging.get_logger("transformers.lalm")
 
 # What PreTrainedConfig takes besides its dataclass fields, and what other libraries keep in config.json.
 _STOCK_KEYS = {
@@ -58,7 +60,7 @@ class LalmConfig(PreTrainedConfig):
         ValueError: an unknown field, or fields that cannot work together; the message names the field and the fix.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -79,8 +81,8 @@ class LalmConfig(PreTrainedConfig):
     use_short_conv: bool = False
     conv_size: int = 4
     qk_norm: bool = False
-    full_attention_layers: list[int] | None = None
-    sliding_attention_layers: list[int] | None = None
+    full_attention_layers: list[int] = field(default_factory=list)
+    sliding_attention_layers: list[int] = field(default_factory=list)
     sliding_window: int | None = None
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -94,18 +96,29 @@ class LalmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
-        self.full_attention_layers = self.full_attention_layers or []
-        self.sliding_attention_layers = self.sliding_attention_layers or []
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             width = int(self.hidden_ratio * self.hidden_size)
             self.intermediate_size = width if self.mlp_type == "mlp" else -(-int(2 * width / 3) // 256) * 256
         super().__post_init__(**kwargs)
+        # They run again after this method, where `strict` wraps what they raise in an error that is no ValueError.
+        for validator in type(self).__class_validators__:  # type: ignore[attr-defined]
+            validator(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As the base class; fields of a stored configuration that we do not know are kept, with a warning."""
+        """As the base class; fields of a stored configuration that we do not know are kept, with a warning.
+
+        Raises:
+            ValueError: the configuration is of another model type.
+        """
+        stored = config_dict.get("model_type", cls.model_type)
+        if stored != cls.model_type:
+            raise ValueError(
+                f"This checkpoint is of model_type {stored!r}, not {cls.model_type!r} ({cls.__name__}): load it with "
+                "AutoConfig and the Auto model classes."
+            )
         unknown = {key: value for key, value in config_dict.items() if not cls._is_known(key)}
         if unknown:
             logger.warning_once(f"{cls.__name__} does not use {sorted(unknown)} of the stored configuration.")
@@ -136,12 +149,9 @@ class LalmConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Per layer "lalm_recurrent", "full_attention" or "sliding_attention". Not stored: transformers refuses to
         resume from a checkpoint whose configuration holds a layer type it does not know."""
-        names = ["lalm_recurrent"] * self.num_hidden_layers
-        for index in self.full_attention_layers:
-            names[index] = "full_attention"
-        for index in self.sliding_attention_layers:
-            names[index] = "sliding_attention"
-        return names
+        softmax = dict.fromkeys(self.full_attention_layers, "full_attention")
+        softmax |= dict.fromkeys(self.sliding_attention_layers, "sliding_attention")
+        return [softmax.get(index, "lalm_recurrent") for index in range(self.num_hidden_layers)]
 
     @property
     def head_dim(self) -> int:
@@ -166,22 +176,28 @@ class LalmConfig(PreTrainedConfig):
                      "max_position_embeddings", "conv_size", "num_key_value_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in (
-            "hidden_size",
-            "linear key size hidden_size * expand_k",
-            "linear value size hidden_size * expand_v",
-        ):
-            factor = {"k": self.expand_k, "v": self.expand_v}.get(name[-1], 1)
+        for name, factor in (("", 1), (" * expand_k", self.expand_k), (" * expand_v", self.expand_v)):
             size = self.hidden_size * factor
             if size < 1 or size != int(size) or size % self.num_attention_heads:
-                raise ValueError(
-                    f"{name} = {size:g} must be a positive multiple of num_attention_heads = {self.num_attention_heads}."
-                )
-        if self.num_attention_heads % self.num_key_value_heads:
+                heads = self.num_attention_heads
+                raise ValueError(f"hidden_size{name} = {size:g} must be a multiple of num_attention_heads = {heads}.")
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} must be a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}."
             )
+
+    def validate_values(self) -> None:
+        for name in ("pad_token_id", "bos_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} = {token} must be None or a token id below vocab_size = {self.vocab_size}.")
+        for name in ("norm_eps", "rope_theta", "initializer_range"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
 
     def validate_softmax_layers(self) -> None:
         fields = ("full_attention_layers", "sliding_attention_layers")
@@ -205,11 +221,6 @@ class LalmConfig(PreTrainedConfig):
             for name, size in (("linear key", self.linear_key_dim), ("softmax", self.head_dim if softmax else 2)):
                 if size % 2:
                     raise ValueError(f"position_embedding_type='rope' needs an even {name} head size, got {size}.")
-
-    def validate_probabilities(self) -> None:
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
 
     def validate_activation(self) -> None:
         from transformers.activations import ACT2FN

@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Linear-attention models for the Hugging Face ecosystem. Importing lalm registers every variant with the Auto classes."""
+"""Linear-attention models for the Hugging Face ecosystem; importing lalm registers them with the Auto classes."""
 
 from __future__ import annotations
 

@@ -7,11 +7,30 @@ start again. Padding may stand left, right or inside, together with packing, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
+
+
+def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
+    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model.
+
+    Raises:
+        ValueError: the cache has other layers than the model.
+    """
+    if isinstance(cache, DynamicCache) and not cache.layers:
+        cache.layers.extend(DynamicCache(config=config).layers)
+    kinds = [isinstance(layer, RecurrentLayer) for layer in cache.layers]
+    if kinds != [kind == RecurrentLayer._layer_type for kind in config.layer_types]:
+        raise ValueError(
+            "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
+            "StaticCache(config=model.config, max_cache_len=...)."
+        )
 
 
 def is_fresh(cache: Cache | None) -> bool:
@@ -19,9 +38,9 @@ def is_fresh(cache: Cache | None) -> bool:
     if cache is None:
         return True
     for layer in cache.layers:
-        if hasattr(layer, "has_previous_state"):
+        if isinstance(layer, RecurrentLayer):
             return not any(layer.has_previous_state.values())
-    return not any(layer.is_initialized for layer in cache.layers)
+    return not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
 
 
 def current_mask(attention_mask: torch.Tensor | dict | None, batch: int, length: int, seen) -> torch.Tensor | None:
@@ -34,7 +53,7 @@ def current_mask(attention_mask: torch.Tensor | dict | None, batch: int, length:
         ValueError: a shape that does not fit.
     """
     if isinstance(attention_mask, dict):
-        mask = attention_mask.get("lalm_recurrent")
+        mask = attention_mask.get(RecurrentLayer._layer_type)
         return None if mask is None else mask[:, -length:].bool()
     if attention_mask is None:
         return None
@@ -73,7 +92,7 @@ def build_layout(
             raise ValueError(f"seq_idx must be [batch, tokens] = {shape}, got {tuple(seq_idx.shape)}.")
         segments = _documents(seq_idx, mask, step=0)
     elif cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, *shape)
+        check_cu_seqlens(cu_seqlens, *shape, name="cu_seq_lens_q")
         segments = _documents(segments_of(cu_seqlens, shape[1]), mask, step=0)
     elif position_ids is not None and fresh and shape[1] > 1:
         segments = _documents(position_ids.expand(shape), mask, step=1)
@@ -109,9 +128,9 @@ def positions(
     offset = seen
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] > length:
         offset = (attention_mask[:, :-length] != 0).sum(1, keepdim=True)
-    if layout.segments is None:
-        return before + offset
     starts = layout.starts()
+    if layout.segments is None or starts is None:
+        return before + offset
     begin = torch.where(starts, before, 0).cummax(1).values
     return before - begin + torch.where(layout.segments == layout.segments[:, :1], offset, 0)
 
@@ -125,26 +144,23 @@ def softmax_masks(
 ) -> dict[str, torch.Tensor | None]:
     """The mask of each kind of softmax layer in `config.layer_types`, made by transformers for the attention backend.
 
-    A sliding layer works on rows whose padding has been moved to the front (`layout.pads_first`), so that its window
-    counts real tokens; the mask returned for it is in that order.
+    A sliding layer keeps rows whose padding, in the cache too, has been moved to the front, so that its window counts
+    real tokens; the mask returned for it is in that order.
     """
-    kinds = set(config.layer_types) - {"lalm_recurrent"}
+    kinds = set(config.layer_types) - {RecurrentLayer._layer_type}
     if isinstance(attention_mask, dict) or not kinds:
         return attention_mask if isinstance(attention_mask, dict) else {}
     if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
         raise ValueError(
-            "Flash attention cannot combine padding with packed documents: drop attention_mask, or load the model with "
-            "attn_implementation='sdpa'."
+            "Flash attention cannot combine padding with packed documents: drop attention_mask, or load the model "
+            "with attn_implementation='sdpa'."
         )
-    length = hidden_states.shape[1]
-    masks = {}
+    masks: dict[str, Any] = {}
     for kind in kinds:
         make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
         mask, segments = attention_mask, layout.segments
-        if kind == "sliding_attention" and layout.order is not None:
-            past, current = mask[:, :-length], mask[:, -length:]
-            mask = torch.cat([past.sort(dim=1).values, layout.pads_first(current)], dim=1)
-            segments = None if segments is None else layout.pads_first(segments)
+        if kind == "sliding_attention" and mask is not None:
+            mask, segments = (mask != 0).long().sort(dim=1).values, layout.segments_pads_first()
         same_document = (
             None if segments is None else _same_document(segments, 0 if cache is None else cache.get_seq_length())
         )

@@ -21,6 +21,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     """
 
     _layer_type = "lalm_recurrent"
+    cumulative_length: torch.Tensor  # type: ignore[assignment]  # the base class counts in an int
+    device: torch.device | None  # type: ignore[assignment]
+    dtype: torch.dtype | None  # type: ignore[assignment]
     supports_early_init = False
     is_sliding = False
     is_croppable = False
@@ -31,7 +34,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         # A tensor: compiled decoding would treat an int as a constant and compile anew at every step.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
-    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs
+    ) -> torch.Tensor:
         if self.device is None:
             self.dtype, self.device = conv_states.dtype, conv_states.device
         self.is_conv_states_initialized[state_idx] = True
@@ -56,17 +61,17 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def _replace(states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor) -> torch.Tensor:
         current = states[index]
         if current is None or current.shape != value.shape or value.requires_grad or current.requires_grad:
-            states[index] = value if value.requires_grad else value.clone()
+            current = states[index] = value if value.requires_grad else value.clone()
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(states[index])
+                torch._dynamo.mark_static_address(current)
         else:
             current.copy_(value)
-        return states[index]
+        return current
 
-    def get_seq_length(self) -> torch.Tensor:
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]
         return self.cumulative_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:  # type: ignore[override]
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:

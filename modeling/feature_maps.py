@@ -24,11 +24,11 @@ def elu_features(x: torch.Tensor) -> torch.Tensor:
 def taylor_features(x: torch.Tensor) -> torch.Tensor:
     """phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K) (Based, Arora et al., arXiv 2402.18668, section 4.1).
 
-    Of the K^2 second-order products only the distinct ones are kept, K (K + 1) / 2, those off the diagonal times sqrt 2.
+    Of the K^2 second-order products the K (K + 1) / 2 distinct ones are kept, those off the diagonal times sqrt 2.
     """
     size = x.shape[-1]
     row, column = torch.triu_indices(size, size, device=x.device)
-    weight = torch.where(row == column, 0.5**0.5, 1.0).to(x.dtype) / size**0.5
+    weight = torch.where(row == column, x.new_tensor(0.5).sqrt(), x.new_tensor(1.0)) / size**0.5
     return torch.cat([torch.ones_like(x[..., :1]), x / size**0.25, x[..., row] * x[..., column] * weight], dim=-1)
 
 
@@ -44,6 +44,8 @@ class FavorFeatures(nn.Module):
     The directions are random, orthogonal in blocks, fixed, and stored with the weights.
     """
 
+    directions: torch.Tensor
+
     def __init__(self, size: int, num_features: int):
         super().__init__()
         self.register_buffer("directions", torch.empty(num_features, size))
@@ -51,9 +53,11 @@ class FavorFeatures(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         count, size = self.directions.shape
-        blocks = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(-(-count // size))]
+        q, r = torch.linalg.qr(torch.randn(-(-count // size), size, size))
+        # LAPACK fixes the signs of q; only with those of r undone is q uniform over the rotations.
+        rotations = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
         lengths = torch.randn(count, size).norm(dim=-1, keepdim=True)
-        init.copy_(self.directions, (torch.cat(blocks)[:count] * lengths).to(self.directions))
+        init.copy_(self.directions, (rotations.flatten(0, 1)[:count] * lengths).to(self.directions))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x / x.shape[-1] ** 0.25
@@ -62,7 +66,7 @@ class FavorFeatures(nn.Module):
 
 
 class HedgehogFeatures(nn.Module):
-    """Learned map: softmax of W x beside softmax of -W x (Zhang et al., arXiv 2402.04347), W per layer, from identity."""
+    """Learned map: softmax of W x beside softmax of -W x (Zhang et al., arXiv 2402.04347); W starts as identity."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -84,7 +88,7 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.name, self.dpfp_nu = name, dpfp_nu
         if name == "favor":
-            self.map = FavorFeatures(size, num_features or size)
+            self.map: nn.Module = FavorFeatures(size, num_features or size)
         elif name == "hedgehog":
             self.map = HedgehogFeatures(size)
 

@@ -27,12 +27,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LalmConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        if config.mlp_type == "gated":
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        else:
-            self.gate_proj = None
+        width = config.intermediate_size
+        assert width is not None  # the configuration derives it
+        gated = config.mlp_type == "gated"
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,12 +57,11 @@ class ShortConvolution(nn.Module):
         """`x [B, T, D]`, state `[B, W - 1, D]` or None for a fresh start -> outputs `[B, T, D]` and the new state."""
         length, before = x.shape[1], self.weight.shape[1] - 1
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
-        segments = layout.segments if layout.segments is None else layout.pads_first(layout.segments)
-        fresh = state is None
-        state = x.new_zeros(x.shape[0], before, x.shape[2]) if state is None else state.to(x.dtype)
-        window = torch.cat([state, x], dim=1)
-        if layout.mask is not None and not fresh:
-            window = _slide_state_over_padding(window, before, layout.mask)
+        if state is None:
+            window = nn.functional.pad(x, (0, 0, before, 0))
+        else:
+            window = layout.slide_over_padding(state.to(x.dtype), x)
+        segments = layout.segments_pads_first()
         if segments is not None:
             segments = torch.cat([segments[:, :1].expand(-1, before), segments], dim=1)
         y = window[:, before:] * self.weight[:, before]
@@ -76,14 +75,6 @@ class ShortConvolution(nn.Module):
         if segments is not None:
             state = state * (segments[:, length:] == segments[:, -1:])[..., None]
         return layout.restore(nn.functional.silu(y)), state
-
-
-def _slide_state_over_padding(window: torch.Tensor, before: int, mask: torch.Tensor) -> torch.Tensor:
-    """Move the W - 1 inputs of the state from the front of `window` to just before each row's first real token."""
-    padding = (~mask).sum(1, keepdim=True)
-    slots = torch.arange(window.shape[1], device=window.device)[None]
-    source = torch.where(slots < padding + before, (slots - padding).clamp(min=0), slots)
-    return window.gather(1, source[..., None].expand(-1, -1, window.shape[2]))
 
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +123,6 @@ def look_up(table: nn.Embedding, ids: torch.Tensor, what: str, field: str) -> to
         return table(ids)
     except IndexError as error:
         raise ValueError(
-            f"{what} ids run from {int(ids.min())} to {int(ids.max())}, and {field} = {table.num_embeddings} allows 0 to "
+            f"{what} ids run from {int(ids.min())} to {int(ids.max())}; {field} = {table.num_embeddings} allows 0 to "
             f"{table.num_embeddings - 1}."
         ) from error

@@ -1,8 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The backbone and the heads of every variant, written once. A variant gives its mixer; see docs/adding_a_variant.md."""
+"""The backbone and the heads of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -15,151 +14,14 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.batch_layout import build_layout, current_mask, is_fresh, positions, softmax_masks
-from lalm.modeling.cache import RecurrentLayer
-from lalm.modeling.layers import (
-    MLP,
-    NORMS,
-    PositionEmbedding,
-    RMSNorm,
-    ShortConvolution,
-    look_up,
-    rotary_tables,
-    rotate,
-)
-from lalm.modeling.ops.layout import SequenceLayout
-
-Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-
-class Mixer(nn.Module):
-    """Base of the linear mixers: projections, positions and cache; a subclass adds `attend`, its op and output.
-
-    Shapes: B batch, T tokens, H heads, K and V key and value size of a head, D = hidden_size.
-    """
-
-    layer_type: ClassVar[str] = "lalm_recurrent"
-
-    def __init__(self, config: LalmConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.num_heads = config.num_attention_heads
-        self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
-        key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
-        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
-        self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size) if config.use_short_conv else None
-        self.q_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        layout: SequenceLayout,
-        rotary: Tables,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, None]:
-        """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
-        cache: Any = past_key_values
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.conv is not None:
-            state = None if cache is None else cache.get_conv_state(self.layer_idx)
-            qkv, state = self.conv(torch.cat([q, k, v], dim=-1), state, layout)
-            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
-            if cache is not None:
-                cache.update_conv_state(state, self.layer_idx)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary:
-            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
-        o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
-        if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
-        return self.o_proj(o.flatten(-2)), None
-
-    def attend(
-        self,
-        hidden_states: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        state: torch.Tensor | None,
-        output_final_state: bool,
-        layout: SequenceLayout,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> the normed, gated output `[B, T, H, V]` and the state."""
-        raise NotImplementedError
-
-
-class SoftmaxAttention(nn.Module):
-    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface."""
-
-    def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
-        super().__init__()
-        self.config, self.layer_idx, self.layer_type = config, layer_idx, layer_type
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
-        key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        layout: SequenceLayout,
-        rotary: Tables,
-        masks: dict[str, torch.Tensor | None],
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[B, T, D] -> [B, T, D]` and the attention weights `[B, H, T, S]` where the backend gives them."""
-        moved = self.layer_type == "sliding_attention" and not masks.get("prepared")
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary:
-            q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
-        if moved:
-            q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        o, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            masks[self.layer_type],
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        o = o.flatten(-2)
-        return self.o_proj(layout.restore(o) if moved else o), weights
+from lalm.modeling.batch_layout import adopt_cache, build_layout, current_mask, is_fresh, positions, softmax_masks
+from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables
+from lalm.modeling.mixers import Mixer, SoftmaxAttention, Tables
 
 
 class Block(GradientCheckpointingLayer):
@@ -216,7 +78,7 @@ class LalmModel(LalmPreTrainedModel):
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         added = config.position_embedding_type in ("learned", "sinusoidal")
         self.embed_positions = PositionEmbedding(config) if added else None
         self.dropout = nn.Dropout(config.dropout)
@@ -253,18 +115,21 @@ class LalmModel(LalmPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if input_ids is None:
+            hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
+        else:
+            hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch, length = inputs_embeds.shape[:2]
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config)
+        batch, length = hidden_states.shape[:2]
         fresh = is_fresh(past_key_values)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = current_mask(attention_mask, batch, length, seen)
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh)
         if position_ids is None:
-            position_ids = positions(layout, attention_mask, seen, inputs_embeds)
-        hidden_states = inputs_embeds
+            position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
         hidden_states = self.dropout(hidden_states)
@@ -352,9 +217,9 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -383,7 +248,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
             last = (real * torch.arange(length, device=logits.device)).argmax(-1)
         elif batch > 1:
             raise ValueError(
-                "Cannot tell padding in this batch: pass attention_mask, or set config.pad_token_id and pass input_ids."
+                "Cannot tell padding in this batch: pass attention_mask, or input_ids with config.pad_token_id set."
             )
         pooled_logits = logits[torch.arange(batch, device=logits.device), last]
         loss = None
@@ -407,10 +272,10 @@ class LalmForTokenClassification(LalmPreTrainedModel):
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -438,5 +303,4 @@ __all__ = [
     "LalmForSequenceClassification",
     "LalmForTokenClassification",
     "LalmModel",
-    "RecurrentLayer",
 ]

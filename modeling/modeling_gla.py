@@ -5,19 +5,19 @@ Code symbol -> paper (section 4.4): g -> log alpha; gk_proj -> W_alpha^1, W_alph
 tau; g_proj -> W_r; o_proj -> W_O; o_norm -> LN (RMSNorm here, as in the authors' released code).
 """
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.modeling.layers import RMSNorm
+from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
     LalmModel,
-    Mixer,
 )
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.gla import chunk_gla, fla_gla, recurrent_gla
 
@@ -37,7 +37,8 @@ class GLAMixer(Mixer):
         self.gate_logit_normalizer = config.gate_logit_normalizer
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        g = F.logsigmoid(self.gk_proj(hidden_states).float()) / self.gate_logit_normalizer
+        gate = self.gk_proj(hidden_states)
+        g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_logit_normalizer
         op = choose(
             "gla",
             self.config.linear_attn_implementation,

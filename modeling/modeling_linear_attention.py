@@ -10,12 +10,12 @@ from torch import nn
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import FavorFeatures, FeatureMap, HedgehogFeatures
 from lalm.modeling.layers import RMSNorm
+from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
     LalmModel,
-    Mixer,
 )
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.linear_attention import chunk_linear_attention, fla_linear_attention, recurrent_linear_attention

@@ -1,7 +1,7 @@
 """The table of tiny models that every test in tests/modeling runs over.
 
 Adding a variant is adding rows: one for its defaults, one for each switch that changes how tokens, padding, documents
-or states meet. A row may switch a test off by the name of its function, and only with a reason, which pytest prints.
+or states meet. A row may switch tests off by the beginning of their names, only with a reason, which pytest prints.
 """
 
 import math
@@ -30,7 +30,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Row:
-    """One tiny configuration. `off` maps the name of a test function to the reason why this row does not run it."""
+    """One tiny configuration. `off` maps the beginning of a test's name to the reason why this row does not run it."""
 
     name: str
     config_class: type
@@ -94,7 +94,9 @@ ROWS = (
     _linear("hybrid_full", full_attention_layers=[1], use_short_conv=True, qk_norm=True, **HYBRID),
     _linear("hybrid_learned", full_attention_layers=[0], position_embedding_type="learned"),
     _linear("hybrid_sliding", sliding_attention_layers=[0, 2], sliding_window=6, **HYBRID),
-    _linear("hybrid_both", full_attention_layers=[2], sliding_attention_layers=[0], sliding_window=5, **HYBRID | GROUPED),
+    _linear(
+        "hybrid_both", full_attention_layers=[2], sliding_attention_layers=[0], sliding_window=5, **HYBRID | GROUPED
+    ),
     _gla("plain"),
     _gla("conv_tied", use_short_conv=True, conv_size=4, tie_word_embeddings=True),
     _gla("qk_norm_rope", qk_norm=True, position_embedding_type="rope"),

@@ -2,6 +2,8 @@
 """Arguments of run_clm.py: four dataclasses, read from flags or from one YAML/JSON recipe plus flags."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -13,6 +15,9 @@ BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
 
 def _option(default, text: str):
     return field(default=default, metadata={"help": text})
+
+
+# ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
 
 
 @dataclass
@@ -27,6 +32,7 @@ class ModelArguments:
         "Fields of the new model's config as key=value, the values in JSON (true, null, [1, 3], {...}) or plain text; "
         "also one JSON object. A recipe gives a mapping. Flags are merged over the recipe key by key.",
     )
+    overrides: dict[str, Any] = field(default_factory=dict, init=False)  # config_overrides, read by parse_arguments
     model_name_or_path: str | None = _option(None, "Continue from this checkpoint (folder or Hub name).")
     tokenizer_name: str | None = _option(
         None, "Tokenizer (folder or Hub name). Default: the checkpoint's, or one trained on the training text."
@@ -82,7 +88,8 @@ class DataArguments:
     )
     block_size: int = _option(256, "Tokens in a block.")
     eval_stride: int | None = _option(
-        None, "Step of the evaluation window, 1 .. block_size; below block_size every token is scored with at least "
+        None,
+        "Step of the evaluation window, 1 .. block_size; below block_size every token is scored with at least "
         "block_size - eval_stride tokens of context. Default: block_size (blocks that do not overlap).",
     )
     max_train_samples: int | None = _option(None, "Use this many training blocks at most.")
@@ -98,7 +105,9 @@ class DataArguments:
         if self.eval_stride is None:
             self.eval_stride = self.block_size
         if not 1 <= self.eval_stride <= self.block_size:
-            raise ValueError(f"--eval_stride is {self.eval_stride}; it must lie in 1 .. block_size ({self.block_size})")
+            raise ValueError(
+                f"--eval_stride is {self.eval_stride}; it must lie in 1 .. block_size ({self.block_size})"
+            )
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError("--validation_split_percentage must lie between 0 and 100, both excluded")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
@@ -151,6 +160,16 @@ class ClmTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = True
         # per-token sums need every batch, and the metric is written for sums
         self.batch_eval_metrics = True
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(str(self.output_dir))
+
+    @property
+    def trackers(self) -> list[str]:
+        """The experiment trackers to report to."""
+        return list(self.report_to) if isinstance(self.report_to, list) else []
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ClmTrainingArguments)

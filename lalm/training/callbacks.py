@@ -13,14 +13,14 @@ class ThroughputCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self.seconds, self.steps, self.first_tokens = 0.0, 0, 0
-        self._begun = 0.0
-        self._mark = (0.0, 0, 0)
+        self._reset(0)
+
+    def _reset(self, tokens: int) -> None:
+        self.seconds, self.steps, self.first_tokens = 0.0, 0, tokens
+        self._begun, self._mark = 0.0, (0.0, 0, tokens)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.__init__()
-        self.first_tokens = state.num_input_tokens_seen
-        self._mark = (0.0, 0, self.first_tokens)
+        self._reset(state.num_input_tokens_seen)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
@@ -37,7 +37,7 @@ class ThroughputCallback(TrainerCallback):
             return {}
         rate = (state.num_input_tokens_seen - tokens) / elapsed
         self._mark = (self.seconds, self.steps, state.num_input_tokens_seen)
-        left = (state.max_steps - state.global_step) * elapsed / done
+        left = max(0, state.max_steps - state.global_step) * elapsed / done
         return {"tokens_per_second": round(rate, 1), "eta_minutes": round(left / 60, 2)}
 
     def overall(self, state) -> float:

@@ -9,6 +9,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from transformers import TrainerState
+
 from lalm.training.arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from lalm.training.errors import UserError
 
@@ -18,7 +20,7 @@ RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 # a resumed run with another value here would be another run
 MUST_MATCH = (
-    "model_type", "config_overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
+    "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
     "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "document_boundary", "packing",
     "block_size", "max_train_samples", "seed",
 )  # fmt: skip
@@ -55,14 +57,17 @@ def check_checkpoint(folder: Path) -> None:
         # torch.save writes a zip file, whose directory comes last
         if not zipfile.is_zipfile(folder / "optimizer.pt"):
             raise ValueError("optimizer.pt is missing or cut off")
-    if not (folder / "scheduler.pt").is_file():
-        raise ValueError("scheduler.pt is missing")
-    if not any(folder.glob("rng_state*.pth")):
-        raise ValueError("rng_state.pth is missing")
+    if not zipfile.is_zipfile(folder / "scheduler.pt"):
+        raise ValueError("scheduler.pt is missing or cut off")
+    states = list(folder.glob("rng_state*.pth"))
+    if not states or not all(zipfile.is_zipfile(path) for path in states):
+        raise ValueError("rng_state.pth is missing or cut off")
 
 
 def checkpoints_of(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders, latest first."""
+    if not output_dir.is_dir():
+        return []
     found = [path for path in output_dir.iterdir() if path.is_dir() and CHECKPOINT.match(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
@@ -79,6 +84,14 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def is_finished(checkpoint: str, training: ClmTrainingArguments) -> bool:
+    """Tell whether a checkpoint stands at the end of the training asked for."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if training.max_steps > 0:
+        return state.global_step >= training.max_steps
+    return (state.epoch or 0) >= training.num_train_epochs
+
+
 def run_record(model: ModelArguments, data: DataArguments, training: ClmTrainingArguments) -> dict:
     """Return the arguments of a run as JSON values, without secrets."""
     record = {"model": dict(vars(model)), "data": dict(vars(data)), "training": training.to_dict()}
@@ -88,6 +101,7 @@ def run_record(model: ModelArguments, data: DataArguments, training: ClmTraining
 
 def differences(old: dict, new: dict) -> list[str]:
     """Return the names of `MUST_MATCH` whose values differ between two records."""
+
     def flat(record: dict) -> dict:
         return {**record.get("training", {}), **record.get("data", {}), **record.get("model", {})}
 
@@ -111,9 +125,18 @@ def write_record(output_dir: Path, record: dict) -> None:
     os.replace(staging, output_dir / RUN_FILE)
 
 
-def explicit_checkpoint(path: str) -> Path:
-    """Return the checkpoint named by --resume_from_checkpoint, checked."""
-    folder = Path(path).expanduser()
+def choose_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
+    """Return the checkpoint to resume: the one asked for by path, else the last complete one, else None.
+
+    Raises:
+        UserError: a checkpoint is asked for (a path, or ``true``) and there is no complete one.
+    """
+    if not asked or str(asked).lower() in ("true", "1"):
+        checkpoint = last_complete_checkpoint(output_dir)
+        if asked and checkpoint is None:
+            raise UserError(f"--resume_from_checkpoint: {output_dir} holds no complete checkpoint")
+        return checkpoint
+    folder = Path(asked).expanduser()
     try:
         check_checkpoint(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -121,39 +144,44 @@ def explicit_checkpoint(path: str) -> Path:
     return folder
 
 
-def prepare_output_dir(record: dict, training: ClmTrainingArguments) -> str | None:
-    """Make or check the output folder and return the checkpoint to resume from, if any.
+def check_output_dir(record: dict, training: ClmTrainingArguments) -> str | None:
+    """Check the output folder, without touching it, and return the checkpoint to resume from, if any.
 
     Raises:
         UserError: the folder holds something else, or a run with other arguments.
     """
-    folder = Path(str(training.output_dir))
-    if folder.exists() and not folder.is_dir():
+    folder = training.folder
+    if not folder.exists():
+        return str(choose_checkpoint(folder, asked)) if (asked := training.resume_from_checkpoint) else None
+    if not folder.is_dir():
         raise UserError(f"--output_dir: {folder} is a file")
+    old = read_record(folder)
+    if old is None and any(folder.iterdir()):
+        raise UserError(f"--output_dir: {folder} is not empty and holds no run of run_clm.py; name another folder")
+    if training.start_over:
+        return None
+    if old is not None and (changed := differences(old, record)):
+        raise UserError(
+            f"--output_dir: {folder} holds a run with another {', '.join(changed)}; name another folder, or "
+            f"delete that run with --start_over"
+        )
+    checkpoint = choose_checkpoint(folder, training.resume_from_checkpoint)
+    if checkpoint is not None:
+        logger.info("resuming from %s (start again with --start_over)", checkpoint)
+    return str(checkpoint) if checkpoint else None
+
+
+def claim_output_dir(record: dict, training: ClmTrainingArguments) -> None:
+    """Make the output folder this run's; with --start_over the earlier checkpoints go now, not before.
+
+    By now text and model are known to be good, so no mistake in the arguments costs an earlier run.
+    """
+    folder = training.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir: cannot make {folder}: {error.strerror}") from None
-    old = read_record(folder)
-    if old is None and any(folder.iterdir()):
-        raise UserError(f"--output_dir: {folder} is not empty and holds no run of run_clm.py; name another folder")
-    if training.start_over and old is not None:
-        for checkpoint in checkpoints_of(folder):
-            shutil.rmtree(checkpoint)
-        old = None
-    if old is not None and (changed := differences(old, record)):
-        raise UserError(
-            f"--output_dir: {folder} holds a run with another {', '.join(changed)}; name another folder, or delete that "
-            f"run with --start_over"
-        )
-    asked = training.resume_from_checkpoint
-    if asked and str(asked).lower() not in ("true", "1"):
-        checkpoint = explicit_checkpoint(str(asked))
-    else:
-        checkpoint = last_complete_checkpoint(folder)
-        if asked and checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint")
+    if training.start_over:
+        for stale in checkpoints_of(folder):
+            shutil.rmtree(stale)
     write_record(folder, record)
-    if checkpoint is not None:
-        logger.info("resuming from %s (start again with --start_over)", checkpoint)
-    return str(checkpoint) if checkpoint else None

@@ -3,10 +3,12 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
+from lalm.training.arguments import ClmTrainingArguments
 from lalm.training.callbacks import ThroughputCallback
 from lalm.training.perplexity import TokenMetrics, score_tokens
 
@@ -20,32 +22,34 @@ class ClmTrainer(Trainer):
         write_card: called with the trainer to write README.md; used by `push_to_hub` in place of the stock card.
     """
 
-    def __init__(self, *args, write_card=None, **kwargs):
+    args: ClmTrainingArguments
+
+    def __init__(self, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs):
         self.throughput = ThroughputCallback()
         self.write_card = write_card
-        callbacks = [self.throughput, *(kwargs.pop("callbacks", None) or [])]
-        super().__init__(
-            *args,
-            callbacks=callbacks,
-            compute_metrics=TokenMetrics(),
-            preprocess_logits_for_metrics=score_tokens,
-            **kwargs,
-        )
+        kwargs["callbacks"] = [self.throughput, *(kwargs.get("callbacks") or [])]
+        kwargs |= {"compute_metrics": TokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
+        super().__init__(**kwargs)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""
-        options = dict(self.args.lr_scheduler_kwargs or {})
-        if self.args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in options:
+        options = self.args.lr_scheduler_kwargs or {}
+        if (
+            isinstance(options, dict)
+            and self.args.lr_scheduler_type == "warmup_stable_decay"
+            and "num_decay_steps" not in options
+        ):
             room = num_training_steps - self.args.get_warmup_steps(num_training_steps)
-            options["num_decay_steps"] = max(0, min(round(self.args.decay_ratio * num_training_steps), room))
-            self.args.lr_scheduler_kwargs = options
+            decay = max(0, min(round(self.args.decay_ratio * num_training_steps), room))
+            self.args.lr_scheduler_kwargs = options | {"num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluation_loop(self, *args, **kwargs):
         """As in Trainer, but the loss is the sum over tokens divided by their number, not a mean of batch means."""
         output = super().evaluation_loop(*args, **kwargs)
-        for key in [key for key in output.metrics if key.endswith("_nll")]:
-            output.metrics[key.removesuffix("_nll") + "_loss"] = output.metrics.pop(key)
+        metrics = output.metrics or {}
+        for key in [key for key in metrics if key.endswith("_nll")]:
+            metrics[key.removesuffix("_nll") + "_loss"] = metrics.pop(key)
         return output
 
     def log(self, logs, start_time=None):
@@ -54,13 +58,23 @@ class ClmTrainer(Trainer):
             logs |= self.throughput.recent(self.state)
         super().log(logs, start_time)
 
+    def restore(self, checkpoint: str) -> None:
+        """Take over weights and state of a checkpoint at which training is over.
+
+        `train(resume_from_checkpoint=...)` would do one step beyond the last.
+        """
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source = best if best and os.path.isdir(best) else checkpoint
+        self.model.load_state_dict(type(self.model).from_pretrained(source).state_dict())
+
     def save_model(self, output_dir=None, _internal_call=False):
         """As in Trainer; a save into the output folder itself is written aside first and then renamed.
 
         A full disk or a kill in the middle leaves the earlier model as it was.
         """
-        target = Path(output_dir or self.args.output_dir)
-        if target.resolve() != Path(self.args.output_dir).resolve():
+        target = Path(output_dir or self.args.folder)
+        if target.resolve() != self.args.folder.resolve():
             super().save_model(str(target), _internal_call=True)
             return
         staging = target / STAGING

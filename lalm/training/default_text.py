@@ -14,7 +14,7 @@ def python_reference() -> dict[str, list[str]]:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError(
-            "this Python has no pydoc_data.topics (the built-in text); name your own with --train_file or --dataset_name"
+            "this Python has no pydoc_data.topics (the built-in text); name text with --train_file or --dataset_name"
         ) from None
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for rank, name in enumerate(sorted(topics)):

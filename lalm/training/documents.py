@@ -65,7 +65,7 @@ def tokenized_rows(
         try:
             begins_file = True
             for batch in part.map(function, **options).with_format("numpy").iter(batch_size=1000):
-                for ids, kind in zip(batch["input_ids"], batch["kind"]):
+                for ids, kind in zip(batch["input_ids"], batch["kind"], strict=True):
                     yield Row(np.asarray(ids, dtype=np.int32), int(kind), begins_file)
                     begins_file = False
         except Exception as error:
@@ -77,6 +77,7 @@ def tokenized_rows(
 
 def begins_document(boundary: str) -> Callable[[Row, Row | None, Row | None], bool]:
     """Return the rule (row, row before, row after) -> does a document begin here?"""
+
     def blank(row: Row | None) -> bool:
         return row is None or row.kind == BLANK
 
@@ -141,6 +142,4 @@ def split_pieces(
     """
     boundary = resolve_boundary(data, rows)
     bos = tokenizer.bos_token_id if data.packing == "documents" else None
-    return token_pieces(
-        tokenized_rows(rows, tokenizer, data, boundary), boundary, bos, tokenizer.eos_token_id
-    )
+    return token_pieces(tokenized_rows(rows, tokenizer, data, boundary), boundary, bos, tokenizer.eos_token_id)

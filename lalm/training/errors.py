@@ -7,6 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
+# the last is torch.save's writer, which reports every failed write alike
+DISK_FULL_SIGNS = (
+    "No space left on device",
+    "os error 28",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+)
+
 
 class UserError(ValueError):
     """A mistake the user can repair; the message names the field and the fix."""
@@ -31,13 +39,13 @@ def is_disk_full(error: BaseException) -> bool:
 
     safetensors and torch.save wrap the system's error in types of their own, hence the look at the text.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        text = str(error)
-        if "No space left on device" in text or "os error 28" in text or "PytorchStreamWriter failed writing" in text:
+        if any(sign in str(link) for sign in DISK_FULL_SIGNS):
             return True
-        error = error.__cause__ or error.__context__
+        link = link.__cause__ or link.__context__
     return False
 
 

@@ -29,9 +29,9 @@ def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*train), label="training", linewidth=1)
+    axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
     if validation:
-        axes.plot(*zip(*validation), label="validation", marker="o")
+        axes.plot(*zip(*validation, strict=True), label="validation", marker="o")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,6 +3,7 @@
 
 import logging
 from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,21 +65,21 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, bl
     """
     model_type = arguments.model_type or DEFAULT_MODEL_TYPE
     config_class = config_class_of(model_type)
-    overrides = dict(arguments.config_overrides or {})
+    overrides = arguments.overrides
     names = config_field_names(config_class)
     for key in overrides:
         if key not in names:
             raise UserError(f"--config_overrides: {model_type} has no field '{key}'{nearest_hint(key, names)}")
     if overrides.get("vocab_size", len(tokenizer)) < len(tokenizer):
         raise UserError(
-            f"--config_overrides: vocab_size {overrides['vocab_size']} is below the tokenizer's {len(tokenizer)} tokens"
+            f"--config_overrides: vocab_size {overrides['vocab_size']} is below the tokenizer's {len(tokenizer)}"
         )
     values = {"vocab_size": len(tokenizer), **special_token_ids(tokenizer)}
     if "max_position_embeddings" in names:
         positions = getattr(config_class(), "max_position_embeddings", None) or 0
         values["max_position_embeddings"] = max(positions, block_size)
     # stock defaults (Llama: 1 and 2) would name ordinary tokens of this tokenizer
-    absent = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
+    absent: dict[str, Any] = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
     try:
         config = config_class(**{**absent, **values, **overrides})
     except Exception as error:
@@ -122,7 +123,7 @@ def load_checkpoint(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBas
         if is_disk_full(error):
             raise
         raise UserError(f"--model_name_or_path: cannot load '{name}': {one_line(error)}") from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > embedding_table(model).shape[0]:
         logger.info("the tokenizer has %d tokens: the embeddings are resized", len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -161,4 +162,9 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, b
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Return (all parameters, those of the input embeddings); tied weights count once."""
-    return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
+    return sum(p.numel() for p in model.parameters()), embedding_table(model).numel()
+
+
+def embedding_table(model: PreTrainedModel) -> torch.Tensor:
+    """Return the input embeddings [vocabulary, hidden]."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight

@@ -47,7 +47,7 @@ Hardware: {hardware}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{path}"{trust})
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(inputs["input_ids"], max_new_tokens=40)[0]))
@@ -101,14 +101,16 @@ def figures_table(results: Mapping[str, float]) -> str:
     labels = {"before": "validation, before training", "eval": "validation", "test": "test"}
     for prefix, label in labels.items():
         if f"{prefix}_perplexity" in results:
-            perplexity, accuracy = results[f"{prefix}_perplexity"], results[f"{prefix}_accuracy"]
-            rows.append(f"| {label} | {perplexity:.2f} | {accuracy:.4f} | {int(results[f'{prefix}_tokens_scored']):,} |")
+            perplexity, accuracy, scored = (
+                results[f"{prefix}_{name}"] for name in ("perplexity", "accuracy", "tokens_scored")
+            )
+            rows.append(f"| {label} | {perplexity:.2f} | {accuracy:.4f} | {int(scored):,} |")
     return "\n".join(rows) if len(rows) > 2 else "This run was not evaluated."
 
 
 def scoring(data: DataArguments) -> str:
     """Say which tokens the perplexity covers."""
-    unscored = "the first token of each block" if data.eval_stride == data.block_size else "the first token of the text"
+    unscored = f"the first token of {'each block' if data.eval_stride == data.block_size else 'the text'}"
     if data.packing == "documents":
         unscored += " and the first token of each document"
     return (

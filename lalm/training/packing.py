@@ -4,8 +4,8 @@
 Block k covers the tokens [k * stride, k * stride + block_size) of the stream. Which tokens are scored (carry a label):
 every token is scored at most once, in the first block that holds it, unless
 
-- it is the first token of a block and no earlier block holds it (nothing precedes it: with stride == block_size that is
-  the first token of every block, with a smaller stride only the first token of the stream), or
+- it is the first token of a block and no earlier block holds it (nothing precedes it: with stride == block_size that
+  is the first token of every block, with a smaller stride only the first token of the stream), or
 - documents are kept apart and it is the first token of a document (for a tokenizer with a bos token: the bos).
 
 So no document predicts the first token of the next one, and with stride S < block_size every token of the second and
@@ -77,7 +77,7 @@ class PackedDataset(Dataset):
         total = len(stream.tokens)
         blocks = 1 + max(0, -(-(total - block_size) // self.stride)) if total else 0
         self.scored = self._scored(blocks)
-        if blocks and not self.scored[self._first_new(blocks - 1):].any():
+        if blocks and not self.scored[self._first_new(blocks - 1) :].any():
             blocks -= 1
         self.num_blocks = min(blocks, max_blocks) if max_blocks else blocks
 
@@ -167,7 +167,7 @@ class StreamingPackedDataset(IterableDataset):
 
 @dataclass
 class PackingCollator:
-    """Makes ``input_ids``, ``labels`` and, where documents are kept apart, ``position_ids``, each [B, block_size] int64.
+    """Makes ``input_ids``, ``labels`` and, with documents kept apart, ``position_ids``, each [B, block_size] int64.
 
     Positions restart at 0 at each document and at the start of the block. Short blocks are padded on the right; the
     padding is a document of its own without labels, so no attention mask is needed, and none is given: with one, the
@@ -200,4 +200,5 @@ class PackingCollator:
 def require_blocks(dataset: PackedDataset, split: str) -> None:
     """Refuse a split too short to score a single token."""
     if len(dataset) == 0:
-        raise UserError(f"the {split} text has {len(dataset.stream.tokens)} tokens: too few to score one; give more text")
+        tokens = len(dataset.stream.tokens)
+        raise UserError(f"the {split} text has {tokens} tokens: too few to score one; give more text")

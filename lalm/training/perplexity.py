@@ -1,7 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Token-level perplexity and accuracy, summed over tokens: ``exp(sum of -log p / number of tokens scored)``.
 
-Which tokens are scored is stated in lalm.training.packing. A mean of batch means would weigh tokens of short blocks more.
+Which tokens are scored is stated in lalm.training.packing. A mean of batch means would weigh the tokens of short
+blocks more.
 """
 
 import math

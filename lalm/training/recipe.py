@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -37,8 +38,9 @@ def read_recipe(path: str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"the recipe {path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: "
-                        f"{one_line(error)}") from None
+        raise UserError(
+            f"the recipe {path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: {one_line(error)}"
+        ) from None
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} must hold 'name: value' lines")
     known = field_names()
@@ -57,7 +59,7 @@ def parse_value(text: str):
     try:
         return json.loads(text)
     except ValueError:
-        if text[:1] in "[{\"":
+        if text[:1] in '[{"':
             raise UserError(f"--config_overrides: '{text}' is not valid JSON") from None
         return text
 
@@ -122,7 +124,7 @@ def reconcile(recipe: dict, flags: list[str]) -> dict:
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
     """Parse ``[recipe.yaml] --flag value ...`` into the three dataclasses.
 
-    `ModelArguments.config_overrides` is a dict afterwards: the recipe's mapping with the flags merged over it.
+    `ModelArguments.overrides` holds the config overrides: the recipe's mapping with the flags merged over it.
 
     Raises:
         UserError: unknown names (the nearest one is given), wrong types, contradictory options.
@@ -134,7 +136,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Clm
     recipe_overrides = recipe.pop("config_overrides", None)
     if isinstance(recipe_overrides, str):
         recipe_overrides = [recipe_overrides]
-    parser = ClmArgumentParser(ARGUMENT_CLASSES, allow_abbrev=False, prog="run_clm.py")
+    parser = ClmArgumentParser(cast(Any, ARGUMENT_CLASSES), allow_abbrev=False, prog="run_clm.py")
     try:
         model, data, training, rest = parser.parse_args_into_dataclasses(
             recipe_to_flags(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
@@ -146,7 +148,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Clm
     if rest:
         name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
         raise UserError(f"unknown argument '{rest[0]}'{nearest_hint(name, field_names())}")
-    model.config_overrides = {**parse_overrides(recipe_overrides), **parse_overrides(model.config_overrides)}
-    if model.model_name_or_path and model.config_overrides:
+    model.overrides = {**parse_overrides(recipe_overrides), **parse_overrides(model.config_overrides)}
+    if model.model_name_or_path and model.overrides:
         raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
     return model, data, training

@@ -79,8 +79,10 @@ def choose_text_column(dataset: Dataset | IterableDataset, wanted: str | None, s
     columns = list(features)
     if wanted is not None:
         if wanted not in columns:
-            raise UserError(f"--text_column: {source} has no column '{wanted}'{nearest_hint(wanted, columns)}; "
-                            f"its columns are {', '.join(columns)}")
+            raise UserError(
+                f"--text_column: {source} has no column '{wanted}'{nearest_hint(wanted, columns)}; "
+                f"its columns are {', '.join(columns)}"
+            )
         chosen = wanted
     elif "text" in columns:
         chosen = "text"
@@ -106,9 +108,8 @@ def load_file(path: Path, data: DataArguments, cache_dir: str | None, flag: str)
     check_file(path, flag)
     name, options = builder_of(path)
     try:
-        rows = load_dataset(
-            name, data_files={"train": str(path)}, split="train", streaming=data.streaming, cache_dir=cache_dir, **options
-        )
+        options |= {"split": "train", "streaming": data.streaming, "cache_dir": cache_dir}
+        rows = load_dataset(name, data_files={"train": str(path)}, **options)
         rows = keep_text(rows, data.text_column, str(path))
     except UserError:
         raise

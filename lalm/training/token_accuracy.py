@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Share of tokens predicted right, as an `evaluate` module: ``evaluate.load("<path of this file>")`` needs no network."""
+"""Share of tokens predicted right, an `evaluate` module: ``evaluate.load("<path of this file>")`` needs no network."""
 
 import datasets
 import evaluate
@@ -35,7 +35,7 @@ class TokenAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references) -> dict:
         right = counted = 0
-        for predicted, true in zip(predictions, references):
+        for predicted, true in zip(predictions, references, strict=True):
             true = np.asarray(true)
             counts = true != -100
             counted += int(counts.sum())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lalm.training.arguments import ModelArguments
 from lalm.training.errors import UserError, one_line
@@ -60,7 +60,7 @@ def load_tokenizer(name: str, model: ModelArguments) -> PreTrainedTokenizerBase:
     path = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
     try:
         if is_bare_gpt2_folder(path):
-            tokenizer = GPT2TokenizerFast.from_pretrained(path)
+            tokenizer = GPT2Tokenizer.from_pretrained(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 path,

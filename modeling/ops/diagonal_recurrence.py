@@ -11,8 +11,8 @@ Chunk form. With G the running sum of g inside a chunk, E its last row, and any 
     o_i  = sum_{j <= i} (q~_i . k~_j) v_j + (exp(R) S_in)^T q~_i
     S_out = exp(E) S_in + exp(E - R) sum_j k~_j v_j^T
 R = E / 2 keeps every exponent within half the decay of one chunk, so a chunk costs what ungated attention costs. Where
-that could overflow (`_MAX_DECAY`) the scores come from exponents that are never positive instead: see `_bounded_levels`.
-The backward pass keeps the inputs only and recomputes the chunk states.
+that could overflow (`_MAX_DECAY`) the scores come from exponents that are never positive: see `_bounded_levels`. The
+backward pass keeps the inputs only and recomputes the chunk states.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def recurrent_diagonal(
     state: torch.Tensor | None,
     layout: SequenceLayout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, token by token: `q, k [B, T, H, K]`, `v [B, T, H, V]`, `g [B, T, H, D]` -> `o`, `S [B, H, K, V]`."""
+    """The definition, a token at a time: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H, D]` -> o, S `[B, H, K, V]`."""
     layout = layout or SequenceLayout()
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
@@ -232,13 +232,13 @@ class _Chunks:
         if self.bounded is not None:
             return _bounded_scores_backward(d_scores, self.q, self.k, self.bounded)
         dq, dk = d_scores @ self.k_scaled, d_scores.transpose(-1, -2) @ self.q_scaled
-        if self.q_factor is None:
+        if self.q_factor is None or self.k_factor is None:
             return dq, dk
         return dq.mul_(self.q_factor), dk.mul_(self.k_factor)
 
     def state_backward(self, d_reads: torch.Tensor, d_writes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of q and k through what they read from and write to the state, in place."""
-        if self.q_factor is not None:
+        if self.q_factor is not None and self.k_factor is not None:
             d_reads, d_writes = d_reads.mul_(self.q_factor), d_writes.mul_(self.k_factor)
         if self.borders is not None:
             d_reads, d_writes = d_reads.mul_(self.borders.reads_BNC1), d_writes.mul_(self.borders.writes_BNC1)

@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from lalm.modeling.ops.layout import SequenceLayout
 
-logger = logging.get_logger(__name__)
+# Under transformers' own logger, so that its verbosity settings hold.
+logger = logging.get_logger("transformers.lalm")
 
 # Below this many tokens stepping through them beats preparing one chunk.
 _SHORT = 8
@@ -31,14 +32,13 @@ def choose(
         ValueError: "fla" for tensors that are not on a GPU.
         ImportError: "fla" without flash-linear-attention installed.
     """
-    if implementation == "auto":
+    name = implementation
+    if name == "auto":
         name = "recurrent" if q.shape[1] < _SHORT else "chunk"
-    else:
-        name = implementation
     if name == "fla" and q.device.type == "cpu":
         raise ValueError(
-            "linear_attn_implementation='fla' runs Triton kernels on a GPU, and the input is on the CPU: move the model "
-            "to the GPU or set linear_attn_implementation='auto'."
+            "linear_attn_implementation='fla' runs Triton kernels on a GPU, and the input is on the CPU: move the "
+            "model to the GPU or set linear_attn_implementation='auto'."
         )
     if not torch.compiler.is_compiling():
         _announce(rule, name, implementation, q.device.type)
@@ -82,10 +82,11 @@ def fla_diagonal(
         cu_seqlens = torch.cat([borders, borders.new_tensor([batch * length])]).to(torch.int32)
         first = torch.searchsorted(borders, torch.arange(batch, device=q.device) * length)
         last = torch.cat([first[1:], first.new_tensor([len(borders)])]) - 1
-        q, k, v, g = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, g))
+        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+        g = None if g is None else g.flatten(0, 1)[None]
         if state is not None:
             state = state.new_zeros(len(borders), *state.shape[1:]).index_copy(0, first, state)
-    common = dict(scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
     if g is None:
         o, final = chunk_linear_attn(q, k, v, normalize=False, **common)
     elif g.shape[-1] == 1:

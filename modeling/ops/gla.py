@@ -106,5 +106,5 @@ def fla_gla(
     *,
     layout: SequenceLayout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_gla` by the GPU kernels of flash-linear-attention; same arguments, rounding of the dtype of v."""
+    """`recurrent_gla` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _gla(fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout))

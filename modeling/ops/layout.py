@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,24 @@ class SequenceLayout:
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
         """Apply `order` along the time axis of `x [B, T, ...]`."""
         return x if self.order is None else _gather_time(x, self.order)
+
+    def segments_pads_first(self) -> torch.Tensor | None:
+        """`document_ids` in that order; the padding at the front counts to the row's first document."""
+        segments = self.document_ids()
+        if segments is None or self.mask is None:
+            return segments
+        return self.pads_first(segments).masked_fill(~self.pads_first(self.mask), 0)
+
+    def slide_over_padding(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        """Join `past [B, S, ...]` and `current [B, T, ...]`, whose padding stands first, so that the past follows that
+        padding and nothing parts it from the real tokens. What fills the front is unspecified."""
+        joined = torch.cat([past, current], dim=1)
+        if self.mask is None:
+            return joined
+        padding = (~self.mask).sum(1, keepdim=True)
+        slots = torch.arange(joined.shape[1], device=joined.device)[None]
+        source = torch.where(slots < padding + past.shape[1], (slots - padding).clamp(min=0), slots)
+        return _gather_time(joined, source)
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `pads_first`."""
@@ -84,24 +103,24 @@ def check_state(state: torch.Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def segments_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """Document ids `[1, T]` of `T = length` tokens packed with borders `cu_seqlens [N + 1]`; tolerates empty documents."""
+    """Document ids `[1, T]` of `length` tokens packed with borders `cu_seqlens [N + 1]`; documents may be empty."""
     positions = torch.arange(length, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)[None]
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: str = "cu_seqlens") -> None:
     """Raise ValueError unless `cu_seqlens` is a valid list of borders of one packed row of `length` tokens."""
     if batch != 1:
-        raise ValueError(f"cu_seqlens describes one packed row: flatten the batch to B = 1 first, got B = {batch}.")
+        raise ValueError(f"{name} describes one packed row: flatten the batch to B = 1 first, got B = {batch}.")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens must be a vector [N + 1] with N >= 1, got shape {tuple(cu_seqlens.shape)}.")
+        raise ValueError(f"{name} must be a vector [N + 1] with N >= 1, got shape {tuple(cu_seqlens.shape)}.")
     if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype is torch.bool:
-        raise ValueError(f"cu_seqlens must hold integers, got {cu_seqlens.dtype}.")
+        raise ValueError(f"{name} must hold integers, got {cu_seqlens.dtype}.")
     if torch.compiler.is_compiling():
         return
     borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, got {borders}.")
+    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
+        raise ValueError(f"{name} must rise from 0 to T = {length}, got {borders}.")
 
 
 def per_document(
@@ -114,7 +133,8 @@ def per_document(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run `op` on one packed row `[1, T, ...]` so that each document has its own initial and final state `[N, ...]`.
 
-    Without states the row stays packed. With states the documents are laid side by side in a padded batch.
+    Without states the row stays packed. With states, documents whose lengths round up to the same power of two are laid
+    side by side in a padded batch, so that at most twice the tokens are computed.
     """
     first = next(tensor for tensor in tensors if tensor is not None)
     length = first.shape[1]
@@ -122,11 +142,25 @@ def per_document(
     segments = segments_of(cu_seqlens.to(first.device), length)
     if initial_state is None and not output_final_state:
         return op(*tensors, layout=SequenceLayout(segments=segments), **kwargs)
-    starts, ends = cu_seqlens[:-1].to(first.device).long(), cu_seqlens[1:].to(first.device).long()
-    steps = torch.arange(max(int((ends - starts).max()), 1), device=first.device)
-    index = (starts[:, None] + steps).clamp(max=length - 1)
-    layout = SequenceLayout(mask=steps < (ends - starts)[:, None])
-    batch = [None if tensor is None else tensor[0][index] for tensor in tensors]
-    o, state = op(*batch, initial_state=initial_state, output_final_state=output_final_state, layout=layout, **kwargs)
-    row = segments[0]
-    return o[row, torch.arange(length, device=row.device) - starts[row]][None], state
+    starts, lengths = cu_seqlens[:-1].to(first.device).long(), cu_seqlens.to(first.device).long().diff()
+    sizes = [int(length - 1).bit_length() if length else -1 for length in lengths.tolist()]
+    tokens, outputs, documents, states = [], [], [], []
+    for size in sorted(set(sizes)):
+        group = torch.tensor([i for i, other in enumerate(sizes) if other == size], device=first.device)
+        steps = torch.arange(max(int(lengths[group].max()), 1), device=first.device)
+        index, mask = (starts[group, None] + steps).clamp(max=length - 1), steps < lengths[group, None]
+        batch = [None if tensor is None else tensor[0][index] for tensor in tensors]
+        entering = None if initial_state is None else initial_state[group]
+        o, state = op(
+            *batch,
+            initial_state=entering,
+            output_final_state=output_final_state,
+            layout=SequenceLayout(mask=mask),
+            **kwargs,
+        )
+        tokens.append(index[mask])
+        outputs.append(o[mask])
+        documents.append(group)
+        states.append(state)
+    o = torch.cat(outputs)[torch.cat(tokens).argsort()][None]
+    return o, torch.cat(states)[torch.cat(documents).argsort()] if output_final_state else None

@@ -127,7 +127,7 @@ def fla_linear_attention(
     eps: float = 1e-6,
     layout: SequenceLayout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, rounding of the dtype of v."""
+    """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _linear_attention(
         fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout)
     )

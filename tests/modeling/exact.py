@@ -18,7 +18,7 @@ def assert_close(actual, expected, what="", tolerance=TOLERANCE):
 
 
 def states(cache):
-    """Every recurrent and convolution state of a cache, by name. Keys and values are left out: padding stays in them."""
+    """Every recurrent and convolution state of a cache, by name; not keys and values, where padding stays."""
     found = {}
     for index, layer in enumerate(cache.layers):
         for kind in ("recurrent_states", "conv_states"):
@@ -31,7 +31,8 @@ def states(cache):
 def assert_same_states(actual, expected, rows=slice(None), tolerance=TOLERANCE):
     """The states of `actual`, cut to `rows`, are those of `expected`."""
     actual, expected = states(actual), states(expected)
-    assert actual.keys() == expected.keys() and actual
+    assert actual.keys() == expected.keys()
+    assert actual
     for name, state in expected.items():
         assert_close(actual[name][rows], state, name, tolerance)
 

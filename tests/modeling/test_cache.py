@@ -123,7 +123,7 @@ def test_batch_select_indices(row):
 @recurrent_rows
 def test_reset_dynamic(row):
     model, ids = row.build(), tokens(2, LENGTH)
-    logits, cache = run(model, tokens(2, 9, seed=7))
+    _, cache = run(model, tokens(2, 9, seed=7))
     cache.reset()
     assert cache.get_seq_length() == 0
     assert_close(run_in_pieces(model, ids, [10, 13], cache=cache)[0], run(model, ids)[0], "logits after reset")

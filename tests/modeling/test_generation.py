@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
+from transformers.masking_utils import create_masks_for_generate
 
 from tests.modeling.exact import assert_close, run, tokens
 from tests.variants import each_variant, every_row, few_rows
@@ -121,13 +122,15 @@ def compiled_decode(row, backend, steps=5, batch=2):
     cache = StaticCache(config=model.config, max_cache_len=32)
     _, cache = run(model, ids[:, :9], past_key_values=cache)
     torch.compiler.reset()
-    step = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False)
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
     logits = []
     for t in range(9, 9 + steps):
+        position, embeds = torch.full((batch, 1), t), torch.empty(batch, 1, 0, dtype=model.dtype)
+        # generate() prepares the masks of a compiled step outside it, and so do we.
+        masks = create_masks_for_generate(model.config, embeds, None, cache, position)
         # After two steps nothing may be left that would compile a graph anew at every token.
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=t > 10):
-            position = torch.full((batch, 1), t)
-            out = step(ids[:, t : t + 1], position_ids=position, past_key_values=cache, use_cache=True)
+            out = step(ids[:, t : t + 1], masks, position, past_key_values=cache, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, 1), run(model, ids)[0][:, 9:]
 
@@ -160,4 +163,6 @@ def test_text_generation_pipeline_with_a_batch(row):
     batched = pipe(prompts, batch_size=3, **options)
     for prompt, out in zip(prompts, batched, strict=True):
         ids = torch.tensor([[int(word[1:]) for word in prompt.split()]])
-        assert out[0]["generated_text"].split() == tiny_tokenizer().decode(greedy_by_hand(model, ids)[0, -NEW:]).split()
+        assert (
+            out[0]["generated_text"].split() == tiny_tokenizer().decode(greedy_by_hand(model, ids)[0, -NEW:]).split()
+        )

@@ -1,5 +1,7 @@
 """Each packed document gets what it gets alone, whichever of the three forms names the borders."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening
@@ -38,7 +40,7 @@ def borders(lengths, forms=FORMS):
 
 def spans(lengths):
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 @every_row
@@ -138,7 +140,9 @@ def test_states_after_packing_are_the_last_documents(row):
 
 
 @few_rows
-@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=["plain", "all"]
+)
 def test_loss_of_the_stock_collator(row, options):
     """DataCollatorWithFlattening's batch, loss and gradients, against the documents one by one."""
     model = row.build()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from tests.modeling.exact import (
     add_gradients,
@@ -17,6 +18,10 @@ from tests.variants import every_row, few_rows
 
 LENGTH = 21
 KINDS = ("left", "right", "interior", "scattered")
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=LENGTH + 9),
+}
 
 
 def mask_of(kind):
@@ -96,11 +101,13 @@ def test_mask_types(row, dtype):
 
 @every_row
 @pytest.mark.parametrize("kind", KINDS)
-def test_continued_after_a_padded_prompt(row, kind):
+@pytest.mark.parametrize("cache_class", CACHES)
+def test_continued_after_a_padded_prompt(row, kind, cache_class):
     """Prompt at once, then token by token with the mask of everything so far, as generate passes it."""
     model, ids, mask = row.build(), tokens(3, LENGTH + 4), mask_of(kind)
     mask = torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
-    logits, cache = run(model, ids[:, :LENGTH], attention_mask=mask[:, :LENGTH])
+    cache = CACHES[cache_class](model.config)
+    logits, cache = run(model, ids[:, :LENGTH], attention_mask=mask[:, :LENGTH], past_key_values=cache)
     for t in range(LENGTH, LENGTH + 4):
         step, cache = run(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
         logits = torch.cat([logits, step], 1)
@@ -112,13 +119,14 @@ def test_continued_after_a_padded_prompt(row, kind):
 
 
 @every_row
-def test_padding_in_later_pieces(row):
+@pytest.mark.parametrize("cache_class", CACHES)
+def test_padding_in_later_pieces(row, cache_class):
     """Rows that grow at different speeds: padding inside and at both ends of continued forwards."""
     model, ids = row.build(), tokens(2, 16)
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[0, [0, 1, 6, 9, 12, 13, 15]] = 0
     mask[1, [4, 8, 9, 10, 11]] = 0
-    cache, logits = None, []
+    cache, logits = CACHES[cache_class](model.config), []
     for start, stop in ((0, 5), (5, 8), (8, 12), (12, 13), (13, 16)):
         out, cache = run(model, ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
         logits.append(out)

@@ -150,6 +150,17 @@ def test_hidden_states_are_returned(row):
 
 
 @few_rows
+def test_attentions_of_the_softmax_layers_are_returned(row):
+    model, ids = row.build(attn_implementation="eager"), tokens(2, LENGTH)
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    softmax = [kind for kind in model.config.layer_types if kind != "lalm_recurrent"]
+    assert len(attentions or ()) == len(softmax)
+    for weights in attentions or ():
+        assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), "weights", tolerance=1e-6)
+
+
+@few_rows
 def test_logits_to_keep(row):
     model, ids = row.build(), tokens(2, LENGTH)
     with torch.no_grad():
@@ -168,3 +179,13 @@ def test_tuple_output(row):
     assert isinstance(out, tuple)
     assert_close(out[0], named.loss, "loss")
     assert_close(out[1], named.logits, "logits")
+
+
+@few_rows
+def test_a_real_token_with_the_pad_id_is_trained(row):
+    """Many tokenizers pad with the end-of-text token: the mask alone says what is padding."""
+    model = row.build(pad_token_id=2, tie_word_embeddings=False)
+    ids = tokens(2, LENGTH)
+    ids[:, 5] = 2
+    gradients_of(model, input_ids=ids, labels=ids)
+    assert model.get_input_embeddings().weight.grad[2].abs().max() > 0

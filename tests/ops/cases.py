@@ -111,7 +111,11 @@ def gradients(fn, x, out_weight, state_weight):
     leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items() if t is not None}
     out, final = fn({name: leaves.get(name) for name in x})
     loss = (out.to(out_weight) * out_weight).sum() + (final.to(state_weight) * state_weight).sum()
-    return out.detach(), final.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return (
+        out.detach(),
+        final.detach(),
+        dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)),
+    )
 
 
 def relative_error(actual, expected, floor=1e-30):

@@ -59,9 +59,7 @@ def test_bad_layout_is_named(case, form, layout):
 
 @every_case
 @both_forms
-@pytest.mark.parametrize(
-    "cu_seqlens", [[0, 3], [1, 6], [0, 4, 3, 6], [0, 7], [0], [[0, 6]], [0.0, 6.0]], ids=str
-)
+@pytest.mark.parametrize("cu_seqlens", [[0, 3], [1, 6], [0, 4, 3, 6], [0, 7], [0], [[0, 6]], [0.0, 6.0]], ids=str)
 def test_bad_cu_seqlens_is_named(case, form, cu_seqlens):
     x = make_inputs(case, 6, batch=1) | {"initial_state": None}
     with pytest.raises(ValueError, match="cu_seqlens"):

@@ -1,5 +1,7 @@
 """Padding masks, packed segments, cu_seqlens, and states that travel from call to call."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_padding_is_as_if_it_were_not_there(case, form, kind):
 def test_padded_values_do_not_matter(case, form):
     """Whatever stands in a padded step, however large, leaves real outputs and the state bit for bit alone."""
     fn, x, mask = getattr(case, form), make_inputs(case, LENGTH), mask_of("scattered")
-    junk = {n: t for n, t in x.items()}
+    junk = dict(x)
     for name in ("q", "k", "v"):
         junk[name] = torch.where(mask[..., None, None], x[name], 1e4)
     if x["g"] is not None:
@@ -106,7 +108,7 @@ def test_segments_are_documents_alone(case, form):
     )
     for b in range(2):
         borders = [0, *(SEGMENTS[b].diff().nonzero()[:, 0] + 1).tolist(), LENGTH]
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in itertools.pairwise(borders):
             alone = rows(x, b, slice(start, stop))
             if start > 0:
                 alone["initial_state"] = torch.zeros_like(alone["initial_state"])
@@ -116,8 +118,8 @@ def test_segments_are_documents_alone(case, form):
             assert relative_error(out[b : b + 1, start:stop], o) < 1e-11
             for name in ("q", "k", "v", "g"):
                 if name in g:
-                    error = relative_error(grads[name][b : b + 1, start:stop], g[name])
-                    assert error < 1e-10 or g[name].abs().max() < 1e-12, name
+                    # Floor: the normalised output of a document of one token hardly depends on its q and k.
+                    assert relative_error(grads[name][b : b + 1, start:stop], g[name], floor=0.01) < 1e-10, name
             if start == 0:
                 assert relative_error(grads["initial_state"][b], g["initial_state"][0]) < 1e-10
         assert relative_error(final[b], s[0]) < 1e-11
@@ -150,21 +152,19 @@ def test_cu_seqlens(case, form, borders):
     state_weight = torch.randn(x["initial_state"].shape, dtype=torch.float64)
     out, final, grads = gradients(lambda x: call(fn, case, x, cu_seqlens=cu_seqlens), x, out_weight, state_weight)
     assert final.shape == x["initial_state"].shape
-    for n, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (start, stop) in enumerate(itertools.pairwise(borders)):
         state = x["initial_state"][n : n + 1]
         if start == stop:
             assert torch.equal(final[n : n + 1], state)
             assert torch.equal(grads["initial_state"][n], state_weight[n])
             continue
         alone = rows(x, 0, slice(start, stop)) | {"initial_state": state}
-        o, s, g = gradients(
-            lambda x: call(fn, case, x), alone, out_weight[:, start:stop], state_weight[n : n + 1]
-        )
+        o, s, g = gradients(lambda x: call(fn, case, x), alone, out_weight[:, start:stop], state_weight[n : n + 1])
         assert relative_error(out[:, start:stop], o) < 1e-11
         assert relative_error(final[n], s[0]) < 1e-11
         for name in ("q", "k", "v", "g"):
             if name in g:
-                assert relative_error(grads[name][:, start:stop], g[name]) < 1e-10, name
+                assert relative_error(grads[name][:, start:stop], g[name], floor=0.01) < 1e-10, name
         assert relative_error(grads["initial_state"][n], g["initial_state"][0]) < 1e-10
 
 

@@ -90,7 +90,8 @@ def test_gradients_of_ten_thousand_tokens_are_finite(case):
     weights = torch.ones(x["v"].shape), torch.ones(x["initial_state"].shape)
     _, _, grads = gradients(lambda x: call(case.chunk, case, x), x, *weights)
     for name, grad in grads.items():
-        assert grad.isfinite().all() and grad.abs().max() > 0, name
+        assert grad.isfinite().all(), name
+        assert grad.abs().max() > 0, name
 
 
 @every_case
@@ -109,7 +110,7 @@ def test_output_and_state_dtypes(case, form, dtype):
 @every_case
 @both_forms
 def test_bfloat16_is_accumulated_in_float32(case, form):
-    """Against float64 on the same rounded inputs only the last rounding of o may remain: 2^-9, relative."""
+    """Against float64 on the same rounded inputs only the last rounding of o may remain."""
     x = make_inputs(case, 300, dtype=torch.bfloat16)
     if x["g"] is not None:
         x["g"] = x["g"].float() * 0.01
@@ -117,7 +118,8 @@ def test_bfloat16_is_accumulated_in_float32(case, form):
     out, final = call(getattr(case, form), case, x)
     expected, state = call(case.recurrent, case, exact)
     assert relative_error(final, state) < 1e-5
-    assert relative_error(out, expected) < 1.01 * 2**-9
+    # float32 and float64 round to different neighbours only next to a tie, about once in 2^16 / 2^8 numbers.
+    assert (out == expected.bfloat16()).double().mean() > 0.99
 
 
 @both_forms
@@ -177,7 +179,7 @@ def test_autocast_leaves_the_op_alone(case, form):
     assert torch.equal(final, cast_final)
 
 
-@every_case
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda c: c.name)  # the slowest test here: two suffice
 @both_forms
 def test_compiles_without_graph_breaks(case, form):
     """Traced forward and backward equal the eager ones, with padding and packing in the graph."""
@@ -185,7 +187,10 @@ def test_compiles_without_graph_breaks(case, form):
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = False
     segments = torch.tensor([[0] * 9, [0] * 4 + [1] * 5])
-    weights = torch.randn(x["v"].shape).double() * mask[..., None, None], torch.randn(x["initial_state"].shape).double()
+    weights = (
+        torch.randn(x["v"].shape).double() * mask[..., None, None],
+        torch.randn(x["initial_state"].shape).double(),
+    )
     eager = lambda x: call(getattr(case, form), case, x, layout=SequenceLayout(mask, segments))  # noqa: E731
     torch.compiler.reset()
     out, final, grads = gradients(torch.compile(eager, fullgraph=True, backend="aot_eager"), x, *weights)

@@ -1,0 +1,50 @@
+"""Which form of an op runs, and what is said when it cannot."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from lalm.modeling.ops import dispatch
+from lalm.modeling.ops.dispatch import choose
+
+FORMS = {"recurrent": "the recurrent form", "chunk": "the chunk form", "fla": "the fla form"}
+
+
+def q(length):
+    return torch.zeros(1, length, 2, 4)
+
+
+@pytest.mark.parametrize(("length", "form"), [(1, "recurrent"), (2, "recurrent"), (64, "chunk"), (5000, "chunk")])
+def test_auto_steps_through_few_tokens_and_chunks_many(length, form):
+    assert choose("gla", "auto", q(length), **FORMS) == FORMS[form]
+
+
+@pytest.mark.parametrize("length", [1, 5000])
+@pytest.mark.parametrize("name", ["recurrent", "chunk"])
+def test_the_field_overrides(name, length):
+    assert choose("gla", name, q(length), **FORMS) == FORMS[name]
+
+
+def test_fla_on_the_cpu_names_the_field():
+    with pytest.raises(ValueError, match="linear_attn_implementation.*auto"):
+        choose("gla", "fla", q(5), **FORMS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed here")
+def test_fla_without_the_package_says_how_to_install_it():
+    with pytest.raises(ImportError, match="linear_attn_implementation.*pip install"):
+        dispatch.fla_diagonal(q(5), q(5), q(5), None, 1.0, None, None)
+
+
+def test_one_log_line_names_the_choice(caplog):
+    """Once a form, not once a call: a training step makes thousands of them."""
+    dispatch._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="lalm"):
+        for _ in range(3):
+            choose("gla", "auto", q(64), **FORMS)
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("lalm")]
+    assert "gla" in message
+    assert "chunk" in message
+    assert "linear_attn_implementation" in message

@@ -1,0 +1,119 @@
+"""Mistakes at the command line: one line, exit code 2, no traceback. And the commands as they are typed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_clm
+from lalm.training.errors import exit_on_user_error
+
+ROOT = Path(run_clm.__file__).parent
+TINY_LLAMA = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,intermediate_size=24"
+
+
+def fails(capsys, *argv):
+    """Run main as the script does and return its one line."""
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(lambda: run_clm.main([*argv, "--disable_tqdm", "true"]))
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_type", "lalm_glo"], "(did you mean 'lalm_gla'?); ours are lalm_linear, lalm_gla"),
+        (["--config_overrides", "hiden_size=8"], "lalm_gla has no field 'hiden_size' (did you mean 'hidden_size'?)"),
+        (["--config_overrides", "hidden_size=large"], "hidden_size"),
+        (["--config_overrides", "hidden_size=30,num_attention_heads=4"], "num_attention_heads"),
+        (["--config_overrides", "vocab_size=100"], "--config_overrides: vocab_size 100 is below the tokenizer's"),
+        (["--train_file", "missing.txt"], "--train_file: there is no file missing.txt"),
+        (["--streaming", "--do_train"], "--streaming does not know how long the text is; give --max_steps"),
+        (["--model_name_or_path", "missing/folder"], "cannot load a tokenizer from 'missing/folder'"),
+        (["--report_to", "trackioo"], "--report_to: there is no tracker 'trackioo'"),
+    ],
+)  # fmt: skip
+def test_mistakes(texts, tmp_path, capsys, flags, message):
+    base = ["--train_file", str(texts["train"]), "--validation_file", str(texts["validation"])]
+    base += [
+        "--tokenizer_vocab_size",
+        "300",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--cache_dir",
+        str(tmp_path / "c"),
+    ]
+    assert message in fails(capsys, *base, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_type(tiny_run, texts, tmp_path, capsys):
+    tiny_run("--do_train")
+    flags = ["--model_name_or_path", str(tmp_path / "run"), "--model_type", "lalm_gla", "--do_eval"]
+    line = fails(
+        capsys, *flags, "--validation_file", str(texts["validation"]), "--output_dir", str(tmp_path / "other")
+    )
+    assert "is a llama checkpoint, not lalm_gla" in line
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("LALM_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown argument"):
+        exit_on_user_error(lambda: run_clm.main(["--nonsense"]))
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def broken():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        exit_on_user_error(broken)
+
+
+def run_script(tmp_path, *argv, launcher=()):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LALM_DEBUG": "0"}
+    command = [sys.executable, *launcher, str(ROOT / "run_clm.py"), *argv]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_script_exit_code_and_stderr(tmp_path):
+    done = run_script(tmp_path, "--train_file", "nowhere.txt")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: --train_file: there is no file nowhere.txt"
+    assert "Traceback" not in done.stderr
+
+
+def test_accelerate_launch_with_a_recipe(texts, tmp_path):
+    recipe = {"model_type": "llama", "config_overrides": TINY_LLAMA.replace(",", " ").split(), "max_steps": 2}
+    recipe |= {"train_file": str(texts["train"]), "validation_file": str(texts["validation"]), "block_size": 32}
+    recipe |= {"tokenizer_vocab_size": 300, "document_boundary": "row", "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    done = run_script(tmp_path, "recipe.json", "--output_dir", "out", "--max_steps", "3", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "validation perplexity" in done.stdout
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+    assert results["steps"] == 3
+    assert "accelerate launch run_clm.py recipe.json" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses_and_its_model_can_be_built(path):
+    from lalm.training.model_builder import new_config
+    from lalm.training.recipe import parse_arguments
+    from lalm.training.tokenizer import train_tokenizer
+
+    model, data, training = parse_arguments([str(path)])
+    config = new_config(model, train_tokenizer(["a b"], 300), data.block_size)
+    assert config.model_type == model.model_type
+    for key, value in model.overrides.items():
+        assert getattr(config, key) == value
+    assert training.do_train
+    assert training.do_test

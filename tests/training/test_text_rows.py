@@ -1,0 +1,129 @@
+"""Every way text comes in, and what is said when it does not."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lalm.training.arguments import DataArguments, ModelArguments
+from lalm.training.errors import UserError
+from lalm.training.text_rows import load_splits
+
+DOCUMENTS = ["one, two", 'a "quoted" text', "übergröße\nsecond line", "last"]
+LINES = ["first line", "", "  third  ", "last"]
+
+
+def write_records(path, column="text"):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pq.write_table(pa.table({column: DOCUMENTS, "id": range(len(DOCUMENTS))}), path)
+        return
+    rows = [{column: text, "id": i} for i, text in enumerate(DOCUMENTS)]
+    if kind == "jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+    elif kind == "json":
+        content = json.dumps(rows)
+    else:
+        separator = "\t" if kind == "tsv" else ","
+        quoted = ['"' + text.replace('"', '""') + '"' for text in DOCUMENTS]
+        content = "".join(f"{a}{separator}{b}\n" for a, b in [(column, "id"), *zip(quoted, range(9))])  # noqa: B905
+    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(content)
+
+
+def load(tmp_path, needed=("train",), **data):
+    return load_splits(DataArguments(**data), ModelArguments(cache_dir=str(tmp_path / "cache")), set(needed))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet", "json.gz", "jsonl.gz", "csv.gz"])
+def test_records(tmp_path, suffix, streaming):
+    path = tmp_path / f"records.{suffix}"
+    write_records(path)
+    rows = load(tmp_path, train_file=[str(path)], streaming=streaming)["train"]
+    assert list(rows.texts()) == DOCUMENTS
+    assert not rows.is_text_file
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "wiki.train.tokens.gz", "wiki.valid.raw", "plain"])
+def test_text_files_keep_every_character(tmp_path, name, streaming):
+    path = tmp_path / name
+    content = "\n".join(LINES)
+    (gzip.open if name.endswith(".gz") else open)(path, "wt", encoding="utf-8").write(content)
+    rows = load(tmp_path, train_file=[str(path)], streaming=streaming)["train"]
+    assert "".join(rows.texts()) == content
+    assert rows.is_text_file
+
+
+def test_several_files_and_splits(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n", encoding="utf-8")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    splits = load(tmp_path, ("train", "test"), train_file=files, test_file=[str(tmp_path / "c.txt")])
+    assert [list(part["text"]) for part in splits["train"].parts] == [["a\n"], ["b\n"]]
+    assert list(splits["test"].texts()) == ["c\n"]
+
+
+def test_other_column_names(tmp_path):
+    path = tmp_path / "records.jsonl"
+    write_records(path, column="body")
+    assert list(load(tmp_path, train_file=[str(path)])["train"].texts()) == DOCUMENTS
+    with pytest.raises(UserError, match=r"no column 'bodi' \(did you mean 'body'\?\); its columns are body, id"):
+        load(tmp_path, train_file=[str(path)], text_column="bodi")
+    with pytest.raises(UserError, match="column 'id' of .* does not hold text"):
+        load(tmp_path, train_file=[str(path)], text_column="id")
+
+
+def test_held_out_rows_are_the_last_and_leave_training(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{i}\n" for i in range(40)), encoding="utf-8")
+    splits = load(tmp_path, ("train", "validation"), train_file=[str(path)], validation_split_percentage=10)
+    assert list(splits["train"].texts()) == [f"{i}\n" for i in range(36)]
+    assert list(splits["validation"].texts()) == [f"{i}\n" for i in range(36, 40)]
+
+
+def test_the_default_text_is_split_without_overlap(tmp_path):
+    splits = load(tmp_path, ("train", "validation", "test"))
+    train, validation, test = (set(splits[name].texts()) for name in ("train", "validation", "test"))
+    assert min(len(validation), len(test)) >= 5
+    assert len(train) > 40
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("empty.txt.gz", gzip.compress(b""), "holds no text"),
+        ("broken.txt.gz", b"this is no gzip", "is not a readable gzip file"),
+        ("cut.txt.gz", gzip.compress(bytes(range(256)) * 400)[:-200], "cut.txt.gz"),
+        ("broken.json", b'{"text": "a', "cannot read .*broken.json as json"),
+        ("broken.parquet", b"PAR1 nonsense", "cannot read .*broken.parquet as parquet"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"--train_file.*{message}") as caught:
+        load(tmp_path, train_file=[str(tmp_path / name)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_a_neighbour(tmp_path):
+    (tmp_path / "train.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(UserError, match=r"there is no file .*/trian.txt \(did you mean 'train.txt'\?\)"):
+        load(tmp_path, train_file=[str(tmp_path / "trian.txt")])
+
+
+def test_missing_split(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n", encoding="utf-8")
+    with pytest.raises(UserError, match="needs a test split and there is none; give --test_file"):
+        load(tmp_path, ("train", "test"), train_file=[str(tmp_path / "a.txt")])
+
+
+def test_unreachable_dataset(tmp_path):
+    with pytest.raises(UserError, match="--dataset_name: cannot load 'nobody/nothing'"):
+        load(tmp_path, dataset_name="nobody/nothing")
