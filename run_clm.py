@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
 from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
 from lalm.training.clm_trainer import ClmTrainer
-from lalm.training.errors import exit_on_user_error
+from lalm.training.errors import UserError, exit_on_user_error, one_line
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.model_builder import build_model
 from lalm.training.model_card import model_card
@@ -49,15 +49,21 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
         card = model_card(trainer.accelerator.unwrap_model(trainer.model), data, arguments, results, argv)
         (training.folder / "README.md").write_text(card, encoding="utf-8")
 
-    return ClmTrainer(
-        model=model,
-        args=training,
-        train_dataset=data.splits.get("train"),
-        eval_dataset=data.splits.get("validation"),
-        data_collator=PackingCollator(data_arguments.block_size, pad or 0),
-        processing_class=data.tokenizer,
-        write_card=write_card,
-    )
+    try:
+        return ClmTrainer(
+            model=model,
+            args=training,
+            train_dataset=data.splits.get("train"),
+            eval_dataset=data.splits.get("validation"),
+            data_collator=PackingCollator(data_arguments.block_size, pad or 0),
+            processing_class=data.tokenizer,
+            write_card=write_card,
+        )
+    except OSError as error:
+        # with --push_to_hub the Trainer makes the repository first: no network, no login, no right to write
+        if training.push_to_hub:
+            raise UserError(f"--push_to_hub: {one_line(error)}") from error
+        raise
 
 
 def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:

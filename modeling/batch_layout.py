@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lalm.modeling.cache import RecurrentLayer
@@ -160,6 +161,10 @@ def softmax_masks(
         make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
         mask, segments = attention_mask, layout.segments
         if kind == "sliding_attention" and mask is not None:
+            if cache is not None and not torch.compiler.is_compiling():
+                _refuse_gap_in_static_window(
+                    cache.layers[config.layer_types.index(kind)], cache.get_seq_length(), mask
+                )
             mask, segments = (mask != 0).long().sort(dim=1).values, layout.segments_pads_first()
         same_document = (
             None if segments is None else _same_document(segments, 0 if cache is None else cache.get_seq_length())
@@ -172,6 +177,18 @@ def softmax_masks(
             and_mask_function=same_document,
         )
     return masks
+
+
+def _refuse_gap_in_static_window(cached, seen, mask: torch.Tensor) -> None:
+    """A growing window can move cached tokens over padding that follows them, one at fixed addresses cannot."""
+    if not isinstance(cached, StaticLayer) or int(seen) == 0:
+        return
+    gap = (mask == 0) & ((mask != 0).cumsum(1) > 0)
+    if bool(gap[:, int(seen) :].any()):
+        raise ValueError(
+            "attention_mask has padding after real tokens that are already in a StaticCache, and this model has "
+            "sliding_attention_layers: use DynamicCache(config=model.config), or pad on the left."
+        )
 
 
 def _same_document(segments: torch.Tensor, seen):

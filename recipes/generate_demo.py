@@ -50,7 +50,7 @@ def main() -> None:
     """Generate and print the closing lines of `make demo`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="output folder of run_clm.py")
-    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--max_new_tokens", type=int, default=40)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     results_file = folder / "all_results.json"

@@ -66,7 +66,8 @@ class ClmTrainer(Trainer):
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         source = best if best and os.path.isdir(best) else checkpoint
-        self.model.load_state_dict(type(self.model).from_pretrained(source).state_dict())
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(type(model).from_pretrained(source).state_dict())
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As in Trainer; a save into the output folder itself is written aside first and then renamed.

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
 # the last is torch.save's writer, which reports every failed write alike
 DISK_FULL_SIGNS = (
     "No space left on device",
@@ -65,5 +67,6 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             message = f"the disk is full ({one_line(error)}); free some space and run the same command to resume"
         else:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        # not print: a progress bar may stand on the line
+        tqdm.write(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -43,7 +43,7 @@ def recurrent_diagonal(
     state: torch.Tensor | None,
     layout: SequenceLayout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, a token at a time: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H, D]` -> o, S `[B, H, K, V]`."""
+    """Definition, by tokens: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H, D]` -> o, S `[B, H, K, V]`."""
     layout = layout or SequenceLayout()
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)

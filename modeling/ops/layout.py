@@ -133,7 +133,7 @@ def per_document(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run `op` on one packed row `[1, T, ...]` so that each document has its own initial and final state `[N, ...]`.
 
-    Without states the row stays packed. With states, documents whose lengths round up to the same power of two are laid
+    Without states the row stays packed. With states, documents whose lengths round up to the same power of two lie
     side by side in a padded batch, so that at most twice the tokens are computed.
     """
     first = next(tensor for tensor in tensors if tensor is not None)
@@ -142,6 +142,11 @@ def per_document(
     segments = segments_of(cu_seqlens.to(first.device), length)
     if initial_state is None and not output_final_state:
         return op(*tensors, layout=SequenceLayout(segments=segments), **kwargs)
+    if initial_state is not None and initial_state.shape[0] != cu_seqlens.numel() - 1:
+        raise ValueError(
+            f"initial_state must have one row for each of the {cu_seqlens.numel() - 1} documents of cu_seqlens, got "
+            f"shape {tuple(initial_state.shape)}."
+        )
     starts, lengths = cu_seqlens[:-1].to(first.device).long(), cu_seqlens.to(first.device).long().diff()
     sizes = [int(length - 1).bit_length() if length else -1 for length in lengths.tolist()]
     tokens, outputs, documents, states = [], [], [], []

@@ -83,6 +83,16 @@ def test_caches_made_by_hand(row):
 
 
 @every_row
+def test_cache_made_without_a_configuration(row):
+    """An empty `DynamicCache()`, as much code makes it, gets the layers of the model it is handed to."""
+    model, ids = row.build(), tokens(2, LENGTH)
+    pieces, cache = run_in_pieces(model, ids, [7, 1, 15], cache=DynamicCache())
+    logits, expected = run(model, ids)
+    assert_close(pieces, logits, "logits")
+    assert_same_states(cache, expected)
+
+
+@every_row
 def test_deepcopy_forks_the_cache(row):
     """A prompt is read once and continued twice; neither continuation sees the other."""
     model, ids = row.build(), tokens(2, LENGTH)

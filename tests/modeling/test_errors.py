@@ -156,9 +156,17 @@ def test_positions_beyond_the_table(row):
 
 @few_rows
 def test_cache_of_another_kind(row):
-    """A DynamicCache made without a configuration knows only softmax layers."""
-    with pytest.raises((ValueError, TypeError), match="(?s)cache.*config|config.*cache"):
-        row.build()(tokens(1, 5), past_key_values=transformers.DynamicCache(), use_cache=True)
+    """The cache of a softmax model, and one made for fewer layers."""
+    model, ids = row.build(), tokens(1, 5)
+    foreign = transformers.DynamicCache()
+    for index in range(model.config.num_hidden_layers):
+        foreign.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), index)
+    with pytest.raises(ValueError, match="past_key_values.*config"):
+        model(ids, past_key_values=foreign, use_cache=True)
+    shallow = transformers.DynamicCache(config=row.config(num_hidden_layers=1, full_attention_layers=[],
+                                                          sliding_attention_layers=[]))  # fmt: skip
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(ids, past_key_values=shallow, use_cache=True)
 
 
 @few_rows

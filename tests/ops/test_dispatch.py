@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dispatch import choose
@@ -38,13 +39,21 @@ def test_fla_without_the_package_says_how_to_install_it():
         dispatch.fla_diagonal(q(5), q(5), q(5), None, 1.0, None, None)
 
 
-def test_one_log_line_names_the_choice(caplog):
-    """Once a form, not once a call: a training step makes thousands of them."""
+def test_one_log_line_names_the_choice():
+    """Once a form, not once a call (a training step makes thousands of them), where transformers' verbosity rules."""
     dispatch._announce.cache_clear()
-    with caplog.at_level(logging.INFO, logger="lalm"):
+    verbosity = transformers.logging.get_verbosity()
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    dispatch.logger.addHandler(handler)
+    try:
+        transformers.logging.set_verbosity_info()
         for _ in range(3):
             choose("gla", "auto", q(64), **FORMS)
-    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("lalm")]
+    finally:
+        dispatch.logger.removeHandler(handler)
+        transformers.logging.set_verbosity(verbosity)
+    (message,) = [record.getMessage() for record in records]
     assert "gla" in message
     assert "chunk" in message
     assert "linear_attn_implementation" in message

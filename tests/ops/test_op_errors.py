@@ -73,8 +73,10 @@ def test_cu_seqlens_needs_one_row_and_a_state_per_document(case, form):
     with pytest.raises(ValueError, match="cu_seqlens"):
         call(getattr(case, form), case, x, cu_seqlens=torch.tensor([0, 6]))
     x = make_inputs(case, 6, batch=1)
-    with pytest.raises(ValueError, match="initial_state"):
-        call(getattr(case, form), case, x, cu_seqlens=torch.tensor([0, 2, 6]))
+    for count in (1, 3):  # too few and too many for two documents
+        states = x | {"initial_state": x["initial_state"].repeat(count, 1, 1, 1)}
+        with pytest.raises(ValueError, match="initial_state"):
+            call(getattr(case, form), case, states, cu_seqlens=torch.tensor([0, 2, 6]))
 
 
 @every_case

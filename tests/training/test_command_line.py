@@ -36,6 +36,7 @@ def fails(capsys, *argv):
         (["--train_file", "missing.txt"], "--train_file: there is no file missing.txt"),
         (["--streaming", "--do_train"], "--streaming does not know how long the text is; give --max_steps"),
         (["--model_name_or_path", "missing/folder"], "cannot load a tokenizer from 'missing/folder'"),
+        (["--push_to_hub", "--hub_token", "hf_none"], "--push_to_hub: "),
         (["--report_to", "trackioo"], "--report_to: there is no tracker 'trackioo'"),
     ],
 )  # fmt: skip
