@@ -85,8 +85,10 @@ def build_layout(
     transformers; the explicit forms always do.
 
     Raises:
-        ValueError: seq_idx or cu_seqlens of a shape that does not fit.
+        ValueError: position_ids, seq_idx or cu_seqlens of a shape that does not fit.
     """
+    if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"position_ids must be [batch, tokens] = {shape}, got {tuple(position_ids.shape)}.")
     segments = None
     if seq_idx is not None:
         if tuple(seq_idx.shape) != shape:

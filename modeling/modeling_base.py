@@ -1,6 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """The backbone and the heads of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
+import os
 from typing import ClassVar, cast
 
 import torch
@@ -70,6 +71,28 @@ class LalmPreTrainedModel(PreTrainedModel):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole.
+
+        Raises:
+            OSError: something cannot be written; the message names the folder and the reason.
+        """
+        save = super().save_pretrained
+        staged = (args[0] if args else kwargs.get("is_main_process", True)) and not kwargs.get(
+            "distributed_checkpoint"
+        )
+        try:
+            from lalm.hub import staged_save
+        except ImportError:  # running as remote code
+            staged = False
+        if not staged:
+            save(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        with staged_save(save_directory) as staging:
+            save(staging, *args, **kwargs)
+
 
 class LalmModel(LalmPreTrainedModel):
     """Embeddings, blocks and final norm. A variant names its configuration and its mixer."""
@@ -106,7 +129,8 @@ class LalmModel(LalmPreTrainedModel):
         Args:
             attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
             position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
-            past_key_values: a DynamicCache or StaticCache made from this model's configuration.
+            past_key_values: a DynamicCache or StaticCache made from this model's configuration. Fill it with one
+                document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
             seq_idx: `[B, T]`, packed documents by number.
             cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
 

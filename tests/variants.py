@@ -74,6 +74,8 @@ def _gla(name, off=None, **fields):
     return Row(f"gla_{name}", GLAConfig, fields, off or {})
 
 
+# test_static_sliding_cache_refuses_later_padding holds the refusal.
+STATIC_SLIDING = {"test_padding_in_later_pieces[static": "refused: a static sliding cache cannot move cached tokens"}
 HYBRID = {"num_hidden_layers": 3, "position_embedding_type": "rope"}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ROWS = (
@@ -93,16 +95,28 @@ ROWS = (
     _linear("hedgehog", feature_map="hedgehog"),
     _linear("hybrid_full", full_attention_layers=[1], use_short_conv=True, qk_norm=True, **HYBRID),
     _linear("hybrid_learned", full_attention_layers=[0], position_embedding_type="learned"),
-    _linear("hybrid_sliding", sliding_attention_layers=[0, 2], sliding_window=6, **HYBRID),
+    _linear("hybrid_sliding", off=STATIC_SLIDING, sliding_attention_layers=[0, 2], sliding_window=6, **HYBRID),
     _linear(
-        "hybrid_both", full_attention_layers=[2], sliding_attention_layers=[0], sliding_window=5, **HYBRID | GROUPED
+        "hybrid_both",
+        off=STATIC_SLIDING,
+        full_attention_layers=[2],
+        sliding_attention_layers=[0],
+        sliding_window=5,
+        **HYBRID | GROUPED,
     ),
     _gla("plain"),
     _gla("conv_tied", use_short_conv=True, conv_size=4, tie_word_embeddings=True),
     _gla("qk_norm_rope", qk_norm=True, position_embedding_type="rope"),
     _gla("no_output_gate", use_output_gate=False, expand_k=1, expand_v=2, gate_logit_normalizer=1, mlp_type="mlp"),
     _gla("hybrid_full", full_attention_layers=[1], use_short_conv=True, **HYBRID | GROUPED),
-    _gla("hybrid_sliding", sliding_attention_layers=[1], sliding_window=6, use_short_conv=True, **HYBRID),
+    _gla(
+        "hybrid_sliding",
+        off=STATIC_SLIDING,
+        sliding_attention_layers=[1],
+        sliding_window=6,
+        use_short_conv=True,
+        **HYBRID,
+    ),
 )
 # One row for each way of keeping memory: for tests whose subject is the surroundings, not the arithmetic.
 FEW = ("linear_plain", "linear_learned_layernorm", "linear_hybrid_both", "gla_conv_tied", "gla_hybrid_full")

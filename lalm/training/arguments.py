@@ -25,7 +25,7 @@ class ModelArguments:
     """Which model to train: a new one (`model_type`) or an existing one (`model_name_or_path`)."""
 
     model_type: str | None = _option(
-        None, "Train a new model of this type, e.g. lalm_gla, lalm_linear or llama. Default: lalm_gla."
+        None, "Train a new model of this type: lalm_gla, lalm_linear, llama ... Default: a small lalm_gla."
     )
     config_overrides: list[str] | None = _option(
         None,

@@ -29,8 +29,8 @@ def nearest_hint(word: str, choices: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of the deepest cause of `error` on one line, at most 500 characters."""
-    while error.__cause__ is not None:
+    """Return the text of the deepest cause of `error` on one line, at most 500 characters; ours are told as they are."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 500 else text[:500] + " ..."

@@ -27,6 +27,11 @@ class SequenceLayout:
     segments: torch.Tensor | None = None
     order: torch.Tensor | None = None
 
+    def to(self, *args, **kwargs) -> SequenceLayout:
+        """Every tensor by `Tensor.to`; accelerate calls this when the layers of a model lie on several devices."""
+        tensors = (self.mask, self.segments, self.order)
+        return SequenceLayout(*(None if tensor is None else tensor.to(*args, **kwargs) for tensor in tensors))
+
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
         """Apply `order` along the time axis of `x [B, T, ...]`."""
         return x if self.order is None else _gather_time(x, self.order)

@@ -14,7 +14,7 @@ from tests.modeling.exact import (
     tokens,
     weights_like,
 )
-from tests.variants import every_row, few_rows
+from tests.variants import ROWS, every_row, few_rows
 
 LENGTH = 21
 KINDS = ("left", "right", "interior", "scattered")
@@ -136,6 +136,16 @@ def test_padding_in_later_pieces(row, cache_class):
         expected, expected_cache = run(model, ids[b : b + 1, real])
         assert_close(logits[b : b + 1, real], expected, f"row {b}")
         assert_same_states(cache, expected_cache, rows=slice(b, b + 1))
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if "sliding_window" in row.fields])
+def test_static_sliding_cache_refuses_later_padding(row):
+    """What cannot be exact is an error that says what to do, not a wrong number."""
+    model, ids, mask = row.build(), tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9] = 0
+    _, cache = run(model, ids[:, :8], past_key_values=CACHES["static"](model.config))
+    with pytest.raises(ValueError, match="attention_mask.*DynamicCache"):
+        model(ids[:, 8:], attention_mask=mask, past_key_values=cache, use_cache=True)
 
 
 @every_row

@@ -10,6 +10,9 @@ import pytest
 
 import run_clm
 from lalm.training.errors import exit_on_user_error
+from lalm.training.model_builder import new_config
+from lalm.training.recipe import parse_arguments
+from lalm.training.tokenizer import train_tokenizer
 
 ROOT = Path(run_clm.__file__).parent
 TINY_LLAMA = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,intermediate_size=24"
@@ -52,6 +55,12 @@ def test_mistakes(texts, tmp_path, capsys, flags, message):
     ]
     assert message in fails(capsys, *base, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_said_about_the_model_means_a_small_one():
+    model, data, _ = parse_arguments([])
+    config = new_config(model, train_tokenizer(["a b"], 300), data.block_size)
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("lalm_gla", 128, 4)
 
 
 def test_a_checkpoint_of_another_type(tiny_run, texts, tmp_path, capsys):
@@ -107,10 +116,6 @@ def test_accelerate_launch_with_a_recipe(texts, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_parses_and_its_model_can_be_built(path):
-    from lalm.training.model_builder import new_config
-    from lalm.training.recipe import parse_arguments
-    from lalm.training.tokenizer import train_tokenizer
-
     model, data, training = parse_arguments([str(path)])
     config = new_config(model, train_tokenizer(["a b"], 300), data.block_size)
     assert config.model_type == model.model_type
