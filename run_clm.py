@@ -39,6 +39,7 @@ def set_up_logging(training) -> None:
     logger.setLevel(logging.INFO if training.should_log else logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(training.get_process_log_level() if training.log_level != "passive" else 30)
+    logging.getLogger("transformers.lalm").setLevel(logger.level)  # which implementation of an op runs
 
 
 def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer:

@@ -29,7 +29,7 @@ def nearest_hint(word: str, choices: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of the deepest cause of `error` on one line, at most 500 characters; ours are told as they are."""
+    """Return what went wrong, on one line of at most 500 characters: the deepest cause, or our own text."""
     while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
