@@ -8,7 +8,10 @@ the number of tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 
@@ -25,7 +28,8 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     device: torch.device | None  # type: ignore[assignment]
     dtype: torch.dtype | None  # type: ignore[assignment]
     supports_early_init = False
-    is_sliding = False
+    # None rather than False: up to 5.21 transformers sizes the masks of a hybrid by the first layer that says False.
+    is_sliding = None
     is_croppable = False
 
     def __init__(self, number_of_states: int = 1, **kwargs):
@@ -104,6 +108,15 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             for index, state in states.items():
                 if state is not None:
                     states[index] = function(state)
+
+
+def previous_state(cache: Cache | None, layer_idx: int, kind: str) -> torch.Tensor | None:
+    """`conv_states` or `recurrent_states` of a layer, None where it has seen no token. (Cache.get_recurrent_state and
+    get_conv_state came with transformers 5.21.)"""
+    if cache is None:
+        return None
+    layer: Any = cache.layers[layer_idx]
+    return getattr(layer, kind)[0] if layer.has_previous_state[0] else None
 
 
 # CacheLayerMixin registers `_layer_type` for DynamicCache only.

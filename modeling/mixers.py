@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.cache import RecurrentLayer
+from lalm.modeling.cache import RecurrentLayer, previous_state
 from lalm.modeling.layers import RMSNorm, ShortConvolution, rotate
 from lalm.modeling.ops.layout import SequenceLayout
 
@@ -53,7 +53,7 @@ class Mixer(nn.Module):
         cache: Any = past_key_values
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv is not None:
-            state = None if cache is None else cache.get_conv_state(self.layer_idx)
+            state = previous_state(cache, self.layer_idx, "conv_states")
             qkv, state = self.conv(torch.cat([q, k, v], dim=-1), state, layout)
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
             if cache is not None:
@@ -63,7 +63,7 @@ class Mixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary:
             q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        state = previous_state(cache, self.layer_idx, "recurrent_states")
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])

@@ -72,24 +72,22 @@ class LalmPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole.
+        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with
+        `push_to_hub=True`, where the upload is part of the stock save.)
 
         Raises:
             OSError: something cannot be written; the message names the folder and the reason.
         """
         save = super().save_pretrained
-        staged = (args[0] if args else kwargs.get("is_main_process", True)) and not kwargs.get(
-            "distributed_checkpoint"
-        )
+        given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
+        plain = not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
         try:
             from lalm.hub import staged_save
         except ImportError:  # running as remote code
-            staged = False
-        if not staged:
+            plain = True
+        if plain:
             save(save_directory, *args, **kwargs)
             return
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         with staged_save(save_directory) as staging:
             save(staging, *args, **kwargs)
 

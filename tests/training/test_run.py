@@ -145,4 +145,4 @@ def test_saved_tokenizer_and_special_tokens_fit_the_model(tiny_run, tmp_path):
     assert len(tokenizer) <= 300
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [getattr(model.config, name) for name in ids] == [0, 0, 1]
-    assert model.generation_config.eos_token_id == 0
+    assert model.generation_config.eos_token_id in (0, [0])  # a list up to transformers 5.20
