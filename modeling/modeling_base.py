@@ -80,7 +80,9 @@ class LalmPreTrainedModel(PreTrainedModel):
         """
         save = super().save_pretrained
         given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
-        plain = not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
+        plain = (
+            not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
+        )
         try:
             from lalm.hub import staged_save
         except ImportError:  # running as remote code
