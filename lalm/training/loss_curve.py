@@ -31,7 +31,8 @@ def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
     if validation:
-        axes.plot(*zip(*validation, strict=True), label="validation", marker="o")
+        # two points, before and after, say nothing of the way between them
+        axes.plot(*zip(*validation, strict=True), "o" if len(validation) < 3 else "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -62,7 +62,6 @@ def fla_diagonal(
     """`recurrent_diagonal` by the kernels of flash-linear-attention; same arguments."""
     try:
         from fla.ops.gla import chunk_gla
-        from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
         raise ImportError(
@@ -87,10 +86,8 @@ def fla_diagonal(
         if state is not None:
             state = state.new_zeros(len(borders), *state.shape[1:]).index_copy(0, first, state)
     common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    if g is None:
-        o, final = chunk_linear_attn(q, k, v, normalize=False, **common)
-    elif g.shape[-1] == 1:
-        o, final = chunk_simple_gla(q, k, v, g=g.squeeze(-1).float(), **common)
+    if g is None or g.shape[-1] == 1:
+        o, final = chunk_simple_gla(q, k, v, g=None if g is None else g.squeeze(-1).float(), **common)
     else:
         o, final = chunk_gla(q, k, v, g.float(), **common)
     if last is not None:

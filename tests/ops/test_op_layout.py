@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from lalm.modeling.ops.layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, gradients, make_inputs, quadratic, relative_error
@@ -223,3 +224,11 @@ def test_causal_and_independent_of_batch_mates(case, form):
         assert relative_error(other[1], out[1]) < 1e-13, "a row depends on its batch mate"
     alone, _ = call(fn, case, rows(x, 1, slice(None)))
     assert relative_error(alone[0], out[1]) < 1e-13
+
+
+def test_layout_moves_with_the_layers_of_a_model():
+    """accelerate moves the arguments of a layer by their `to`; a layout left behind would meet another device."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    moved = send_to_device({"layout": SequenceLayout(mask, mask.long(), mask.long())}, "meta")["layout"]
+    assert [tensor.device.type for tensor in (moved.mask, moved.segments, moved.order)] == ["meta"] * 3
+    assert send_to_device(SequenceLayout(), "meta").mask is None
