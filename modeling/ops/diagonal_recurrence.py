@@ -78,8 +78,28 @@ def chunk_diagonal(
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}.")
     layout = layout or SequenceLayout()
     k, g = layout.freeze(k, g)
-    chunk_size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
-    return _ChunkDiagonal.apply(q, k, v, g, scale, state, layout.document_ids(), chunk_size)
+    chunk_size, factored = _plan(g, min(chunk_size, 1 << (q.shape[1] - 1).bit_length()))
+    return _ChunkDiagonal.apply(q, k, v, g, scale, state, layout.document_ids(), chunk_size, factored)
+
+
+@torch.no_grad()
+def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
+    """Size of the chunks, and whether their decays are mild enough to factor: in chunks as asked, else in quarters.
+
+    One look at the data. While compiling, which allows none, the bounded form serves every gate.
+    """
+    if g is None:
+        return chunk_size, True
+    if not torch.compiler.is_compiling():
+        for size in (chunk_size, chunk_size // 4):
+            if size and _strongest_decay(g, size) <= _MAX_DECAY:
+                return size, True
+    return chunk_size, False
+
+
+def _strongest_decay(g: torch.Tensor, size: int) -> float:
+    windows = F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % size)).unflatten(1, (-1, size))
+    return -windows.sum(2, dtype=compute_dtype(g)).min().item()
 
 
 def _to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -186,11 +206,11 @@ def _bounded_scores_backward(
 class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
-    def __init__(self, q, k, v, g, state, segments):
+    def __init__(self, q, k, v, g, state, segments, factored):
         self.q, self.k, self.borders = q, k, _borders(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
-            self._set_factors(g)
+            self._set_factors(g, factored)
         self.q_scaled = q if self.q_factor is None else q * self.q_factor
         self.k_scaled = k if self.k_factor is None else k * self.k_factor
         if self.borders is None:
@@ -203,12 +223,11 @@ class _Chunks:
         updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
         self.states, self.final = _scan(updates, self.decay, state)
 
-    def _set_factors(self, g: torch.Tensor) -> None:
+    def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
         total = g.cumsum(-2)
         end = total[..., -1, :]
         self.decay = end.exp()
-        # One look at the data. While compiling, which allows none, the bounded path serves every gate.
-        if not torch.compiler.is_compiling() and -end.min() <= _MAX_DECAY:
+        if factored:
             self.q_factor = (total - end[..., None, :] / 2).exp()
             self.k_factor = self.q_factor.reciprocal()
             self.edge = (end / 2).exp()
@@ -245,20 +264,20 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, state, segments, chunk_size):
+def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else _to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
-    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments)
+    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
 
 
 class _ChunkDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, state, segments, chunk_size):
+    def forward(ctx, q, k, v, g, scale, state, segments, chunk_size, factored):
         ctx.save_for_backward(q, k, v, g, state, segments)
-        ctx.scale, ctx.chunk_size = scale, chunk_size
-        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size)
+        ctx.scale, ctx.plan = scale, (chunk_size, factored)
+        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
         o = chunks.scores() @ v_c
         o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
         return _from_chunks(o, q.shape[1]), chunks.final
@@ -267,8 +286,8 @@ class _ChunkDiagonal(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
-        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, ctx.chunk_size)
-        do = _to_chunks(do, ctx.chunk_size, q_c.dtype)
+        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
+        do = _to_chunks(do, ctx.plan[0], q_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
@@ -286,7 +305,7 @@ class _ChunkDiagonal(torch.autograd.Function):
             dq *= ctx.scale
         length = q.shape[1]
         dq, dk, dv = (_from_chunks(x, length).to(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, dg, None, None if state is None else d_state.to(state.dtype), None, None
+        return dq, dk, dv, dg, None, None if state is None else d_state.to(state.dtype), None, None, None
 
 
 def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
