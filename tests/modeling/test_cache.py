@@ -103,7 +103,7 @@ def test_deepcopy_forks_the_cache(row):
     assert_close(rest, run(model, ids)[0][:, 10:], "logits")
 
 
-def _continue_after(row, change, order, batch=3):
+def check_continuation_after(row, change, order, batch=3):
     """Logits after `change(cache)` must be those of the rows in the new order."""
     model, ids = row.build(), tokens(batch, LENGTH)
     _, cache = run(model, ids[:, :14])
@@ -117,17 +117,17 @@ def _continue_after(row, change, order, batch=3):
 
 @every_row
 def test_reorder_cache(row):
-    _continue_after(row, lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0])
+    check_continuation_after(row, lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0])
 
 
 @every_row
 def test_batch_repeat_interleave(row):
-    _continue_after(row, lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2])
+    check_continuation_after(row, lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2])
 
 
 @every_row
 def test_batch_select_indices(row):
-    _continue_after(row, lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0])
+    check_continuation_after(row, lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0])
 
 
 @recurrent_rows
