@@ -17,7 +17,7 @@ logger = logging.get_logger("transformers.lalm")
 _STOCK_KEYS = {
     "model_type", "num_labels", "torch_dtype", "name_or_path", "output_attentions", "attn_implementation",
     "experts_implementation", "auto_map", "custom_pipelines", "quantization_config", "per_layer_config",
-    "tie_last_hidden_states", "is_causal",
+    "tie_last_hidden_states",
 }  # fmt: skip
 
 
@@ -47,6 +47,8 @@ class LalmConfig(PreTrainedConfig):
         use_short_conv: depthwise causal convolution and SiLU on the q, k and v of the linear mixers.
         conv_size: its width in tokens.
         qk_norm: RMSNorm on q and k of every head.
+        is_causal: False makes an encoder, whose tokens see both sides (masked language models, sentence encoders);
+            not every variant has one.
         full_attention_layers: indices of the layers that are full softmax attention instead of linear.
         sliding_attention_layers: indices of the layers that are softmax attention over a sliding window.
         sliding_window: tokens such a layer sees, its own included.
@@ -61,6 +63,7 @@ class LalmConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    supports_bidirectional: ClassVar[bool] = False
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -81,6 +84,7 @@ class LalmConfig(PreTrainedConfig):
     use_short_conv: bool = False
     conv_size: int = 4
     qk_norm: bool = False
+    is_causal: bool = True
     full_attention_layers: list[int] = field(default_factory=list)
     sliding_attention_layers: list[int] = field(default_factory=list)
     sliding_window: int | None = None
@@ -212,6 +216,10 @@ class LalmConfig(PreTrainedConfig):
             raise ValueError(
                 "sliding_attention_layers needs sliding_window, in tokens; set for example sliding_window=64."
             )
+
+    def validate_direction(self) -> None:
+        if not self.is_causal and not self.supports_bidirectional:
+            raise ValueError(f"{self.model_type} has no bidirectional form: leave is_causal=True.")
 
     def validate_positions(self) -> None:
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:

@@ -17,6 +17,7 @@ class GLAConfig(LalmConfig):
     """
 
     model_type = "lalm_gla"
+    supports_bidirectional = True
 
     expand_k: float | int = 0.5
     gate_low_rank_dim: int = 16

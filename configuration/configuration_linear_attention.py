@@ -26,6 +26,7 @@ class LinearAttentionConfig(LalmConfig):
     """
 
     model_type = "lalm_linear"
+    supports_bidirectional = True
 
     hidden_size: int = 512
     num_hidden_layers: int = 6

@@ -13,12 +13,14 @@ from lalm.configuration.configuration_linear_attention import LinearAttentionCon
 from lalm.modeling.modeling_base import LalmPreTrainedModel
 from lalm.modeling.modeling_gla import (
     GLAForCausalLM,
+    GLAForMaskedLM,
     GLAForSequenceClassification,
     GLAForTokenClassification,
     GLAModel,
 )
 from lalm.modeling.modeling_linear_attention import (
     LinearAttentionForCausalLM,
+    LinearAttentionForMaskedLM,
     LinearAttentionForSequenceClassification,
     LinearAttentionForTokenClassification,
     LinearAttentionModel,
@@ -40,6 +42,7 @@ VARIANTS = (
         {
             "AutoModel": LinearAttentionModel,
             "AutoModelForCausalLM": LinearAttentionForCausalLM,
+            "AutoModelForMaskedLM": LinearAttentionForMaskedLM,
             "AutoModelForSequenceClassification": LinearAttentionForSequenceClassification,
             "AutoModelForTokenClassification": LinearAttentionForTokenClassification,
         },
@@ -49,6 +52,7 @@ VARIANTS = (
         {
             "AutoModel": GLAModel,
             "AutoModelForCausalLM": GLAForCausalLM,
+            "AutoModelForMaskedLM": GLAForMaskedLM,
             "AutoModelForSequenceClassification": GLAForSequenceClassification,
             "AutoModelForTokenClassification": GLAForTokenClassification,
         },
@@ -64,6 +68,7 @@ __all__ = [
     "VARIANTS",
     "GLAConfig",
     "GLAForCausalLM",
+    "GLAForMaskedLM",
     "GLAForSequenceClassification",
     "GLAForTokenClassification",
     "GLAModel",
@@ -71,6 +76,7 @@ __all__ = [
     "LalmPreTrainedModel",
     "LinearAttentionConfig",
     "LinearAttentionForCausalLM",
+    "LinearAttentionForMaskedLM",
     "LinearAttentionForSequenceClassification",
     "LinearAttentionForTokenClassification",
     "LinearAttentionModel",

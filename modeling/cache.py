@@ -15,12 +15,15 @@ from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 
+_KINDS = ("conv_states", "recurrent_states")
+
 
 class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
-    """Recurrent state `[B, H, K, V]` float32, convolution state `[B, W - 1, D]` and the number of tokens seen.
+    """Recurrent states `[B, H, K, V]` float32, convolution states `[B, W - 1, D]` and the number of tokens seen.
 
-    All are replaced in place, so that their addresses hold for compiled and graph-captured decoding; while gradients
-    are recorded they are replaced by new tensors, so that a loss may reach back through a cache.
+    A layer keeps up to four of either kind, by `state_idx`; most use one. All are replaced in place, so that their
+    addresses hold for compiled and graph-captured decoding; while gradients are recorded they are replaced by new
+    tensors, so that a loss may reach back through a cache.
     """
 
     _layer_type = "lalm_recurrent"
@@ -32,34 +35,39 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     is_sliding = None
     is_croppable = False
 
-    def __init__(self, number_of_states: int = 1, **kwargs):
+    def __init__(self, number_of_states: int = 4, **kwargs):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        # By kind: in the first forward a layer writes one kind before it reads the other.
+        self.is_written = {kind: dict.fromkeys(range(number_of_states), False) for kind in _KINDS}
         # A tensor: compiled decoding would treat an int as a constant and compile anew at every step.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs
+        self, conv_states: torch.Tensor, state_idx: int = 0, num_tokens: int = 0, **kwargs
     ) -> torch.Tensor:
-        if self.device is None:
-            self.dtype, self.device = conv_states.dtype, conv_states.device
+        """Store the window after the current tokens. A layer without a recurrent state counts its tokens here."""
         self.is_conv_states_initialized[state_idx] = True
-        return self._replace(self.conv_states, state_idx, conv_states)
+        return self._update("conv_states", conv_states, state_idx, num_tokens)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, num_tokens: int = 0, **kwargs
     ) -> torch.Tensor:
         """Store the state after `num_tokens` further tokens."""
-        if self.device is None:
-            self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
         self.is_recurrent_states_initialized[state_idx] = True
-        if self.cumulative_length.device != recurrent_states.device:
-            self.cumulative_length = self.cumulative_length.to(recurrent_states.device)
-        if not self.has_previous_state[state_idx] and not torch.compiler.is_compiling():
+        return self._update("recurrent_states", recurrent_states, state_idx, num_tokens)
+
+    def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int) -> torch.Tensor:
+        if self.device is None:
+            self.dtype, self.device = value.dtype, value.device
+        if self.cumulative_length.device != value.device:
+            self.cumulative_length = self.cumulative_length.to(value.device)
+        if not any(self.has_previous_state.values()) and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
-        self.has_previous_state[state_idx] = True
-        self.cumulative_length.add_(num_tokens)
-        return self._replace(self.recurrent_states, state_idx, recurrent_states)
+        self.has_previous_state[index] = self.is_written[kind][index] = True
+        if num_tokens:
+            self.cumulative_length.add_(num_tokens)
+        return self._replace(getattr(self, kind), index, value)
 
     @staticmethod
     def _replace(states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor) -> torch.Tensor:
@@ -93,6 +101,8 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
         self.cumulative_length.zero_()
+        for written in self.is_written.values():
+            written.update(dict.fromkeys(written, False))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -110,13 +120,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[index] = function(state)
 
 
-def previous_state(cache: Cache | None, layer_idx: int, kind: str) -> torch.Tensor | None:
+def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
     """`conv_states` or `recurrent_states` of a layer, None where it has seen no token. (Cache.get_recurrent_state and
     get_conv_state came with transformers 5.21.)"""
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return getattr(layer, kind)[0] if layer.has_previous_state[0] else None
+    return getattr(layer, kind)[state_idx] if layer.is_written[kind][state_idx] else None
 
 
 # CacheLayerMixin registers `_layer_type` for DynamicCache only.

@@ -42,35 +42,42 @@ class MLP(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over the real tokens of each document, followed by SiLU.
+    """Depthwise convolution over the real tokens of each document, followed by SiLU.
 
-    Neither padding nor a neighbouring document is ever inside a window. The state is the last W - 1 real inputs.
+    Causal, or centred: over W // 2 earlier and (W - 1) // 2 later tokens. Neither padding nor a neighbouring document
+    is ever inside a window. The state of a causal one is the last W - 1 real inputs.
     """
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, causal: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
+        self.after = 0 if causal else (width - 1) // 2
 
     def forward(
         self, x: torch.Tensor, state: torch.Tensor | None, layout: SequenceLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x [B, T, D]`, state `[B, W - 1, D]` or None for a fresh start -> outputs `[B, T, D]` and the new state."""
-        length, before = x.shape[1], self.weight.shape[1] - 1
+        length, width = x.shape[1], self.weight.shape[1]
+        before = width - 1 - self.after
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
         if state is None:
-            window = nn.functional.pad(x, (0, 0, before, 0))
+            window = nn.functional.pad(x, (0, 0, before, self.after))
         else:
             window = layout.slide_over_padding(state.to(x.dtype), x)
         segments = layout.segments_pads_first()
         if segments is not None:
-            segments = torch.cat([segments[:, :1].expand(-1, before), segments], dim=1)
-        y = window[:, before:] * self.weight[:, before]
-        for lag in range(1, before + 1):
-            earlier = window[:, before - lag : before - lag + length] * self.weight[:, before - lag]
+            segments = torch.cat(
+                [segments[:, :1].expand(-1, before), segments, segments[:, -1:].expand(-1, self.after)], 1
+            )
+            own = segments[:, before : before + length]
+        y = window[:, before : before + length] * self.weight[:, before]
+        for offset in range(width):
+            if offset == before:
+                continue
+            neighbour = window[:, offset : offset + length] * self.weight[:, offset]
             if segments is not None:
-                same = segments[:, before:] == segments[:, before - lag : before - lag + length]
-                earlier = earlier * same[..., None]
-            y = y + earlier
+                neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
+            y = y + neighbour
         state = window[:, length:]
         if segments is not None:
             state = state * (segments[:, length:] == segments[:, -1:])[..., None]

@@ -26,6 +26,7 @@ class Mixer(nn.Module):
     """
 
     layer_type: ClassVar[str] = RecurrentLayer._layer_type
+    rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
 
     def __init__(self, config: LalmConfig, layer_idx: int):
         super().__init__()
@@ -37,7 +38,9 @@ class Mixer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
         self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
-        self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size) if config.use_short_conv else None
+        self.conv = None
+        if config.use_short_conv:
+            self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size, config.is_causal)
         self.q_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -61,7 +64,7 @@ class Mixer(nn.Module):
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary:
+        if rotary and self.rotates:
             q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
         state = previous_state(cache, self.layer_idx, "recurrent_states")
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
@@ -89,7 +92,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
         super().__init__()
         self.config, self.layer_idx, self.layer_type = config, layer_idx, layer_type
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, config.is_causal
         key_heads = config.num_key_value_heads or config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // key_heads
         self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -28,15 +29,11 @@ from lalm.modeling.mixers import Mixer, SoftmaxAttention, Tables
 class Block(GradientCheckpointingLayer):
     """Pre-norm residual block: `x + mixer(norm x)`, then `x + mlp(norm x)`."""
 
-    def __init__(self, config: LalmConfig, layer_idx: int, mixer_class: type[Mixer]):
+    def __init__(self, config: LalmConfig, mixer: nn.Module):
         super().__init__()
-        layer_type = config.layer_types[layer_idx]
         norm = NORMS[config.norm_type]
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
-        if layer_type == Mixer.layer_type:
-            self.mixer: nn.Module = mixer_class(config, layer_idx)
-        else:
-            self.mixer = SoftmaxAttention(config, layer_idx, layer_type)
+        self.mixer = mixer
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -98,6 +95,7 @@ class LalmModel(LalmPreTrainedModel):
     """Embeddings, blocks and final norm. A variant names its configuration and its mixer."""
 
     mixer_class: ClassVar[type[Mixer]]
+    block_class: ClassVar[type[nn.Module]] = Block
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
@@ -105,10 +103,20 @@ class LalmModel(LalmPreTrainedModel):
         added = config.position_embedding_type in ("learned", "sinusoidal")
         self.embed_positions = PositionEmbedding(config) if added else None
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, i, self.mixer_class) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            self.block_class(config, self.make_mixer(config, i)) for i in range(config.num_hidden_layers)
+        )
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def make_mixer(cls, config: LalmConfig, layer_idx: int) -> nn.Module:
+        """The mixer of one layer, as `config.layer_types` says."""
+        layer_type = config.layer_types[layer_idx]
+        if layer_type == Mixer.layer_type:
+            return cls.mixer_class(config, layer_idx)
+        return SoftmaxAttention(config, layer_idx, layer_type)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -143,7 +151,10 @@ class LalmModel(LalmPreTrainedModel):
             hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
         else:
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
-        if use_cache and past_key_values is None:
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
+        elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
@@ -154,22 +165,34 @@ class LalmModel(LalmPreTrainedModel):
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh)
         if position_ids is None:
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
-        if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(self.add_positions(hidden_states, position_ids))
         masks = softmax_masks(self.config, hidden_states, attention_mask, past_key_values, layout)
-        rotary = self._rotary_tables(position_ids)
+        hidden_states = self.run_layers(
+            hidden_states,
+            layout=layout,
+            rotary=self._rotary_tables(position_ids),
+            masks=masks,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.readout(hidden_states), past_key_values=past_key_values)
+
+    def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first block, from embeddings `[B, T, D]` and positions `[B, T]`."""
+        if self.embed_positions is None:
+            return hidden_states
+        return hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
+
+    def run_layers(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """`[B, T, D] -> [B, T, D]` through all blocks, each of which gets `kwargs`."""
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                layout=layout,
-                rotary=rotary,
-                masks=masks,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+    def readout(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the heads read, from what leaves the last block."""
+        return self.norm(hidden_states)
 
     def _rotary_tables(self, position_ids: torch.Tensor) -> Tables:
         """cos and sin by head size, empty unless positions are rotary."""
@@ -189,6 +212,10 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
     model_class: ClassVar[type[LalmModel]]
 
     def __init__(self, config: LalmConfig):
+        if not config.is_causal:
+            raise ValueError(
+                "A causal language model needs is_causal=True; AutoModelForMaskedLM takes is_causal=False."
+            )
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
@@ -234,8 +261,42 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         )
 
 
+class LalmForMaskedLM(LalmPreTrainedModel):
+    """Masked language model: a backbone that reads both sides, and `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        if config.is_causal:
+            raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) stand at the tokens they name, unshifted."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 class LalmForSequenceClassification(LalmPreTrainedModel):
-    """One label (or regression target) a sequence, read at the last real token."""
+    """One label (or regression target) a sequence, read at the last real token; of an encoder, at the mean of all."""
 
     model_class: ClassVar[type[LalmModel]]
 
@@ -262,23 +323,19 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
             ValueError: a batch without `attention_mask` and without `pad_token_id`, where padding cannot be told.
         """
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(outputs.last_hidden_state)
-        batch, length = logits.shape[:2]
-        last = torch.full((batch,), length - 1, device=logits.device)
-        real = None if attention_mask is None else attention_mask[:, -length:] != 0
-        if real is None and input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        if real is not None:
-            last = (real * torch.arange(length, device=logits.device)).argmax(-1)
-        elif batch > 1:
-            raise ValueError(
-                "Cannot tell padding in this batch: pass attention_mask, or input_ids with config.pad_token_id set."
-            )
-        pooled_logits = logits[torch.arange(batch, device=logits.device), last]
+        hidden_states = outputs.last_hidden_state
+        real = self._real_tokens(hidden_states, input_ids, attention_mask)
+        if self.config.is_causal:
+            last = (real * torch.arange(real.shape[1], device=real.device)).argmax(-1)
+            pooled = hidden_states[torch.arange(real.shape[0], device=real.device), last]
+        else:
+            weight = real[..., None].to(hidden_states.dtype)
+            pooled = (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        pooled_logits = self.score(pooled)
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
+                logits=pooled_logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
             )
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -287,6 +344,19 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _real_tokens(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+        """bool `[B, T]`, False on padding."""
+        batch, length = hidden_states.shape[:2]
+        if attention_mask is not None:
+            return attention_mask[:, -length:] != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            return input_ids != self.config.pad_token_id
+        if batch > 1:
+            raise ValueError(
+                "Cannot tell padding in this batch: pass attention_mask, or input_ids with config.pad_token_id set."
+            )
+        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
 
 
 class LalmForTokenClassification(LalmPreTrainedModel):
@@ -324,6 +394,7 @@ class LalmForTokenClassification(LalmPreTrainedModel):
 
 __all__ = [
     "LalmForCausalLM",
+    "LalmForMaskedLM",
     "LalmForSequenceClassification",
     "LalmForTokenClassification",
     "LalmModel",

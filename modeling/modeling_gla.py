@@ -13,6 +13,7 @@ from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
+    LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
     LalmModel,
@@ -55,6 +56,7 @@ class GLAMixer(Mixer):
             initial_state=state,
             output_final_state=output_final_state,
             layout=layout,
+            causal=self.config.is_causal,
         )
         o = self.o_norm(o)
         if self.g_proj is not None:
@@ -72,6 +74,11 @@ class GLAForCausalLM(LalmForCausalLM):
     model_class = GLAModel
 
 
+class GLAForMaskedLM(LalmForMaskedLM):
+    config: GLAConfig
+    model_class = GLAModel
+
+
 class GLAForSequenceClassification(LalmForSequenceClassification):
     config: GLAConfig
     model_class = GLAModel
@@ -84,6 +91,7 @@ class GLAForTokenClassification(LalmForTokenClassification):
 
 __all__ = [
     "GLAForCausalLM",
+    "GLAForMaskedLM",
     "GLAForSequenceClassification",
     "GLAForTokenClassification",
     "GLAModel",

@@ -13,6 +13,7 @@ from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
+    LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
     LalmModel,
@@ -52,6 +53,7 @@ class LinearAttentionMixer(Mixer):
             output_final_state=output_final_state,
             normalize=self.normalize,
             layout=layout,
+            causal=self.config.is_causal,
         )
         return o if self.o_norm is None else self.o_norm(o), state
 
@@ -72,6 +74,11 @@ class LinearAttentionForCausalLM(LalmForCausalLM):
     model_class = LinearAttentionModel
 
 
+class LinearAttentionForMaskedLM(LalmForMaskedLM):
+    config: LinearAttentionConfig
+    model_class = LinearAttentionModel
+
+
 class LinearAttentionForSequenceClassification(LalmForSequenceClassification):
     config: LinearAttentionConfig
     model_class = LinearAttentionModel
@@ -84,6 +91,7 @@ class LinearAttentionForTokenClassification(LalmForTokenClassification):
 
 __all__ = [
     "LinearAttentionForCausalLM",
+    "LinearAttentionForMaskedLM",
     "LinearAttentionForSequenceClassification",
     "LinearAttentionForTokenClassification",
     "LinearAttentionModel",

@@ -15,6 +15,7 @@ from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 
 HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+ENCODER_HEADS = tuple(head.replace("CausalLM", "MaskedLM") for head in HEADS)
 TINY = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -118,6 +119,23 @@ ROWS = (
         **HYBRID,
     ),
 )
+# Models that read both sides (tests/modeling/test_bidirectional.py).
+ENCODER = {"is_causal": False, "use_short_conv": True, "conv_size": 4}
+ENCODERS = (
+    _linear("encoder", is_causal=False),
+    _linear("encoder_conv_learned", position_embedding_type="learned", **ENCODER),
+    _linear("encoder_unnormalized", normalize=False, feature_map="relu", **ENCODER | {"conv_size": 3}),
+    _linear(
+        "encoder_hybrid",
+        is_causal=False,
+        full_attention_layers=[1],
+        sliding_attention_layers=[2],
+        sliding_window=4,
+        **HYBRID,
+    ),
+    _gla("encoder", is_causal=False),
+    _gla("encoder_conv_rope", position_embedding_type="rope", **ENCODER),
+)
 # One row for each way of keeping memory: for tests whose subject is the surroundings, not the arithmetic.
 FEW = ("linear_plain", "linear_learned_layernorm", "linear_hybrid_both", "gla_conv_tied", "gla_hybrid_full")
 
@@ -126,6 +144,7 @@ def _params(rows):
     return [pytest.param(row, id=row.name) for row in rows]
 
 
+every_encoder = pytest.mark.parametrize("row", _params(ENCODERS))
 every_row = pytest.mark.parametrize("row", _params(ROWS))
 few_rows = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name in FEW]))
 each_variant = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name.endswith("_plain")]))

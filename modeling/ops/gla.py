@@ -10,12 +10,13 @@ from functools import partial
 
 import torch
 
+from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 
 
-def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout):
+def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
     check_shapes(q, k, v, layout)
     if g.shape != q.shape:
         raise ValueError(
@@ -26,9 +27,12 @@ def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the borders.")
 
         def one_batch(q, k, v, g, initial_state=None, output_final_state=False, layout=None):
-            return _gla(core, q, k, v, g, scale, initial_state, output_final_state, None, layout)
+            return _gla(core, q, k, v, g, scale, initial_state, output_final_state, None, layout, causal)
 
         return per_document(one_batch, (q, k, v, g), cu_seqlens, initial_state, output_final_state)
+    if not causal:
+        refuse_states(initial_state, output_final_state)
+        core = bidirectional_diagonal(core)
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     with torch.autocast(q.device.type, enabled=False):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -47,6 +51,7 @@ def recurrent_gla(
     cu_seqlens: torch.Tensor | None = None,
     *,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention one token at a time: the definition, and the way to decode.
 
@@ -59,6 +64,7 @@ def recurrent_gla(
         output_final_state: also return the state after the last token.
         cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
         layout: padding and document borders of a batch; its rows have one state each (N = B).
+        causal: False reads both sides of every document, without states (`ops/bidirectional.py`).
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[N, H, K, V]` or None. States and sums are float32,
@@ -67,7 +73,7 @@ def recurrent_gla(
     Raises:
         ValueError: a shape does not fit; the message names the argument.
     """
-    return _gla(recurrent_diagonal, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout)
+    return _gla(recurrent_diagonal, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
 
 
 def chunk_gla(
@@ -81,6 +87,7 @@ def chunk_gla(
     cu_seqlens: torch.Tensor | None = None,
     *,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_gla` by matrix products over chunks of `chunk_size` (a power of two) tokens.
@@ -90,7 +97,7 @@ def chunk_gla(
 
     return _gla(
         partial(chunk_diagonal, chunk_size=chunk_size),
-        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout),
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal),
     )
 
 
@@ -105,6 +112,7 @@ def fla_gla(
     cu_seqlens: torch.Tensor | None = None,
     *,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_gla` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
-    return _gla(fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout))
+    return _gla(fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal))

@@ -15,12 +15,15 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 
 
-def _linear_attention(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout):
+def _linear_attention(
+    core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal
+):
     check_shapes(q, k, v, layout)
     if g is not None and g.shape != q.shape[:3]:
         raise ValueError(
@@ -32,10 +35,13 @@ def _linear_attention(core, q, k, v, g, scale, initial_state, output_final_state
 
         def one_batch(q, k, v, g, initial_state=None, output_final_state=False, layout=None):
             return _linear_attention(
-                core, q, k, v, g, scale, initial_state, output_final_state, None, normalize, eps, layout
+                core, q, k, v, g, scale, initial_state, output_final_state, None, normalize, eps, layout, causal
             )
 
         return per_document(one_batch, (q, k, v, g), cu_seqlens, initial_state, output_final_state)
+    if not causal:
+        refuse_states(initial_state, output_final_state)
+        core = bidirectional_diagonal(core)
     value_size = v.shape[-1]
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], value_size + normalize))
     with torch.autocast(q.device.type, enabled=False):
@@ -60,6 +66,7 @@ def recurrent_linear_attention(
     normalize: bool = True,
     eps: float = 1e-6,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal linear attention one token at a time: the definition, and the way to decode.
 
@@ -73,6 +80,7 @@ def recurrent_linear_attention(
         cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
         normalize: divide by `z . q + eps`.
         layout: padding and document borders of a batch; its rows have one state each (N = B).
+        causal: False reads both sides of every document, without states (`ops/bidirectional.py`).
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state or None. States and sums are float32, or float64 if
@@ -83,7 +91,7 @@ def recurrent_linear_attention(
     """
     return _linear_attention(
         recurrent_diagonal,
-        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout),
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )
 
 
@@ -100,6 +108,7 @@ def chunk_linear_attention(
     normalize: bool = True,
     eps: float = 1e-6,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_linear_attention` by matrix products over chunks of `chunk_size` (a power of two) tokens.
@@ -109,7 +118,7 @@ def chunk_linear_attention(
 
     return _linear_attention(
         partial(chunk_diagonal, chunk_size=chunk_size),
-        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout),
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )
 
 
@@ -126,8 +135,10 @@ def fla_linear_attention(
     normalize: bool = True,
     eps: float = 1e-6,
     layout: SequenceLayout | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _linear_attention(
-        fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout)
+        fla_diagonal,
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )
