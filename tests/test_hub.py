@@ -139,14 +139,14 @@ def test_stale_repository_references_are_replaced_and_a_users_own_head_stays(tmp
     config = tiny_config(GLAConfig)
     config.auto_map = {
         "AutoModel": "someone/old-repo--modeling_gla.GLAModel",
-        "AutoModelForMaskedLM": "my_head.GLAForMaskedLM",
+        "AutoModelForMultipleChoice": "my_head.GLAForMultipleChoice",
         "AutoModelForVision2Seq": "someone/old-repo--other.Other",
     }
     (tmp_path / "my_head.py").write_text("# a head of the user's own, put here by transformers before the config\n")
     config.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_gla.GLAModel"
-    assert auto_map["AutoModelForMaskedLM"] == "my_head.GLAForMaskedLM"
+    assert auto_map["AutoModelForMultipleChoice"] == "my_head.GLAForMultipleChoice"
     assert not [reference for reference in auto_map.values() if "--" in reference]
 
 

@@ -15,9 +15,15 @@ def loss_points(log_history: list[dict]) -> tuple[list[tuple[int, float]], list[
 
 
 def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
-    """Draw both losses (nats per token) over the steps; False if there is nothing to draw or matplotlib is absent."""
+    """Draw the training and validation loss of one run, as `write_loss_curves` does."""
     train, validation = loss_points(log_history)
-    if not train:
+    return bool(train) and write_loss_curves({"training": train, "validation": validation}, path, title)
+
+
+def write_loss_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> bool:
+    """Draw losses (nats per token) over the steps; False if there is nothing to draw or matplotlib is absent."""
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
         return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,10 +35,10 @@ def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
-    if validation:
-        # two points, before and after, say nothing of the way between them
-        axes.plot(*zip(*validation, strict=True), "o" if len(validation) < 3 else "o-", label="validation")
+    for name, points in curves.items():
+        # a few points say nothing of the way between them
+        few = "o" if len(points) < 3 else "o-"
+        axes.plot(*zip(*points, strict=True), few if len(points) < 10 else "-", label=name, linewidth=1)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -14,7 +14,7 @@ from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
 
 logger = logging.getLogger(__name__)
 
-# the model of a command line that says nothing about it: small enough for a first try on a CPU
+# the model of a command line that names no size: small enough for a first try on a CPU
 DEFAULT_MODEL_TYPE = "lalm_gla"
 DEFAULT_SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True}
 POSITIONS_WITHOUT_LIMIT = ("none", "rope")
@@ -68,8 +68,10 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, bl
     model_type = arguments.model_type or DEFAULT_MODEL_TYPE
     config_class = config_class_of(model_type)
     overrides = arguments.overrides
-    if arguments.model_type is None and not overrides:
+    if not overrides and model_type in our_model_types():
         overrides = DEFAULT_SIZES
+        sizes = " ".join(f"{name}={value}" for name, value in overrides.items())
+        logger.info("no --config_overrides: a small %s model, %s", model_type, sizes)
     names = config_field_names(config_class)
     for key in overrides:
         if key not in names:

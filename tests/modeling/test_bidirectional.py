@@ -155,7 +155,7 @@ def test_encoders_load_as_saved(row, head, tmp_path):
 
 @each_encoder
 def test_trains_and_fills_masks(row, tmp_path):
-    """The stock collator, Trainer, Auto class and pipeline, on a text whose every second word follows from the first."""
+    """The stock collator, Trainer, Auto class and pipeline, on a text whose second words follow from the first."""
     words = ["<pad>", "<mask>", "<unk>", "red", "rose", "blue", "sky", "green", "leaf"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
