@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -105,3 +106,10 @@ def test_links_and_paths_lead_somewhere(document):
     assert [link for link in links if not (folder / link).exists()] == []
     paths = re.findall(r"`((?:modeling|configuration|tests|lalm|docs|recipes)/[\w/.]*)`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_tables_of_the_variants_are_those_of_the_code():
+    check = subprocess.run(
+        [sys.executable, "docs/variant_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stderr

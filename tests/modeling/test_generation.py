@@ -37,6 +37,18 @@ def test_greedy_is_the_argmax_of_full_forwards(row):
     assert torch.equal(generate(model, ids), greedy_by_hand(model, ids))
 
 
+@each_variant
+def test_a_thousand_tokens_are_the_argmax_of_full_forwards(row):
+    """The model is causal: one forward over the finished text holds every full forward that the loop would make."""
+    model, ids = build(row, max_position_embeddings=1100), tokens(2, 9)
+    out = generate(model, ids, max_new_tokens=1000)
+    with torch.no_grad():
+        predicted = model(out, use_cache=False).logits.argmax(-1)
+    assert torch.equal(out[:, 9:], predicted[:, 8:-1])
+    assert out.shape == (2, 1009)
+    assert len(out.unique()) > 3, "a model that repeats itself would show little"
+
+
 @every_row
 def test_static_cache(row):
     model, ids = build(row), tokens(2, 9)
