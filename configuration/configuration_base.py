@@ -163,6 +163,11 @@ class LalmConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def embedding_size(self) -> int:
+        """Width of the embeddings, of the final norm and of what the heads read."""
+        return self.hidden_size
+
+    @property
     def linear_key_dim(self) -> int:
         """Key size of one linear head."""
         return int(self.hidden_size * self.expand_k) // self.num_attention_heads

@@ -8,9 +8,25 @@ from typing import NamedTuple
 import transformers
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.configuration.configuration_based import BasedConfig
+from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+from lalm.configuration.configuration_retnet import RetNetConfig
 from lalm.modeling.modeling_base import LalmPreTrainedModel
+from lalm.modeling.modeling_based import (
+    BasedForCausalLM,
+    BasedForSequenceClassification,
+    BasedForTokenClassification,
+    BasedModel,
+)
+from lalm.modeling.modeling_delta_net import (
+    DeltaNetForCausalLM,
+    DeltaNetForMaskedLM,
+    DeltaNetForSequenceClassification,
+    DeltaNetForTokenClassification,
+    DeltaNetModel,
+)
 from lalm.modeling.modeling_gla import (
     GLAForCausalLM,
     GLAForMaskedLM,
@@ -24,6 +40,13 @@ from lalm.modeling.modeling_linear_attention import (
     LinearAttentionForSequenceClassification,
     LinearAttentionForTokenClassification,
     LinearAttentionModel,
+)
+from lalm.modeling.modeling_retnet import (
+    RetNetForCausalLM,
+    RetNetForMaskedLM,
+    RetNetForSequenceClassification,
+    RetNetForTokenClassification,
+    RetNetModel,
 )
 
 __version__ = "0.1.0"
@@ -57,6 +80,35 @@ VARIANTS = (
             "AutoModelForTokenClassification": GLAForTokenClassification,
         },
     ),
+    Variant(
+        RetNetConfig,
+        {
+            "AutoModel": RetNetModel,
+            "AutoModelForCausalLM": RetNetForCausalLM,
+            "AutoModelForMaskedLM": RetNetForMaskedLM,
+            "AutoModelForSequenceClassification": RetNetForSequenceClassification,
+            "AutoModelForTokenClassification": RetNetForTokenClassification,
+        },
+    ),
+    Variant(
+        DeltaNetConfig,
+        {
+            "AutoModel": DeltaNetModel,
+            "AutoModelForCausalLM": DeltaNetForCausalLM,
+            "AutoModelForMaskedLM": DeltaNetForMaskedLM,
+            "AutoModelForSequenceClassification": DeltaNetForSequenceClassification,
+            "AutoModelForTokenClassification": DeltaNetForTokenClassification,
+        },
+    ),
+    Variant(
+        BasedConfig,
+        {
+            "AutoModel": BasedModel,
+            "AutoModelForCausalLM": BasedForCausalLM,
+            "AutoModelForSequenceClassification": BasedForSequenceClassification,
+            "AutoModelForTokenClassification": BasedForTokenClassification,
+        },
+    ),
 )
 
 for _variant in VARIANTS:
@@ -66,6 +118,17 @@ for _variant in VARIANTS:
 
 __all__ = [
     "VARIANTS",
+    "BasedConfig",
+    "BasedForCausalLM",
+    "BasedForSequenceClassification",
+    "BasedForTokenClassification",
+    "BasedModel",
+    "DeltaNetConfig",
+    "DeltaNetForCausalLM",
+    "DeltaNetForMaskedLM",
+    "DeltaNetForSequenceClassification",
+    "DeltaNetForTokenClassification",
+    "DeltaNetModel",
     "GLAConfig",
     "GLAForCausalLM",
     "GLAForMaskedLM",
@@ -80,6 +143,12 @@ __all__ = [
     "LinearAttentionForSequenceClassification",
     "LinearAttentionForTokenClassification",
     "LinearAttentionModel",
+    "RetNetConfig",
+    "RetNetForCausalLM",
+    "RetNetForMaskedLM",
+    "RetNetForSequenceClassification",
+    "RetNetForTokenClassification",
+    "RetNetModel",
     "Variant",
     "__version__",
 ]

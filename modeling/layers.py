@@ -113,12 +113,12 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.config = config
         if config.position_embedding_type == "learned":
-            self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.table = nn.Embedding(config.max_position_embeddings, config.embedding_size)
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Positions `[B, T]` -> `[B, T, D]`."""
         if self.config.position_embedding_type == "sinusoidal":
-            return sinusoidal_positions(position_ids, self.config.hidden_size, self.config.rope_theta)
+            return sinusoidal_positions(position_ids, self.config.embedding_size, self.config.rope_theta)
         return look_up(self.table, position_ids, "position", "max_position_embeddings")
 
 

@@ -27,6 +27,9 @@ class Mixer(nn.Module):
 
     layer_type: ClassVar[str] = RecurrentLayer._layer_type
     rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
+    silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the SiLU of the short convolution without it too
+    o_norm: RMSNorm | None
+    g_proj: nn.Linear | None
 
     def __init__(self, config: LalmConfig, layer_idx: int):
         super().__init__()
@@ -61,6 +64,8 @@ class Mixer(nn.Module):
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx)
+        elif self.silu_without_conv:
+            q, k, v = (nn.functional.silu(x) for x in (q, k, v))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -84,6 +89,17 @@ class Mixer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> the normed, gated output `[B, T, H, V]` and the state."""
         raise NotImplementedError
+
+    def make_output_gate(self, gated: bool) -> None:
+        """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
+        hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
+        self.g_proj = nn.Linear(hidden_size, value_size, bias=False) if gated else None
+        self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
+
+    def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`norm(o) * swish(x W)` for the heads `o [B, T, H, V]` and the mixer's input x `[B, T, D]`."""
+        o = o if self.o_norm is None else self.o_norm(o)
+        return o if self.g_proj is None else o * nn.functional.silu(self.g_proj(hidden_states)).view_as(o)
 
 
 class SoftmaxAttention(nn.Module):

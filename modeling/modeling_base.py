@@ -29,13 +29,15 @@ from lalm.modeling.mixers import Mixer, SoftmaxAttention, Tables
 class Block(GradientCheckpointingLayer):
     """Pre-norm residual block: `x + mixer(norm x)`, then `x + mlp(norm x)`."""
 
+    mlp_class: ClassVar[type[nn.Module]] = MLP
+
     def __init__(self, config: LalmConfig, mixer: nn.Module):
         super().__init__()
         norm = NORMS[config.norm_type]
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mixer = mixer
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = self.mlp_class(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -50,7 +52,7 @@ class LalmPreTrainedModel(PreTrainedModel):
     config: LalmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block", "LocalGlobalBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": Block, "attentions": OutputRecorder(SoftmaxAttention, index=1)}
     _is_stateful = True
@@ -99,14 +101,14 @@ class LalmModel(LalmPreTrainedModel):
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         added = config.position_embedding_type in ("learned", "sinusoidal")
         self.embed_positions = PositionEmbedding(config) if added else None
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             self.block_class(config, self.make_mixer(config, i)) for i in range(config.num_hidden_layers)
         )
-        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        self.norm = NORMS[config.norm_type](config.embedding_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -210,6 +212,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: ClassVar[type[LalmModel]]
+    lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
         if not config.is_causal:
@@ -219,7 +222,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -266,13 +269,14 @@ class LalmForMaskedLM(LalmPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: ClassVar[type[LalmModel]]
+    lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
         if config.is_causal:
             raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -304,7 +308,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.score = nn.Linear(config.embedding_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -369,7 +373,7 @@ class LalmForTokenClassification(LalmPreTrainedModel):
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.score = nn.Linear(config.embedding_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
-from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
     LalmForCausalLM,
@@ -28,13 +27,12 @@ class GLAMixer(Mixer):
 
     def __init__(self, config: GLAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        key_size = self.num_heads * self.key_dim
         self.gk_proj = nn.Sequential(
             nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
             nn.Linear(config.gate_low_rank_dim, key_size),
         )
-        self.g_proj = nn.Linear(config.hidden_size, value_size, bias=False) if config.use_output_gate else None
-        self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps)
+        self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
@@ -58,10 +56,7 @@ class GLAMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
         )
-        o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(hidden_states)).view_as(o)
-        return o, state
+        return self.gate_output(o, hidden_states), state
 
 
 class GLAModel(LalmModel):

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import lalm
+from lalm.configuration.configuration_based import BasedConfig
+from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+from lalm.configuration.configuration_retnet import RetNetConfig
 
 HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 ENCODER_HEADS = tuple(head.replace("CausalLM", "MaskedLM") for head in HEADS)
@@ -75,6 +78,18 @@ def _gla(name, off=None, **fields):
     return Row(f"gla_{name}", GLAConfig, fields, off or {})
 
 
+def _delta_net(name, off=None, **fields):
+    return Row(f"delta_net_{name}", DeltaNetConfig, fields, off or {})
+
+
+def _retnet(name, off=None, **fields):
+    return Row(f"retnet_{name}", RetNetConfig, fields, off or {})
+
+
+def _based(name, off=None, **fields):
+    return Row(f"based_{name}", BasedConfig, {"num_hidden_layers": 4, "feature_dim": 6} | fields, off or {})
+
+
 # test_static_sliding_cache_refuses_later_padding holds the refusal.
 STATIC_SLIDING = {"test_padding_in_later_pieces[static": "refused: a static sliding cache cannot move cached tokens"}
 HYBRID = {"num_hidden_layers": 3, "position_embedding_type": "rope"}
@@ -118,6 +133,47 @@ ROWS = (
         use_short_conv=True,
         **HYBRID,
     ),
+    _delta_net("plain"),
+    _delta_net("negative_rope", allow_neg_eigval=True, position_embedding_type="rope", use_output_gate=True),
+    _delta_net("no_conv_expanded", use_short_conv=False, expand_v=2, qk_norm=True, tie_word_embeddings=True),
+    _delta_net("gated", use_decay_gate=True, expand_v=2),
+    _delta_net("gated_no_conv", use_decay_gate=True, use_output_gate=False, use_short_conv=False, expand_k=0.5),
+    _delta_net(
+        "hybrid_both",
+        off=STATIC_SLIDING,
+        use_decay_gate=True,
+        full_attention_layers=[2],
+        sliding_attention_layers=[0],
+        sliding_window=5,
+        **HYBRID | GROUPED,
+    ),
+    _retnet("plain"),
+    _retnet("conv_qk_norm", use_short_conv=True, conv_size=3, qk_norm=True, tie_word_embeddings=True),
+    _retnet("no_gate_no_positions", use_output_gate=False, position_embedding_type="none", expand_k=0.5, expand_v=1),
+    _retnet(
+        "hybrid_both",
+        off=STATIC_SLIDING,
+        full_attention_layers=[2],
+        sliding_attention_layers=[0],
+        sliding_window=5,
+        use_short_conv=True,
+        **HYBRID | GROUPED,
+    ),
+    # Layers: convolution, linear, sliding, convolution.
+    _based("plain", off=STATIC_SLIDING, sliding_window=6),
+    _based("without_sliding", sliding_attention_layers=[], conv_size=4, tie_word_embeddings=False),
+    _based(
+        "full",
+        off=STATIC_SLIDING,
+        num_hidden_layers=5,
+        full_attention_layers=[4],
+        linear_attention_layers=[0, 3],
+        sliding_attention_layers=[2],
+        sliding_window=5,
+        qk_norm=True,
+        use_short_conv=True,
+        feature_dim=3,
+    ),
 )
 # Models that read both sides (tests/modeling/test_bidirectional.py).
 ENCODER = {"is_causal": False, "use_short_conv": True, "conv_size": 4}
@@ -135,9 +191,21 @@ ENCODERS = (
     ),
     _gla("encoder", is_causal=False),
     _gla("encoder_conv_rope", position_embedding_type="rope", **ENCODER),
+    _delta_net("encoder", is_causal=False),
+    _delta_net("encoder_gated_rope", use_decay_gate=True, position_embedding_type="rope", **ENCODER),
+    _retnet("encoder", is_causal=False),
+    _retnet("encoder_conv_qk_norm", qk_norm=True, **ENCODER),
 )
 # One row for each way of keeping memory: for tests whose subject is the surroundings, not the arithmetic.
-FEW = ("linear_plain", "linear_learned_layernorm", "linear_hybrid_both", "gla_conv_tied", "gla_hybrid_full")
+FEW = (
+    "linear_plain",
+    "linear_learned_layernorm",
+    "linear_hybrid_both",
+    "gla_conv_tied",
+    "gla_hybrid_full",
+    "delta_net_gated",
+    "based_plain",
+)
 
 
 def _params(rows):

@@ -18,11 +18,11 @@ backward pass keeps the inputs only and recomputes the chunk states.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.chunks import chunk_borders, from_chunks, to_chunks
 from lalm.modeling.ops.layout import SequenceLayout
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
@@ -102,41 +102,6 @@ def _strongest_decay(g: torch.Tensor, size: int) -> float:
     return -windows.sum(2, dtype=compute_dtype(g)).min().item()
 
 
-def _to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[B, T, H, *] -> [B, H, N, C, *]`, the tail filled with zeros, which neither write nor decay."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk_size))
-    return x.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).to(dtype).contiguous()
-
-
-def _from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
-
-
-class _Borders(NamedTuple):
-    """Masks that keep documents apart; all are products of 0 and 1 over `[B, 1, N, ...]`."""
-
-    pair_BNCC: torch.Tensor  # query and key share a document
-    reads_BNC1: torch.Tensor  # the query's document began before this chunk
-    writes_BNC1: torch.Tensor  # the key's document goes on after this chunk
-    passes_BN1: torch.Tensor  # one document spans the whole chunk
-
-
-def _borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> _Borders | None:
-    if segments is None:
-        return None
-    pad = -segments.shape[1] % chunk_size
-    segments = torch.cat([segments, segments[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, chunk_size))[:, None]
-    last = segments[..., -1:]
-    entering = torch.cat([segments[:, :, :1, :1], last[:, :, :-1]], dim=2)
-    # A document is contiguous, so equal ids of the first and the last token mean that all between are equal too.
-    return _Borders(
-        (segments[..., :, None] == segments[..., None, :]).to(dtype),
-        (segments == entering)[..., None].to(dtype),
-        (segments == last)[..., None].to(dtype),
-        (entering == last).to(dtype),
-    )
-
-
 def _scale_rows(factor: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
     """Multiply the key rows of `[B, H, N, K, V]` by `[B, H, N, D]`."""
     return state if factor is None else state * factor[..., None]
@@ -207,7 +172,7 @@ class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
     def __init__(self, q, k, v, g, state, segments, factored):
-        self.q, self.k, self.borders = q, k, _borders(segments, q.shape[-2], q.dtype)
+        self.q, self.k, self.borders = q, k, chunk_borders(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
             self._set_factors(g, factored)
@@ -266,7 +231,7 @@ class _Chunks:
 
 def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
     dtype = compute_dtype(q, k, v, g)
-    q_c, k_c, v_c, g_c = (None if x is None else _to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
+    q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
     return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
@@ -280,14 +245,14 @@ class _ChunkDiagonal(torch.autograd.Function):
         _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
         o = chunks.scores() @ v_c
         o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
-        return _from_chunks(o, q.shape[1]), chunks.final
+        return from_chunks(o, q.shape[1]), chunks.final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
         q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
-        do = _to_chunks(do, ctx.plan[0], q_c.dtype)
+        do = to_chunks(do, ctx.plan[0], q_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
@@ -304,7 +269,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
-        dq, dk, dv = (_from_chunks(x, length).to(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+        dq, dk, dv = (from_chunks(x, length).to(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
         return dq, dk, dv, dg, None, None if state is None else d_state.to(state.dtype), None, None, None
 
 
@@ -315,4 +280,4 @@ def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.T
     per_token[..., -1, :] += at_end
     if g.shape[-1] == 1:
         per_token = per_token.sum(-1, keepdim=True)
-    return _from_chunks(_suffix_sums(per_token), g.shape[1]).to(g.dtype)
+    return from_chunks(_suffix_sums(per_token), g.shape[1]).to(g.dtype)

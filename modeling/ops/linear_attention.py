@@ -21,9 +21,10 @@ from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 
 
-def _linear_attention(
+def apply_linear_attention(
     core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal
 ):
+    """`recurrent_linear_attention` by the given core of `diagonal_recurrence`."""
     check_shapes(q, k, v, layout)
     if g is not None and g.shape != q.shape[:3]:
         raise ValueError(
@@ -34,7 +35,7 @@ def _linear_attention(
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the borders.")
 
         def one_batch(q, k, v, g, initial_state=None, output_final_state=False, layout=None):
-            return _linear_attention(
+            return apply_linear_attention(
                 core, q, k, v, g, scale, initial_state, output_final_state, None, normalize, eps, layout, causal
             )
 
@@ -89,7 +90,7 @@ def recurrent_linear_attention(
     Raises:
         ValueError: a shape does not fit; the message names the argument.
     """
-    return _linear_attention(
+    return apply_linear_attention(
         recurrent_diagonal,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )
@@ -116,7 +117,7 @@ def chunk_linear_attention(
     Same arguments, same results up to rounding. The backward pass keeps the inputs and recomputes the states.
     """
 
-    return _linear_attention(
+    return apply_linear_attention(
         partial(chunk_diagonal, chunk_size=chunk_size),
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )
@@ -138,7 +139,7 @@ def fla_linear_attention(
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
-    return _linear_attention(
+    return apply_linear_attention(
         fla_diagonal,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )

@@ -170,7 +170,7 @@ def test_trains_and_fills_masks(row, tmp_path):
         model,
         TrainingArguments(
             tmp_path / "run",
-            max_steps=60,
+            max_steps=150,
             per_device_train_batch_size=16,
             learning_rate=1e-2,
             report_to="none",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import peft
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lalm.configuration.configuration_based import BasedConfig
 from tests.modeling.exact import assert_close, run, tokens
 from tests.variants import HEADS, each_variant, every_row, few_rows
 
@@ -149,7 +151,9 @@ def test_fresh_models_are_initialised(row):
         if "norm" in name and name.endswith("weight"):
             assert (mean, deviation) == (1, 0), name
         if name.endswith("proj.weight"):
-            assert 0.012 < deviation < 0.028, f"{name}: {deviation} is not near initializer_range"
+            smaller = row.config_class is BasedConfig and name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.02 / math.sqrt(2 * row.config().num_hidden_layers if smaller else 1)
+            assert 0.6 * expected < deviation < 1.4 * expected, f"{name}: {deviation} is not near {expected}"
 
 
 @every_row
@@ -164,7 +168,8 @@ def test_missing_weights_are_initialised_on_load(row, tmp_path):
     assert (loaded.state_dict()[kept] == 3).all(), "a weight that is in the file was overwritten"
     fresh = statistics(model)
     for name, (mean, deviation) in statistics(loaded).items():
-        if name != kept:
+        # Two random numbers have no statistics; test_delta_net.py checks the range of those that heads have.
+        if name != kept and loaded.state_dict()[name].numel() > 8:
             expected_mean, expected = fresh[name]
             assert abs(deviation - expected) <= 0.35 * expected, f"{name}: deviation {deviation}, fresh {expected}"
             assert abs(mean - expected_mean) <= 0.6 * expected + 1e-6, f"{name}: mean {mean}, fresh {expected_mean}"

@@ -4,20 +4,29 @@ A new op with the shape `S_t = decay * S_{t-1} + k_t v_t^T` adds a row to CASES 
 Letters: B batch, T time, H heads, K key width, V value width, R rows of the state (V, or V + 1 with the normaliser).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from lalm.modeling.ops.delta_rule import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    recurrent_delta_rule,
+    recurrent_gated_delta_rule,
+)
 from lalm.modeling.ops.gla import chunk_gla, recurrent_gla
 from lalm.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.retention import chunk_retention, recurrent_retention
 
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op in one configuration. `gate` is "none", "head" (g [B,T,H]) or "key" (g [B,T,H,K])."""
+    """One op in one configuration. `gate` is "none", "head" (g [B,T,H]), "key" (g [B,T,H,K]) or "fixed" (no argument,
+    log(1 - 2^(-5 - h)) for every token of head h)."""
 
     name: str
     recurrent: Callable
@@ -25,6 +34,20 @@ class OpCase:
     gate: str
     normalize: bool = False
     options: dict = field(default_factory=dict)
+    strongest_write: float | None = None  # of a delta rule, which takes beta: 1, or 2 for negative eigenvalues
+
+    @property
+    def takes_g(self):
+        return self.gate in ("head", "key")
+
+    def log_decay(self, x):
+        """What a token leaves of the state, as a natural log that broadcasts over [B, T, H, K]."""
+        if self.gate == "fixed":
+            per_head = [math.log(1 - 2.0 ** (-5 - h)) for h in range(x["q"].shape[2])]
+            return torch.tensor(per_head, dtype=torch.float64)[:, None]
+        if x["g"] is None:
+            return torch.zeros(1, dtype=torch.float64)
+        return x["g"][..., None] if self.gate == "head" else x["g"]
 
 
 def _linear(name, gate, normalize):
@@ -38,6 +61,10 @@ CASES = (
     _linear("linear_normalized", "none", True),
     _linear("linear_normalized_gated", "head", True),
     OpCase("gla", recurrent_gla, chunk_gla, "key"),
+    OpCase("retention", recurrent_retention, chunk_retention, "fixed"),
+    OpCase("delta", recurrent_delta_rule, chunk_delta_rule, "none", strongest_write=1.0),
+    OpCase("delta_negative", recurrent_delta_rule, chunk_delta_rule, "none", strongest_write=2.0),
+    OpCase("delta_gated", recurrent_gated_delta_rule, chunk_gated_delta_rule, "head", strongest_write=2.0),
 )
 CASE_IDS = [case.name for case in CASES]
 
@@ -51,10 +78,13 @@ def make_inputs(case, length, batch=2, heads=3, key=5, value=7, dtype=torch.floa
 
     x = {"q": rand(batch, length, heads, key), "k": rand(batch, length, heads, key)}
     x["v"] = rand(batch, length, heads, value)
-    gate_shape = {"none": None, "head": (batch, length, heads), "key": (batch, length, heads, key)}[case.gate]
+    gate_shape = {"head": (batch, length, heads), "key": (batch, length, heads, key)}.get(case.gate)
     # Decays from 0.999 to 0.05 a step, so that near and far past both matter.
     x["g"] = None if gate_shape is None else -(2 * rand(*gate_shape) - 2).exp().clamp(1e-3, 3.0)
     x["initial_state"] = rand(batch, heads, key, value + case.normalize)
+    if case.strongest_write:
+        x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+        x["beta"] = case.strongest_write * rand(batch, length, heads).sigmoid()
     if case.normalize:
         x["q"], x["k"] = (torch.nn.functional.elu(x[name]) + 1 for name in ("q", "k"))
         x["initial_state"][..., -1].abs_()
@@ -63,9 +93,15 @@ def make_inputs(case, length, batch=2, heads=3, key=5, value=7, dtype=torch.floa
     return {n: None if t is None else t.to(dtypes.get(n, dtype)) for n, t in x.items()}
 
 
+def tensors(case, x):
+    """What the ops of the case take before `scale`, in order."""
+    gate = [] if case.gate == "fixed" or (case.strongest_write and case.gate == "none") else [x["g"]]
+    return (x["q"], x["k"], x["v"], *gate, *([x["beta"]] if case.strongest_write else []))
+
+
 def call(fn, case, x, **kwargs):
     """`fn` on the inputs `x`, with the options of the case; returns (o, final_state)."""
-    return fn(x["q"], x["k"], x["v"], x["g"], initial_state=x.get("initial_state"), output_final_state=True,
+    return fn(*tensors(case, x), initial_state=x.get("initial_state"), output_final_state=True,
               **case.options, **kwargs)  # fmt: skip
 
 
@@ -74,11 +110,12 @@ def quadratic(case, x, scale=None, mask=None, segments=None):
 
     Written from the definitions (systems.md 2.1 and 4.1), dense in [T, T, K], for tiny sizes only.
     """
+    if case.strongest_write:
+        return transitions(case, x, scale, mask, segments)
     q, k, v = x["q"], x["k"], x["v"]
     length = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    g = torch.zeros_like(k) if x["g"] is None else x["g"]
-    g = g[..., None].expand_as(k) if g.ndim == 3 else g
+    g = case.log_decay(x).expand_as(k)
     real = torch.ones(q.shape[:2], dtype=torch.bool) if mask is None else mask
     total = (g * real[..., None, None]).cumsum(1)
 
@@ -104,6 +141,33 @@ def quadratic(case, x, scale=None, mask=None, segments=None):
     if case.normalize:
         out = out[..., :-1] / (out[..., -1:] + EPS)
     return out, final
+
+
+def transitions(case, x, scale, mask, segments):
+    """The delta rule by its transition matrices: o_i = sum_j q_i . A_i ... A_{j+1} (beta_j k_j v_j^T), each product of
+    A_t = exp(g_t) (I - beta_t k_t k_t^T) carried along explicitly (arXiv 2412.06464, section 3.1)."""
+    q, k, v, beta = x["q"], x["k"], x["v"], x["beta"]
+    batch, length, heads, keys = q.shape
+    scale = keys**-0.5 if scale is None else scale
+    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
+    start = torch.zeros(batch, length, dtype=torch.bool)
+    if segments is not None:
+        start[:, 1:] = segments.diff(dim=1) != 0
+    eye = torch.eye(keys, dtype=torch.float64)
+    k_k = k[..., :, None] * k[..., None, :]
+    decay = case.log_decay(x).expand(batch, length, heads, 1)[..., None].exp()
+    step = torch.where(real[..., None, None, None], decay * (eye - beta[..., None, None] * k_k), eye)
+    written = (real[..., None] * beta)[..., None, None] * k[..., :, None] * v[..., None, :]
+    # What every token has written, and first what was there, as it stands at the present token.
+    parts = [torch.zeros(batch, heads, keys, v.shape[-1], dtype=torch.float64)]
+    if x.get("initial_state") is not None:
+        parts[0] = x["initial_state"]
+    outputs = []
+    for i in range(length):
+        reset = start[:, i, None, None, None]
+        parts = [step[:, i] @ part.masked_fill(reset, 0) for part in parts] + [written[:, i]]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, i] * scale, torch.stack(parts).sum(0)))
+    return torch.stack(outputs, 1), torch.stack(parts).sum(0)
 
 
 def gradients(fn, x, out_weight, state_weight):

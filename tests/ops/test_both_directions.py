@@ -4,21 +4,25 @@ import pytest
 import torch
 
 from lalm.modeling.ops.layout import SequenceLayout
-from tests.ops.cases import CASES, EPS, call, make_inputs, relative_error
+from tests.ops.cases import CASES, EPS, call, make_inputs, quadratic, relative_error, tensors
 
-DIAGONAL = [case for case in CASES if case.gate in ("none", "head", "key")]
-every_case = pytest.mark.parametrize("case", DIAGONAL, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 LENGTHS = (1, 2, 63, 65, 130)
 
 
 def dense(case, x, mask=None, segments=None):
-    """o_i = sum over j of the document, either side: q_i . exp(decay between i and j) k_j, times v_j."""
+    """o_i = sum over j of the document, either side: q_i . exp(decay between i and j) k_j, times v_j. For delta rules
+    the sum of two readings by transition matrices, the second of the reversed text."""
+    if case.strongest_write:
+        ahead, _ = quadratic(case, x, None, mask, segments)
+        flipped = {name: None if t is None else t.flip(1) for name, t in x.items()}
+        flips = (None if t is None else t.flip(1) for t in (mask, segments))
+        return ahead + quadratic(case, flipped, None, *flips)[0].flip(1)
     q, k, v = x["q"], x["k"], x["v"]
     length = q.shape[1]
     real = torch.ones(q.shape[:2], dtype=torch.bool) if mask is None else mask
     segments = torch.zeros(q.shape[:2], dtype=torch.long) if segments is None else segments
-    g = torch.zeros_like(k) if x["g"] is None else x["g"]
-    g = (g[..., None].expand_as(k) if g.ndim == 3 else g) * real[..., None, None]
+    g = case.log_decay(x).expand_as(k) * real[..., None, None]
     ending = g.cumsum(1)  # up to and with the token
     starting = ending - g  # up to and without it
     later = torch.ones(length, length, dtype=torch.bool).tril()[None, :, :, None, None]
@@ -36,7 +40,7 @@ def inputs(case, length, **kwargs):
 
 
 def without_state(form, case, x, **kwargs):
-    return form(x["q"], x["k"], x["v"], x["g"], causal=False, **case.options, **kwargs)[0]
+    return form(*tensors(case, x), causal=False, **case.options, **kwargs)[0]
 
 
 @every_case
@@ -88,5 +92,5 @@ def test_states_are_refused(case):
     with pytest.raises(ValueError, match="causal=False"):
         call(case.chunk, case, inputs(case, 5), causal=False)
     with pytest.raises(ValueError, match="initial_state"):
-        case.chunk(*(make_inputs(case, 5)[n] for n in "qkvg"), initial_state=make_inputs(case, 5)["initial_state"],
+        case.chunk(*tensors(case, make_inputs(case, 5)), initial_state=make_inputs(case, 5)["initial_state"],
                    causal=False, **case.options)  # fmt: skip

@@ -10,13 +10,26 @@ import types
 import pytest
 import torch
 
+from lalm.modeling.ops.delta_rule import (
+    fla_delta_rule,
+    fla_gated_delta_rule,
+    recurrent_delta_rule,
+    recurrent_gated_delta_rule,
+)
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.gla import fla_gla, recurrent_gla
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear_attention import fla_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.retention import fla_retention, recurrent_retention
 from tests.ops.cases import CASE_IDS, CASES, make_inputs
 
-FORMS = {recurrent_gla: fla_gla, recurrent_linear_attention: fla_linear_attention}
+FORMS = {
+    recurrent_gla: fla_gla,
+    recurrent_linear_attention: fla_linear_attention,
+    recurrent_retention: fla_retention,
+    recurrent_delta_rule: fla_delta_rule,
+    recurrent_gated_delta_rule: fla_gated_delta_rule,
+}
 
 
 def simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
@@ -27,7 +40,13 @@ def simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_sta
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    for name, function in {"gla.chunk_gla": recurrent_gla, "simple_gla.chunk_simple_gla": simple_gla}.items():
+    kernels = {
+        "gla.chunk_gla": recurrent_gla,
+        "simple_gla.chunk_simple_gla": simple_gla,
+        "delta_rule.chunk_delta_rule": recurrent_delta_rule,
+        "gated_delta_rule.chunk_gated_delta_rule": recurrent_gated_delta_rule,
+    }
+    for name, function in kernels.items():
         package, attribute = name.split(".")
         module = types.ModuleType(f"fla.ops.{package}")
         setattr(module, attribute, function)
@@ -57,8 +76,8 @@ def test_same_as_the_recurrence(case, stateful, kind):
     initial_state = x.pop("initial_state") if stateful else x.pop("initial_state") * 0
     layout = layouts(17)[kind]
     arguments = {**x, "initial_state": initial_state, "output_final_state": True, "layout": layout, **case.options}
-    if case.gate == "none":
-        arguments["g"] = None
+    if case.gate == "fixed" or (case.strongest_write and not case.takes_g):
+        del arguments["g"]
     expected, expected_state = case.recurrent(**arguments)
     o, state = FORMS[case.recurrent](**arguments)
     real = torch.ones(2, 17, dtype=torch.bool) if layout is None or layout.mask is None else layout.mask

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.cases import CASE_IDS, CASES, call, gradients, make_inputs, quadratic, relative_error
+from tests.ops.cases import CASE_IDS, CASES, call, gradients, make_inputs, quadratic, relative_error, tensors
 
 # Around the chunk (64) and sub-chunk (16) borders, and the shortest sequences.
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 130, 193)
@@ -75,7 +75,7 @@ def test_explicit_scale_and_no_initial_state(case, form):
     actual, actual_final = call(getattr(case, form), case, x, scale=0.3)
     assert relative_error(actual, expected) < 1e-12
     assert relative_error(actual_final, final) < 1e-12
-    without, none = getattr(case, form)(x["q"], x["k"], x["v"], x["g"], scale=0.3, **case.options)
+    without, none = getattr(case, form)(*tensors(case, x), scale=0.3, **case.options)
     assert none is None, "final_state must be None unless output_final_state=True"
     assert torch.equal(without, actual)
 
@@ -109,7 +109,7 @@ def test_gradcheck(case, form):
 
 @pytest.mark.parametrize(
     ("case", "needs_grad"),
-    [(c, n) for c in CASES for n in ("q", "k", "v", "g", "initial_state") if n != "g" or c.gate != "none"],
+    [(c, n) for c in CASES for n in make_inputs(c, 1) if n != "g" or c.takes_g],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_gradient_for_one_input_alone(case, needs_grad):

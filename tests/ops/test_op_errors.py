@@ -27,7 +27,7 @@ def test_bad_shape_is_named(case, form, name):
 
 
 @both_forms
-@pytest.mark.parametrize("case", [c for c in CASES if c.gate != "none"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.takes_g], ids=lambda c: c.name)
 @pytest.mark.parametrize("cut", ["time", "last", "rank"])
 def test_bad_gate_is_named(case, form, cut):
     x = make_inputs(case, 6)

@@ -5,10 +5,19 @@ gated linear attention by Yang et al. (arXiv 2312.06635)."""
 import pytest
 import torch
 
+from lalm.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from lalm.modeling.ops.gla import chunk_gla, recurrent_gla
 from lalm.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
 
 GOLDEN = {
+    "delta": [
+        [0.122543, 0.248920],
+        [0.206935, 0.304841],
+        [-0.362917, -0.416033],
+        [0.252195, 0.273697],
+        [-0.805956, -0.255496],
+        [0.298527, -0.149041],
+    ],
     "elu": [[0.479425, 0.973847], [0.333266, 0.331100], [0.228420, 0.384475], [0.399890, 0.280961],
             [-0.059999, 0.067589], [0.115339, 0.213875]],
     "taylor": [[0.479426, 0.973848], [0.326594, 0.301763], [-0.271539, 0.240395], [0.317610, 0.181989],
@@ -59,3 +68,10 @@ def test_taylor_products_are_the_series():
     _, q, k, _ = inputs()
     s = (q * k).sum(-1) / 2**0.5
     assert torch.allclose((taylor(q) * taylor(k)).sum(-1), 1 + s + s**2 / 2, atol=1e-14)
+
+
+@pytest.mark.parametrize("fn", [recurrent_delta_rule, chunk_delta_rule])
+def test_delta_rule(fn):
+    index, q, k, v = inputs()
+    beta = torch.sin(index[..., 0]).sigmoid()
+    assert_golden(fn(q, torch.nn.functional.normalize(k, dim=-1), v, beta, scale=1.0)[0], "delta")

@@ -8,7 +8,7 @@ from lalm.modeling.ops.layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, EPS, call, gradients, make_inputs, quadratic, relative_error
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-gated_cases = pytest.mark.parametrize("case", [c for c in CASES if c.gate != "none"], ids=lambda c: c.name)
+gated_cases = pytest.mark.parametrize("case", [c for c in CASES if c.takes_g], ids=lambda c: c.name)
 both_forms = pytest.mark.parametrize("form", ["recurrent", "chunk"])
 GATES = ("zero", "strong", "very_strong", "one_strong_step", "mixed")
 
@@ -59,12 +59,14 @@ def test_strong_gates_in_float32(case, form, kind):
 def numpy_recurrence(case, x):
     """float64, one head, one step at a time: nothing shared with the ops but the definition."""
     q, k, v = (x[n][0, :, 0].double().numpy() for n in ("q", "k", "v"))
-    decay = numpy.ones_like(k) if x["g"] is None else x["g"][0, :, 0].double().exp().numpy().reshape(len(k), -1)
-    decay = numpy.broadcast_to(decay, k.shape)
+    decay = case.log_decay(x).expand_as(x["k"])[0, :, 0].double().exp().numpy()
+    beta = x["beta"][0, :, 0].double().numpy() if case.strongest_write else None
     values = numpy.concatenate([v, numpy.ones_like(v[:, :1])], 1) if case.normalize else v
     state, out = numpy.zeros((k.shape[1], values.shape[1])), numpy.empty((len(k), values.shape[1]))
     for t in range(len(k)):
-        state = decay[t][:, None] * state + k[t][:, None] * values[t]
+        state = decay[t][:, None] * state
+        written = values[t] if beta is None else beta[t] * (values[t] - k[t] @ state)
+        state = state + k[t][:, None] * written
         out[t] = q[t] @ state
     out = out * k.shape[1] ** -0.5
     return torch.from_numpy(out[:, :-1] / (out[:, -1:] + EPS) if case.normalize else out), torch.from_numpy(state)

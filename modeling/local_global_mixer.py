@@ -1,0 +1,188 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The mixers of the local-global transformer: heads that attend inside windows beside heads of linear attention.
+
+Follows linear-attention-transformer (Wang; its versions 0.19 and 0.2.1). Shapes: B batch, T tokens, S tokens of a
+context, H heads, K head size, D = hidden_size, which need not be H K.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from lalm.configuration.configuration_local_global import LocalGlobalConfig
+from lalm.modeling.cache import RecurrentLayer, previous_state
+from lalm.modeling.layers import rotate
+from lalm.modeling.mixers import Tables
+from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.efficient_attention import (
+    EfficientState,
+    chunk_efficient_attention,
+    recurrent_efficient_attention,
+)
+from lalm.modeling.ops.efficient_bidirectional import bidirectional_efficient_attention, cross_efficient_attention
+from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.local_attention import LocalState, local_attention
+
+# Numbers of the recurrent states. The window of the local heads is convolution state 0.
+_GLOBAL = (0, 1, 2)  # published and pending memory, tokens pending
+_LOCAL_COUNT = 3
+
+
+def rotate_pairs(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the neighbouring channels (2 j, 2 j + 1) of `x [B, T, H, K]`, which come out as channels (j, K / 2 + j).
+
+    Treating q and k alike, nothing downstream depends on the order of their channels.
+    """
+    return rotate(torch.cat([x[..., ::2], x[..., 1::2]], dim=-1), tables)
+
+
+class LocalGlobalMixer(nn.Module):
+    """q, k, v -> the first heads attend locally, the others by efficient attention -> output projection."""
+
+    layer_type = RecurrentLayer._layer_type
+
+    def __init__(self, config: LocalGlobalConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_local = config.local_heads(layer_idx)
+        self.num_global = config.num_attention_heads - self.num_local
+        # Heads of k and v: as many as of q, or one for the local and one for the global heads.
+        self.local_keys = min(self.num_local, 1) if config.one_kv_head else self.num_local
+        self.global_keys = min(self.num_global, 1) if config.one_kv_head else self.num_global
+        size = config.num_attention_heads * config.head_dim
+        key_size = (self.local_keys + self.global_keys) * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: Tables,
+        past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's states in `past_key_values`."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotary:
+            q, k = rotate_pairs(q, rotary[self.head_dim]), rotate_pairs(k, rotary[self.head_dim])
+        (q_local, q_global), (k_local, k_global), (v_local, v_global) = (
+            x.split([heads, x.shape[2] - heads], dim=2)
+            for x, heads in ((q, self.num_local), (k, self.local_keys), (v, self.local_keys))
+        )
+        outputs = []
+        if self.num_local:
+            outputs.append(self._attend_locally(q_local, k_local, v_local, past_key_values, layout))
+        if self.num_global:
+            outputs.append(self._attend_globally(q_global, k_global, v_global, past_key_values, layout))
+        return self.o_proj(torch.cat(outputs, dim=2).flatten(-2)), None
+
+    def _attend_locally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
+        state, index = None, self.layer_idx
+        window = previous_state(cache, index, "conv_states")
+        count = previous_state(cache, index, "recurrent_states", _LOCAL_COUNT)
+        if window is not None and count is not None:
+            state = LocalState(window.unflatten(-1, (-1, 2 * self.head_dim)), count)
+        o, state = local_attention(
+            *(q, k, v, self.config.local_attn_window_size, state),
+            output_final_state=cache is not None,
+            causal=self.config.is_causal,
+            dropout=float(self.config.attention_dropout) if self.training else 0.0,
+            layout=layout,
+        )
+        if cache is not None:
+            assert state is not None
+            cache.update_conv_state(state.window.flatten(-2), index)
+            tokens = 0 if self.num_global else q.shape[1]  # counted once
+            cache.update_recurrent_state(state.count, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
+        return o
+
+    def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
+        semantics, size, index = self.config.semantics, self.config.blindspot_size, self.layer_idx
+        k, v = (x.expand(-1, -1, self.num_global, -1) for x in (k, v))
+        if not self.config.is_causal:
+            return bidirectional_efficient_attention(q, k, v, semantics=semantics, layout=layout)
+        op = choose(
+            "efficient_attention",
+            self.config.linear_attn_implementation,
+            q,
+            recurrent=recurrent_efficient_attention,
+            chunk=chunk_efficient_attention,
+            fla=chunk_efficient_attention,
+        )
+        published, *pending = (previous_state(cache, index, "recurrent_states", i) for i in _GLOBAL)
+        state = None
+        if published is not None:
+            state = EfficientState(self._each_head(published), self._each_head(pending[0]), pending[1])
+        o, state = op(
+            *(q, k, v, state),
+            output_final_state=cache is not None,
+            blindspot_size=size,
+            semantics=semantics,
+            layout=layout,
+        )
+        if cache is not None:
+            self._keep(cache, state, q.shape[1])
+        return o
+
+    def _keep(self, cache: Any, state: EfficientState, tokens: int) -> None:
+        for number, value in zip(_GLOBAL, state, strict=True):
+            if value is not None:
+                # Heads that share keys and values share their memory.
+                value = value[:, : self.global_keys] if value.ndim == 4 else value
+                count = 0 if number else tokens
+                cache.update_recurrent_state(value, self.layer_idx, state_idx=number, num_tokens=count)
+
+    def _each_head(self, memory: torch.Tensor | None) -> torch.Tensor | None:
+        return None if memory is None else memory.expand(-1, self.num_global, -1, -1)
+
+
+class CrossMixer(nn.Module):
+    """Efficient attention of every token to a context, such as what an encoder returns."""
+
+    def __init__(self, config: LocalGlobalConfig):
+        super().__init__()
+        self.config, self.num_heads, self.head_dim = config, config.num_attention_heads, config.head_dim
+        size = config.num_attention_heads * config.head_dim
+        key_size = config.head_dim if config.one_kv_head else size
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`[B, T, D]`, context `[B, S, D]` and its mask `[B, S]`, 1 for real tokens -> `[B, T, D]`.
+
+        Raises:
+            ValueError: the context or its mask does not fit; the message names it.
+        """
+        expected = (hidden_states.shape[0], hidden_states.shape[2])
+        shape = tuple(encoder_hidden_states.shape)
+        if len(shape) != 3 or (shape[0], shape[2]) != expected:
+            raise ValueError(
+                f"encoder_hidden_states must be [batch, tokens, hidden_size] = ({expected[0]}, S, {expected[1]}), got "
+                f"{shape}."
+            )
+        mask = encoder_attention_mask
+        if mask is not None and tuple(mask.shape) != shape[:2]:
+            raise ValueError(f"encoder_attention_mask must be [batch, tokens] = {shape[:2]}, got {tuple(mask.shape)}.")
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        k, v = (
+            projection(encoder_hidden_states).unflatten(-1, (-1, self.head_dim)).expand(-1, -1, self.num_heads, -1)
+            for projection in (self.k_proj, self.v_proj)
+        )
+        o = cross_efficient_attention(q, k, v, None if mask is None else mask != 0, semantics=self.config.semantics)
+        return self.o_proj(o.flatten(-2))

@@ -1,0 +1,131 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Based (Arora et al., arXiv 2402.18668): linear attention with Taylor features, sliding windows, gated convolutions.
+
+Code symbol -> paper: linear layers -> Taylor linear attention (section 4.1); SoftmaxAttention over `sliding_window` ->
+sliding window attention (4.2); GatedConvolution -> BaseConv of Zoology (Arora et al., arXiv 2312.04927).
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers import initialization as init
+
+from lalm.configuration.configuration_based import BasedConfig
+from lalm.modeling.cache import previous_state
+from lalm.modeling.feature_maps import FeatureMap
+from lalm.modeling.layers import ShortConvolution
+from lalm.modeling.mixers import Mixer
+from lalm.modeling.modeling_base import (
+    LalmForCausalLM,
+    LalmForSequenceClassification,
+    LalmForTokenClassification,
+    LalmModel,
+)
+from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.linear_attention import chunk_linear_attention, fla_linear_attention, recurrent_linear_attention
+
+
+class BasedMixer(Mixer):
+    """phi(q), phi(k), v -> normalised linear attention -> output, phi the Taylor map of order 2; no gate, no norm."""
+
+    rotates = False
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.feature_map = FeatureMap("taylor", self.key_dim)
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        op = choose(
+            "linear_attention",
+            self.config.linear_attn_implementation,
+            q,
+            recurrent=recurrent_linear_attention,
+            chunk=chunk_linear_attention,
+            fla=fla_linear_attention,
+        )
+        return op(
+            self.feature_map(q),
+            self.feature_map(k),
+            v,
+            scale=1.0,
+            initial_state=state,
+            output_final_state=output_final_state,
+            # A weight 1 + s + s^2 / 2 is at least 1/2, so the sum needs no help in float32. This one is for rows that
+            # begin with padding, where 0 / 0 would put NaN into the gradients.
+            eps=1e-12,
+            layout=layout,
+        )
+
+
+class GatedConvolution(nn.Module):
+    """`out(silu(conv(u1)) * u2)` with (u1, u2) = `in x`, each twice as wide as x. Its memory is the convolution's."""
+
+    layer_type = Mixer.layer_type
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.in_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.conv = ShortConvolution(2 * config.hidden_size, config.conv_size)
+        self.o_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, layout: SequenceLayout, past_key_values: Cache | None = None, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
+        convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        state = previous_state(past_key_values, self.layer_idx, "conv_states")
+        convolved, state = self.conv(convolved, state, layout)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+        return self.o_proj(convolved * gate), None
+
+
+class BasedModel(LalmModel):
+    config: BasedConfig
+    mixer_class = BasedMixer
+
+    @classmethod
+    def make_mixer(cls, config: BasedConfig, layer_idx: int) -> nn.Module:  # type: ignore[override]
+        """Linear and softmax layers where the configuration names them, gated convolutions elsewhere."""
+        linear = config.linear_attention_layers or []
+        if config.layer_types[layer_idx] == Mixer.layer_type and layer_idx not in linear:
+            return GatedConvolution(config, layer_idx)
+        return super().make_mixer(config, layer_idx)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # What writes to the residual stream starts smaller, by the number of writers. Asked by identity, since
+        # transformers hands this method only modules with parameters of their own.
+        layers: Any = self.layers
+        if any(module is writer for layer in layers for writer in (layer.mixer.o_proj, layer.mlp.down_proj)):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(cast(nn.Linear, module).weight, 0.0, std)
+
+
+class BasedForCausalLM(LalmForCausalLM):
+    config: BasedConfig
+    model_class = BasedModel
+
+
+class BasedForSequenceClassification(LalmForSequenceClassification):
+    config: BasedConfig
+    model_class = BasedModel
+
+
+class BasedForTokenClassification(LalmForTokenClassification):
+    config: BasedConfig
+    model_class = BasedModel
+
+
+__all__ = [
+    "BasedForCausalLM",
+    "BasedForSequenceClassification",
+    "BasedForTokenClassification",
+    "BasedModel",
+]

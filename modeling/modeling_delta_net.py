@@ -1,0 +1,146 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""DeltaNet (Yang et al., arXiv 2406.06484) and Gated DeltaNet (Yang et al., arXiv 2412.06464).
+
+Code symbol -> paper: beta -> beta_t (2406.06484, section 2.2); g -> log alpha_t (2412.06464, section 3.1), made as
+Mamba-2 makes its decay: g = -exp(A_log) softplus(W_a x + dt_bias).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from lalm.configuration.configuration_delta_net import DeltaNetConfig
+from lalm.modeling.mixers import Mixer
+from lalm.modeling.modeling_base import (
+    LalmForCausalLM,
+    LalmForMaskedLM,
+    LalmForSequenceClassification,
+    LalmForTokenClassification,
+    LalmModel,
+)
+from lalm.modeling.ops.delta_rule import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    fla_delta_rule,
+    fla_gated_delta_rule,
+    recurrent_delta_rule,
+    recurrent_gated_delta_rule,
+)
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.dispatch import choose
+
+# Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
+_TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0
+
+
+class DecayGate(nn.Module):
+    """Log decays of the heads, -exp(A_log) softplus(x + dt_bias), always in float32 or wider.
+
+    Mixers call it `gate_bias`: by that word the stock Trainer keeps weight decay from both parameters.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A uniform in (0, 16], the step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        like = {"dtype": torch.float32, "device": self.A_log.device}
+        rate = (1 - torch.rand(self.A_log.shape, **like)) * _MAX_RATE
+        shortest, longest = (math.log(step) for step in _TIME_STEPS)
+        step = (shortest + torch.rand(self.dt_bias.shape, **like) * (longest - shortest)).exp()
+        init.copy_(self.A_log, rate.log())
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> log decay `[..., H]`, at most 0."""
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return -self.A_log.to(dtype).exp() * F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Divide `x [B, T, H, K]` by its length over K; computed in float32 or wider, and left so."""
+    x = x.to(compute_dtype(x))
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class DeltaNetMixer(Mixer):
+    """q, k, v, write strength and, if gated, a decay -> (gated) delta rule -> norm per head, gate -> output."""
+
+    silu_without_conv = True
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.b_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.a_proj, self.gate_bias = None, None
+        if config.use_decay_gate:
+            self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+            self.gate_bias = DecayGate(self.num_heads)
+        self.strongest_write = 2 if config.allow_neg_eigval else 1
+        self.make_output_gate(bool(config.use_output_gate))
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        implementation, causal = self.config.linear_attn_implementation, self.config.is_causal
+        beta = self.b_proj(hidden_states)
+        beta = beta.to(compute_dtype(beta)).sigmoid() * self.strongest_write
+        states = {"initial_state": state, "output_final_state": output_final_state, "layout": layout, "causal": causal}
+        q, k = unit_length(q), unit_length(k)
+        if self.a_proj is None or self.gate_bias is None:
+            forms = {"recurrent": recurrent_delta_rule, "chunk": chunk_delta_rule, "fla": fla_delta_rule}
+            o, state = choose("delta_rule", implementation, q, **forms)(q, k, v, beta, **states)
+        else:
+            forms = {
+                "recurrent": recurrent_gated_delta_rule,
+                "chunk": chunk_gated_delta_rule,
+                "fla": fla_gated_delta_rule,
+            }
+            g = self.gate_bias(self.a_proj(hidden_states))
+            o, state = choose("gated_delta_rule", implementation, q, **forms)(q, k, v, g, beta, **states)
+        return self.gate_output(o, hidden_states), state
+
+
+class DeltaNetModel(LalmModel):
+    config: DeltaNetConfig
+    mixer_class = DeltaNetMixer
+    _keep_in_fp32_modules_strict = ["gate_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecayGate):
+            module.reset_parameters()
+
+
+class DeltaNetForCausalLM(LalmForCausalLM):
+    config: DeltaNetConfig
+    model_class = DeltaNetModel
+
+
+class DeltaNetForMaskedLM(LalmForMaskedLM):
+    config: DeltaNetConfig
+    model_class = DeltaNetModel
+
+
+class DeltaNetForSequenceClassification(LalmForSequenceClassification):
+    config: DeltaNetConfig
+    model_class = DeltaNetModel
+
+
+class DeltaNetForTokenClassification(LalmForTokenClassification):
+    config: DeltaNetConfig
+    model_class = DeltaNetModel
+
+
+__all__ = [
+    "DeltaNetForCausalLM",
+    "DeltaNetForMaskedLM",
+    "DeltaNetForSequenceClassification",
+    "DeltaNetForTokenClassification",
+    "DeltaNetModel",
+]

@@ -1,0 +1,80 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Retentive network (Sun et al., arXiv 2307.08621).
+
+Code symbol -> paper (section 2): retention_log_decay -> log gamma; g_proj -> W_G; o_proj -> W_O; o_norm -> GroupNorm
+of the heads (RMSNorm here, as in the authors' released code); rotary positions -> e^(i n theta).
+"""
+
+from lalm.configuration.configuration_retnet import RetNetConfig
+from lalm.modeling.mixers import Mixer
+from lalm.modeling.modeling_base import (
+    LalmForCausalLM,
+    LalmForMaskedLM,
+    LalmForSequenceClassification,
+    LalmForTokenClassification,
+    LalmModel,
+)
+from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.retention import chunk_retention, fla_retention, recurrent_retention
+
+
+class RetNetMixer(Mixer):
+    """Rotated q and k, v -> retention -> norm per head -> swish gate -> output (eq. 8)."""
+
+    def __init__(self, config: RetNetConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.make_output_gate(config.use_output_gate)
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        op = choose(
+            "retention",
+            self.config.linear_attn_implementation,
+            q,
+            recurrent=recurrent_retention,
+            chunk=chunk_retention,
+            fla=fla_retention,
+        )
+        o, state = op(
+            q,
+            k,
+            v,
+            initial_state=state,
+            output_final_state=output_final_state,
+            layout=layout,
+            causal=self.config.is_causal,
+        )
+        return self.gate_output(o, hidden_states), state
+
+
+class RetNetModel(LalmModel):
+    config: RetNetConfig
+    mixer_class = RetNetMixer
+
+
+class RetNetForCausalLM(LalmForCausalLM):
+    config: RetNetConfig
+    model_class = RetNetModel
+
+
+class RetNetForMaskedLM(LalmForMaskedLM):
+    config: RetNetConfig
+    model_class = RetNetModel
+
+
+class RetNetForSequenceClassification(LalmForSequenceClassification):
+    config: RetNetConfig
+    model_class = RetNetModel
+
+
+class RetNetForTokenClassification(LalmForTokenClassification):
+    config: RetNetConfig
+    model_class = RetNetModel
+
+
+__all__ = [
+    "RetNetForCausalLM",
+    "RetNetForMaskedLM",
+    "RetNetForSequenceClassification",
+    "RetNetForTokenClassification",
+    "RetNetModel",
+]
