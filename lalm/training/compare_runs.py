@@ -21,16 +21,21 @@ def read_run(folder: Path) -> dict:
     state, config = read_json(folder / "trainer_state.json"), read_json(folder / "config.json")
     if not state or not config:
         raise UserError(f"{folder} holds no finished run: it has no trainer_state.json and config.json")
-    return {"name": config["model_type"], "log": state["log_history"], **read_json(folder / "all_results.json")}
+    return {
+        "name": folder.resolve().name,
+        "model_type": config["model_type"],
+        "log": state["log_history"],
+        **read_json(folder / "all_results.json"),
+    }
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: model type, first and last training loss (nats a token), test perplexity, tokens a second."""
-    lines = ["| model | first loss | last loss | test perplexity | tokens/s |", "|---|---|---|---|---|"]
+    """Markdown: folder, model type, first and last training loss (nats a token), test perplexity, tokens a second."""
+    lines = ["| run | model | first loss | last loss | test perplexity | tokens/s |", "|---|---|---|---|---|---|"]
     for run in runs:
         losses = [loss for _, loss in loss_points(run["log"])[0]]
         test, speed = run.get("test_perplexity"), run.get("tokens_per_second")
-        cells = [f"`{run['name']}`", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
+        cells = [run["name"], f"`{run['model_type']}`", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
         cells += ["" if value is None else f"{value:,.{digits}f}" for value, digits in ((test, 1), (speed, 0))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ def test_picture_and_table(tmp_path, capsys):
     main([*runs, "--output", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "| `lalm_gla` | 3.000 | 2.250 | 12.3 | 1,234 |" in printed
+    assert "| gla | `lalm_gla` | 3.000 | 2.250 | 12.3 | 1,234 |" in printed
     assert "`lalm_retnet`" in printed
 
 
