@@ -264,7 +264,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         dg = None
-        if g is not None:
+        if g is not None and ctx.needs_input_grad[3]:
             dg = _gate_gradient(q_c * dq - k_c * dk, k_c * d_writes, chunks, d_leaving, g)
         if ctx.scale != 1:
             dq *= ctx.scale
