@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the local-global transformer, after lucidrains' linear-attention-transformer 0.19.1 and 0.2.1."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 
@@ -107,12 +107,12 @@ class LocalGlobalConfig(LalmConfig):
     @property
     def linear_key_dim(self) -> int:
         """Key size of a head, local or global."""
-        return self.head_dim
+        return cast(int, self.head_dim)
 
     @property
     def linear_value_dim(self) -> int:
         """Value size of a head, local or global."""
-        return self.head_dim
+        return cast(int, self.head_dim)
 
     def validate_sizes(self) -> None:
         """Heads need not divide the width, which the projections change."""
@@ -154,7 +154,7 @@ class LocalGlobalConfig(LalmConfig):
             raise ValueError(f"ff_dropout must be at least 0 and below 1, got {self.ff_dropout}.")
 
     def validate_positions(self) -> None:
-        if self.position_embedding_type in ("sinusoidal", "rope") and self.embedding_size % 2:
+        if self.position_embedding_type in ("sinusoidal", "rope") and cast(int, self.embedding_size) % 2:
             raise ValueError(f"Sinusoidal positions need an even embedding_size, got {self.embedding_size}.")
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
+        if self.position_embedding_type == "rope" and cast(int, self.head_dim) % 2:
             raise ValueError(f"position_embedding_type='rope' needs an even head_dim, got {self.head_dim}.")

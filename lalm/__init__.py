@@ -12,6 +12,7 @@ from lalm.configuration.configuration_based import BasedConfig
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.configuration.configuration_retnet import RetNetConfig
 from lalm.modeling.modeling_base import LalmPreTrainedModel
 from lalm.modeling.modeling_based import (
@@ -40,6 +41,13 @@ from lalm.modeling.modeling_linear_attention import (
     LinearAttentionForSequenceClassification,
     LinearAttentionForTokenClassification,
     LinearAttentionModel,
+)
+from lalm.modeling.modeling_local_global import (
+    LocalGlobalForCausalLM,
+    LocalGlobalForMaskedLM,
+    LocalGlobalForSequenceClassification,
+    LocalGlobalForTokenClassification,
+    LocalGlobalModel,
 )
 from lalm.modeling.modeling_retnet import (
     RetNetForCausalLM,
@@ -109,6 +117,16 @@ VARIANTS = (
             "AutoModelForTokenClassification": BasedForTokenClassification,
         },
     ),
+    Variant(
+        LocalGlobalConfig,
+        {
+            "AutoModel": LocalGlobalModel,
+            "AutoModelForCausalLM": LocalGlobalForCausalLM,
+            "AutoModelForMaskedLM": LocalGlobalForMaskedLM,
+            "AutoModelForSequenceClassification": LocalGlobalForSequenceClassification,
+            "AutoModelForTokenClassification": LocalGlobalForTokenClassification,
+        },
+    ),
 )
 
 for _variant in VARIANTS:
@@ -143,6 +161,12 @@ __all__ = [
     "LinearAttentionForSequenceClassification",
     "LinearAttentionForTokenClassification",
     "LinearAttentionModel",
+    "LocalGlobalConfig",
+    "LocalGlobalForCausalLM",
+    "LocalGlobalForMaskedLM",
+    "LocalGlobalForSequenceClassification",
+    "LocalGlobalForTokenClassification",
+    "LocalGlobalModel",
     "RetNetConfig",
     "RetNetForCausalLM",
     "RetNetForMaskedLM",

@@ -44,7 +44,12 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, state_idx: int = 0, num_tokens: int = 0, **kwargs
+        self,
+        conv_states: torch.Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        num_tokens: int = 0,
+        **kwargs,
     ) -> torch.Tensor:
         """Store the window after the current tokens. A layer without a recurrent state counts its tokens here."""
         self.is_conv_states_initialized[state_idx] = True

@@ -45,14 +45,15 @@ class LocalGlobalMixer(nn.Module):
 
     def __init__(self, config: LocalGlobalConfig, layer_idx: int):
         super().__init__()
+        assert config.head_dim is not None  # the configuration derives it
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_local = config.local_heads(layer_idx)
         self.num_global = config.num_attention_heads - self.num_local
         # Heads of k and v: as many as of q, or one for the local and one for the global heads.
         self.local_keys = min(self.num_local, 1) if config.one_kv_head else self.num_local
         self.global_keys = min(self.num_global, 1) if config.one_kv_head else self.num_global
-        size = config.num_attention_heads * config.head_dim
-        key_size = (self.local_keys + self.global_keys) * config.head_dim
+        size = config.num_attention_heads * self.head_dim
+        key_size = (self.local_keys + self.global_keys) * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
@@ -86,13 +87,18 @@ class LocalGlobalMixer(nn.Module):
         return self.o_proj(torch.cat(outputs, dim=2).flatten(-2)), None
 
     def _attend_locally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
-        state, index = None, self.layer_idx
+        state, index, window_size = None, self.layer_idx, self.config.local_attn_window_size
+        assert window_size is not None  # the configuration derives it
         window = previous_state(cache, index, "conv_states")
         count = previous_state(cache, index, "recurrent_states", _LOCAL_COUNT)
         if window is not None and count is not None:
             state = LocalState(window.unflatten(-1, (-1, 2 * self.head_dim)), count)
         o, state = local_attention(
-            *(q, k, v, self.config.local_attn_window_size, state),
+            q,
+            k,
+            v,
+            window_size,
+            state,
             output_final_state=cache is not None,
             causal=self.config.is_causal,
             dropout=float(self.config.attention_dropout) if self.training else 0.0,
@@ -101,15 +107,14 @@ class LocalGlobalMixer(nn.Module):
         if cache is not None:
             assert state is not None
             cache.update_conv_state(state.window.flatten(-2), index)
-            tokens = 0 if self.num_global else q.shape[1]  # counted once
-            cache.update_recurrent_state(state.count, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
+            tokens = q.shape[1]  # counted once
+            cache.update_recurrent_state(state.filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
         return o
 
     def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
-        semantics, size, index = self.config.semantics, self.config.blindspot_size, self.layer_idx
         k, v = (x.expand(-1, -1, self.num_global, -1) for x in (k, v))
         if not self.config.is_causal:
-            return bidirectional_efficient_attention(q, k, v, semantics=semantics, layout=layout)
+            return bidirectional_efficient_attention(q, k, v, semantics=self.config.semantics, layout=layout)
         op = choose(
             "efficient_attention",
             self.config.linear_attn_implementation,
@@ -118,20 +123,28 @@ class LocalGlobalMixer(nn.Module):
             chunk=chunk_efficient_attention,
             fla=chunk_efficient_attention,
         )
-        published, *pending = (previous_state(cache, index, "recurrent_states", i) for i in _GLOBAL)
-        state = None
-        if published is not None:
-            state = EfficientState(self._each_head(published), self._each_head(pending[0]), pending[1])
         o, state = op(
-            *(q, k, v, state),
+            q,
+            k,
+            v,
+            self._recall(cache),
             output_final_state=cache is not None,
-            blindspot_size=size,
-            semantics=semantics,
+            blindspot_size=self.config.blindspot_size,
+            semantics=self.config.semantics,
             layout=layout,
         )
         if cache is not None:
             self._keep(cache, state, q.shape[1])
         return o
+
+    def _recall(self, cache: Any) -> EfficientState | None:
+        published, pending, filled = (
+            previous_state(cache, self.layer_idx, "recurrent_states", number) for number in _GLOBAL
+        )
+        if published is None:
+            return None
+        shape = (-1, self.num_global, -1, -1)
+        return EfficientState(published.expand(shape), None if pending is None else pending.expand(shape), filled)
 
     def _keep(self, cache: Any, state: EfficientState, tokens: int) -> None:
         for number, value in zip(_GLOBAL, state, strict=True):
@@ -141,18 +154,16 @@ class LocalGlobalMixer(nn.Module):
                 count = 0 if number else tokens
                 cache.update_recurrent_state(value, self.layer_idx, state_idx=number, num_tokens=count)
 
-    def _each_head(self, memory: torch.Tensor | None) -> torch.Tensor | None:
-        return None if memory is None else memory.expand(-1, self.num_global, -1, -1)
-
 
 class CrossMixer(nn.Module):
     """Efficient attention of every token to a context, such as what an encoder returns."""
 
     def __init__(self, config: LocalGlobalConfig):
         super().__init__()
+        assert config.head_dim is not None  # the configuration derives it
         self.config, self.num_heads, self.head_dim = config, config.num_attention_heads, config.head_dim
-        size = config.num_attention_heads * config.head_dim
-        key_size = config.head_dim if config.one_kv_head else size
+        size = config.num_attention_heads * self.head_dim
+        key_size = self.head_dim if config.one_kv_head else size
         self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)

@@ -156,7 +156,7 @@ class LalmModel(LalmPreTrainedModel):
         if not self.config.is_causal:
             if past_key_values is not None:
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
-        elif use_cache and past_key_values is None:
+        elif use_cache and past_key_values is None and self.makes_cache():
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
@@ -179,6 +179,10 @@ class LalmModel(LalmPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=self.readout(hidden_states), past_key_values=past_key_values)
+
+    def makes_cache(self) -> bool:
+        """Whether a forward with `use_cache` makes a cache where none is given."""
+        return True
 
     def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first block, from embeddings `[B, T, D]` and positions `[B, T]`."""

@@ -50,10 +50,9 @@ class DecayGate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A uniform in (0, 16], the step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
-        like = {"dtype": torch.float32, "device": self.A_log.device}
-        rate = (1 - torch.rand(self.A_log.shape, **like)) * _MAX_RATE
+        rate = (1 - torch.rand_like(self.A_log, dtype=torch.float32)) * _MAX_RATE
         shortest, longest = (math.log(step) for step in _TIME_STEPS)
-        step = (shortest + torch.rand(self.dt_bias.shape, **like) * (longest - shortest)).exp()
+        step = (shortest + torch.rand_like(self.dt_bias, dtype=torch.float32) * (longest - shortest)).exp()
         init.copy_(self.A_log, rate.log())
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
@@ -86,22 +85,39 @@ class DeltaNetMixer(Mixer):
         self.make_output_gate(bool(config.use_output_gate))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation, causal = self.config.linear_attn_implementation, self.config.is_causal
+        implementation = self.config.linear_attn_implementation
         beta = self.b_proj(hidden_states)
         beta = beta.to(compute_dtype(beta)).sigmoid() * self.strongest_write
-        states = {"initial_state": state, "output_final_state": output_final_state, "layout": layout, "causal": causal}
-        q, k = unit_length(q), unit_length(k)
         if self.a_proj is None or self.gate_bias is None:
-            forms = {"recurrent": recurrent_delta_rule, "chunk": chunk_delta_rule, "fla": fla_delta_rule}
-            o, state = choose("delta_rule", implementation, q, **forms)(q, k, v, beta, **states)
+            op = choose(
+                "delta_rule",
+                implementation,
+                q,
+                recurrent=recurrent_delta_rule,
+                chunk=chunk_delta_rule,
+                fla=fla_delta_rule,
+            )
+            gates: tuple[torch.Tensor, ...] = (beta,)
         else:
-            forms = {
-                "recurrent": recurrent_gated_delta_rule,
-                "chunk": chunk_gated_delta_rule,
-                "fla": fla_gated_delta_rule,
-            }
-            g = self.gate_bias(self.a_proj(hidden_states))
-            o, state = choose("gated_delta_rule", implementation, q, **forms)(q, k, v, g, beta, **states)
+            op = choose(
+                "gated_delta_rule",
+                implementation,
+                q,
+                recurrent=recurrent_gated_delta_rule,
+                chunk=chunk_gated_delta_rule,
+                fla=fla_gated_delta_rule,
+            )
+            gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
+        o, state = op(
+            unit_length(q),
+            unit_length(k),
+            v,
+            *gates,
+            initial_state=state,
+            output_final_state=output_final_state,
+            layout=layout,
+            causal=self.config.is_causal,
+        )
         return self.gate_output(o, hidden_states), state
 
 

@@ -15,6 +15,7 @@ from lalm.configuration.configuration_based import BasedConfig
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
+from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.configuration.configuration_retnet import RetNetConfig
 
 HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
@@ -88,6 +89,10 @@ def _retnet(name, off=None, **fields):
 
 def _based(name, off=None, **fields):
     return Row(f"based_{name}", BasedConfig, {"num_hidden_layers": 4, "feature_dim": 6} | fields, off or {})
+
+
+def _local_global(name, off=None, **fields):
+    return Row(f"local_global_{name}", LocalGlobalConfig, {"local_attn_window_size": 4} | fields, off or {})
 
 
 # test_static_sliding_cache_refuses_later_padding holds the refusal.
@@ -174,6 +179,18 @@ ROWS = (
         use_short_conv=True,
         feature_dim=3,
     ),
+    _local_global("plain", num_local_heads=1),
+    _local_global("blindspot", num_local_heads=1, blindspot_size=3),
+    _local_global("one_kv_head", num_attention_heads=4, num_local_heads=2, one_kv_head=True),
+    _local_global("reversible", reversible=True, num_local_heads=1),
+    _local_global("v021", semantics="v0.2.1", one_kv_head=True, position_embedding_type="learned"),
+    _local_global("v021_blindspot", semantics="v0.2.1", blindspot_size=4, shift_tokens=True),
+    _local_global("rope", position_embedding_type="rope", num_local_heads=1, head_dim=10),
+    _local_global("factorised_tied", embedding_size=20, tie_word_embeddings=True, position_embedding_type="learned"),
+    _local_global("shift_tokens", shift_tokens=True, num_local_heads=1),
+    _local_global("shift_reversible_blindspot", shift_tokens=True, reversible=True, blindspot_size=4),
+    _local_global("ff_chunks_glu", ff_chunks=3, ff_glu=True, position_embedding_type="none"),
+    _local_global("layer_list", num_local_heads=[2, 0], position_embedding_type="sinusoidal"),
 )
 # Models that read both sides (tests/modeling/test_bidirectional.py).
 ENCODER = {"is_causal": False, "use_short_conv": True, "conv_size": 4}
@@ -195,6 +212,18 @@ ENCODERS = (
     _delta_net("encoder_gated_rope", use_decay_gate=True, position_embedding_type="rope", **ENCODER),
     _retnet("encoder", is_causal=False),
     _retnet("encoder_conv_qk_norm", qk_norm=True, **ENCODER),
+    # Windows that divide the length of the tests lie alike in both directions.
+    _local_global("encoder", is_causal=False, num_local_heads=1, local_attn_window_size=7),
+    _local_global(
+        "encoder_shift_v021",
+        off={"test_reversed_text": "a shift takes different features from either side"},
+        is_causal=False,
+        shift_tokens=True,
+        semantics="v0.2.1",
+        one_kv_head=True,
+        num_local_heads=1,
+        reversible=True,
+    ),
 )
 # One row for each way of keeping memory: for tests whose subject is the surroundings, not the arithmetic.
 FEW = (

@@ -47,3 +47,8 @@ def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.d
         (segments == last)[..., None].to(dtype),
         (entering == last).to(dtype),
     )
+
+
+def suffix_sums(x: torch.Tensor) -> torch.Tensor:
+    """`[..., C, D]`: the sum over this and all later tokens of the chunk."""
+    return x.flip(-2).cumsum(-2).flip(-2)

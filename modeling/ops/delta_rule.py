@@ -18,12 +18,11 @@ Shape suffixes: B batch, T time, H heads, K key size, V value size, N chunks, C 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
-from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, to_chunks
+from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix_sums, to_chunks
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
@@ -55,18 +54,7 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     chunk_size = min(chunk_size, q.shape[1])
-    if torch.compiler.is_compiling():  # the compiler derives its own backward, and cannot trace one inside another
-        return _forward(q, k, v, g, beta, scale, state, layout.document_ids(), chunk_size)
     return _ChunkDelta.apply(q, k, v, g, beta, scale, state, layout.document_ids(), chunk_size)
-
-
-class _Chunked(NamedTuple):
-    """What the chunks are to the state: `o = inside + reads S_in`, `S_out = passes S_in + writes`."""
-
-    inside_BHNCV: torch.Tensor
-    reads_BHNCK: torch.Tensor
-    passes_BHNKK: torch.Tensor
-    writes_BHNKV: torch.Tensor
 
 
 def _decays(g: torch.Tensor) -> torch.Tensor:
@@ -80,34 +68,91 @@ def _decays(g: torch.Tensor) -> torch.Tensor:
     return sums.masked_fill(~lower, -torch.inf).exp()
 
 
-def _chunked(q, k, v, g, beta, borders: Borders | None) -> _Chunked:
-    """All chunks at once, from inputs `[B, H, N, C, *]`; g and beta have a last axis of 1."""
-    keys, size = k.shape[-1], v.shape[-1]
-    overlap, scores = k @ k.transpose(-1, -2), q @ k.transpose(-1, -2)
-    reading_q, reading_k, writing_k = q, k, k
-    decay = torch.ones_like(q[..., :1, :1])
-    if g is None:
-        scores = scores.tril()
-    else:
-        between, total = _decays(g[..., 0]), g.cumsum(-2).exp()
-        overlap, scores = overlap * between, scores * between
-        reading_q, reading_k, writing_k = q * total, k * total, k * between[..., -1, :, None]
-        decay = total[..., -1:, :]
-    if borders is not None:
-        overlap, scores = overlap * borders.pair_BNCC, scores * borders.pair_BNCC
-        reading_q, reading_k = reading_q * borders.reads_BNC1, reading_k * borders.reads_BNC1
-        writing_k, decay = writing_k * borders.writes_BNC1, decay * borders.passes_BN1[..., None]
-    # The solver takes the diagonal for 1 and never reads it.
-    right = torch.cat([v * beta, reading_k * beta], dim=-1)
-    solved = torch.linalg.solve_triangular((overlap * beta).tril(-1), right, upper=False, unitriangular=True)
-    inside, writes = scores @ solved, writing_k.transpose(-1, -2) @ solved
-    passes = decay * torch.eye(keys, dtype=q.dtype, device=q.device) - writes[..., size:]
-    return _Chunked(inside[..., :size], reading_q - inside[..., size:], passes, writes[..., :size])
+class _Chunks:
+    """All chunks at once, from inputs `[B, H, N, C, *]` (g and beta with a last axis of 1), in forward and backward.
+
+    To the state they are `o = inside + reads S_in` and `S_out = passes S_in + writes`.
+    """
+
+    def __init__(self, q, k, v, g, beta, borders: Borders | None):
+        self.q, self.k, self.v, self.beta, self.value_size = q, k, v, beta, v.shape[-1]
+        self._set_decays(g, borders)
+        scores = q @ k.transpose(-1, -2)
+        self.scores = scores.tril_() if self.between is None else scores.mul_(self.between)
+        self.overlap = self._between(k @ k.transpose(-1, -2))
+        self.reading_k = _times(k, self.read)
+        # The solver takes the diagonal for 1 and never reads it.
+        self.system = (self.overlap * beta).tril_(-1)
+        right = torch.cat([v * beta, self.reading_k * beta], dim=-1)
+        self.solved = torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+        self.writing_k = _times(k, self.write)
+        inside, writes = self.scores @ self.solved, self.writing_k.transpose(-1, -2) @ self.solved
+        self.inside, self.writes = inside[..., : self.value_size], writes[..., : self.value_size]
+        self.reads = _times(q, self.read) - inside[..., self.value_size :]
+        self.passes = -writes[..., self.value_size :]
+        self.passes.diagonal(dim1=-2, dim2=-1).add_(self.keep)
+
+    def _set_decays(self, g: torch.Tensor | None, borders: Borders | None) -> None:
+        """What stands between two tokens, before a token, after it, and over the whole chunk; None for nothing."""
+        self.between = self.read = self.write = None
+        self.keep: torch.Tensor | float = 1.0
+        if g is not None:
+            self.between, self.read = _decays(g[..., 0]), g.cumsum(-2).exp()
+            self.write, self.keep = self.between[..., -1, :, None], self.read[..., -1, :]
+        if borders is not None:
+            pairs = borders.pair_BNCC.tril()
+            self.between = pairs if self.between is None else self.between * pairs
+            self.read = _times(borders.reads_BNC1, self.read)
+            self.write = _times(borders.writes_BNC1, self.write)
+            self.keep = borders.passes_BN1 * self.keep
+
+    def _between(self, pairs: torch.Tensor) -> torch.Tensor:
+        return pairs if self.between is None else pairs.mul_(self.between)
+
+    def backward(self, d_inside, d_reads, d_passes, d_writes) -> tuple[torch.Tensor, ...]:
+        """Gradients of the four quantities -> those of q, k, v, beta and, summed into the last, of the running sums
+        of g (`[B, H, N, C, 1]`), which only a gated caller uses."""
+        d_read_both, d_write_both = torch.cat([d_inside, -d_reads], -1), torch.cat([d_writes, -d_passes], -1)
+        d_scores = d_read_both @ self.solved.transpose(-1, -2)
+        d_writing_k = self.solved @ d_write_both.transpose(-1, -2)
+        d_solved = self.scores.transpose(-1, -2) @ d_read_both + self.writing_k @ d_write_both
+        d_right = torch.linalg.solve_triangular(
+            self.system.transpose(-1, -2), d_solved, upper=True, unitriangular=True
+        )
+        d_system = (d_right @ self.solved.transpose(-1, -2)).neg_().tril_(-1)
+        d_v, d_reading_k = (d_right * self.beta).split([self.value_size, self.k.shape[-1]], dim=-1)
+        d_beta = (d_right[..., : self.value_size] * self.v).sum(-1, keepdim=True)
+        d_beta += (d_right[..., self.value_size :] * self.reading_k).sum(-1, keepdim=True)
+        d_beta += (d_system * self.overlap).sum(-1, keepdim=True)
+        # Every decay is exp of a sum of g: its gradient is the quantity times the quantity's gradient.
+        per_pair = d_system * self.system + d_scores * self.scores
+        d_total = per_pair.sum(-1) - per_pair.sum(-2)
+        d_total += (d_reading_k * self.reading_k + d_reads * _times(self.q, self.read)).sum(-1)
+        at_end = (d_writing_k * self.writing_k).sum(-1)
+        d_total -= at_end
+        kept = d_passes.diagonal(dim1=-2, dim2=-1).sum(-1) * _last(self.keep)
+        d_total[..., -1] += at_end.sum(-1) + kept
+
+        d_overlap = self._between(d_system * self.beta)
+        d_scores = d_scores.tril_() if self.between is None else d_scores.mul_(self.between)
+        d_q = d_scores @ self.k + _times(d_reads, self.read)
+        d_k = d_scores.transpose(-1, -2) @ self.q + (d_overlap + d_overlap.transpose(-1, -2)) @ self.k
+        d_k += _times(d_reading_k, self.read) + _times(d_writing_k, self.write)
+        return d_q, d_k, d_v, d_beta, d_total[..., None]
+
+
+def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return x if factor is None else x * factor
+
+
+def _last(keep: torch.Tensor | float) -> torch.Tensor | float:
+    return keep[..., 0] if isinstance(keep, torch.Tensor) else keep
 
 
 def _scan(passes, writes, state, reverse=False) -> tuple[torch.Tensor, torch.Tensor]:
     """S <- passes_n S + writes_n over the chunks; returns S before each step `[B, H, N, K, V]` and after the last."""
     before = torch.empty_like(writes)
+    state = torch.zeros_like(writes[:, :, 0]) if state is None else state.to(writes.dtype)
     order = range(writes.shape[2])
     for n in reversed(order) if reverse else order:
         before[:, :, n] = state
@@ -115,20 +160,12 @@ def _scan(passes, writes, state, reverse=False) -> tuple[torch.Tensor, torch.Ten
     return before, state
 
 
-def _prepare(q, k, v, g, beta, scale, segments, chunk_size):
-    """The inputs as chunks, in the type of the arithmetic, and their document borders."""
+def _prepare(q, k, v, g, beta, scale, segments, chunk_size) -> _Chunks:
+    """The inputs as chunks, in the type of the arithmetic."""
     dtype = compute_dtype(q, k, v, g, beta)
-    heads = [None if x is None else x[..., None] for x in (g, beta)]
-    chunks = [None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, *heads)]
-    chunks[0] = chunks[0] * scale
-    return chunks, chunk_borders(segments, chunk_size, dtype)
-
-
-def _forward(q, k, v, g, beta, scale, state, segments, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
-    chunks, borders = _prepare(q, k, v, g, beta, scale, segments, chunk_size)
-    parts = _chunked(*chunks, borders)
-    states, final = _scan(parts.passes_BHNKK, parts.writes_BHNKV, _entering(state, parts))
-    return from_chunks(parts.inside_BHNCV + parts.reads_BHNCK @ states, q.shape[1]), final
+    q_c, k_c, v_c, beta_c = (to_chunks(x, chunk_size, dtype) for x in (q, k, v, beta[..., None]))
+    g_c = None if g is None else to_chunks(g[..., None], chunk_size, dtype)
+    return _Chunks(q_c * scale, k_c, v_c, g_c, beta_c, chunk_borders(segments, chunk_size, dtype))
 
 
 class _ChunkDelta(torch.autograd.Function):
@@ -136,34 +173,29 @@ class _ChunkDelta(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, scale, state, segments, chunk_size):
         ctx.save_for_backward(q, k, v, g, beta, state, segments)
         ctx.scale, ctx.chunk_size = scale, chunk_size
-        return _forward(q, k, v, g, beta, scale, state, segments, chunk_size)
+        chunks = _prepare(q, k, v, g, beta, scale, segments, chunk_size)
+        states, final = _scan(chunks.passes, chunks.writes, state)
+        return from_chunks(chunks.inside + chunks.reads @ states, q.shape[1]), final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
         q, k, v, g, beta, state, segments = ctx.saved_tensors
-        chunks, borders = _prepare(q, k, v, g, beta, ctx.scale, segments, ctx.chunk_size)
-        leaves = [x.requires_grad_() for x in chunks if x is not None]
-        with torch.enable_grad():
-            parts = _chunked(*chunks, borders)
-        passes, reads = parts.passes_BHNKK.detach(), parts.reads_BHNCK.detach()
-        states, _ = _scan(passes, parts.writes_BHNKV.detach(), _entering(state, parts))
-        do = to_chunks(do, ctx.chunk_size, passes.dtype)
-        d_final = d_final.to(passes.dtype)
-        d_writes, d_state = _scan(passes.transpose(-1, -2), reads.transpose(-1, -2) @ do, d_final, reverse=True)
-        states_t = states.transpose(-1, -2)
-        grads = iter(torch.autograd.grad(tuple(parts), leaves, (do, do @ states_t, d_writes @ states_t, d_writes)))
-        dq, dk, dv, dg, db = (
-            None if x is None else from_chunks(next(grads), q.shape[1]).to(x.dtype) for x in (q, k, v, g, beta)
+        chunks = _prepare(q, k, v, g, beta, ctx.scale, segments, ctx.chunk_size)
+        states, _ = _scan(chunks.passes, chunks.writes, state)
+        do = to_chunks(do, ctx.chunk_size, states.dtype)
+        d_updates = chunks.reads.transpose(-1, -2) @ do
+        d_writes, d_state = _scan(chunks.passes.transpose(-1, -2), d_updates, d_final, reverse=True)
+        states = states.transpose(-1, -2)
+        dq, dk, dv, d_beta, d_total = chunks.backward(do, do @ states, d_writes @ states, d_writes)
+        dq, dk, dv, d_beta = (
+            from_chunks(x, q.shape[1]).to(y.dtype) for x, y in ((dq * ctx.scale, q), (dk, k), (dv, v), (d_beta, beta))
         )
-        dq = dq * ctx.scale
-        dg, db = None if dg is None else dg[..., 0], db[..., 0]
-        return dq, dk, dv, dg, db, None, None if state is None else d_state.to(state.dtype), None, None
-
-
-def _entering(state: torch.Tensor | None, parts: _Chunked) -> torch.Tensor:
-    first = parts.writes_BHNKV[:, :, 0]
-    return torch.zeros_like(first) if state is None else state.to(first.dtype)
+        dg = None
+        if g is not None:
+            dg = from_chunks(suffix_sums(d_total), q.shape[1]).to(g.dtype)[..., 0]
+        d_state = None if state is None else d_state.to(state.dtype)
+        return dq, dk, dv, dg, d_beta[..., 0], None, d_state, None, None
 
 
 def _both_ways(core, q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.chunks import chunk_borders, from_chunks, to_chunks
+from lalm.modeling.ops.chunks import chunk_borders, from_chunks, suffix_sums, to_chunks
 from lalm.modeling.ops.layout import SequenceLayout
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
@@ -120,10 +120,6 @@ def _scan(
     return before, state
 
 
-def _suffix_sums(g: torch.Tensor) -> torch.Tensor:
-    return g.flip(-2).cumsum(-2).flip(-2)
-
-
 def _bounded_levels(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> Iterator[tuple]:
     """Split the lower triangle into square blocks, [half, half] for half = C/2, ..., 1, each with exponents <= 0.
 
@@ -135,7 +131,7 @@ def _bounded_levels(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> Iterat
     half = q.shape[-2] // 2
     while half:
         q_windows, k_windows, windows = (x.unflatten(-2, (-1, 2 * half)) for x in (q, k, g))
-        k_factor = _suffix_sums(windows[..., 1 : half + 1, :]).exp()
+        k_factor = suffix_sums(windows[..., 1 : half + 1, :]).exp()
         q_factor = F.pad(windows[..., half + 1 :, :].cumsum(-2), (0, 0, 1, 0)).exp()
         yield half, q_windows[..., half:, :], k_windows[..., :half, :], q_factor, k_factor
         half //= 2
@@ -198,7 +194,7 @@ class _Chunks:
             self.edge = (end / 2).exp()
         else:
             self.q_factor = total.exp()
-            self.k_factor = _suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
+            self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
             self.bounded = g
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
@@ -280,4 +276,4 @@ def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.T
     per_token[..., -1, :] += at_end
     if g.shape[-1] == 1:
         per_token = per_token.sum(-1, keepdim=True)
-    return from_chunks(_suffix_sums(per_token), g.shape[1]).to(g.dtype)
+    return from_chunks(suffix_sums(per_token), g.shape[1]).to(g.dtype)

@@ -40,7 +40,7 @@ class EfficientState(NamedTuple):
 
     published: torch.Tensor  # memory of the full buckets
     pending: torch.Tensor | None  # memory of the bucket being filled; None for buckets of one token
-    count: torch.Tensor | None  # tokens in it, [B]
+    filled: torch.Tensor | None  # tokens in it, [B]
 
 
 def _check(q, k, v, state, blindspot_size, semantics, layout):
@@ -49,10 +49,10 @@ def _check(q, k, v, state, blindspot_size, semantics, layout):
     if blindspot_size < 1:
         raise ValueError(f"blindspot_size must be at least 1 (no blindspot), got {blindspot_size}.")
     shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3] + 2)
-    shapes = EfficientState(shape, *((shape, q.shape[:1]) if blindspot_size > 1 else (None, None)))
-    for name, value, expected in zip(EfficientState._fields, state or (), shapes, strict=False):
+    shapes = (shape, shape, tuple(q.shape[:1])) if blindspot_size > 1 else (shape, None, None)
+    for name, value, expected in zip(("published", "pending", "filled"), state or (), shapes, strict=False):
         actual = None if value is None else tuple(value.shape)
-        if actual != (None if expected is None else tuple(expected)):
+        if actual != expected:
             raise ValueError(f"initial_state.{name} must be {expected} here, got {actual}.")
 
 
@@ -69,7 +69,9 @@ def _empty(q: torch.Tensor, v: torch.Tensor, blindspot_size: int, dtype: torch.d
 
 
 def _in_dtype(state: EfficientState, dtype: torch.dtype) -> EfficientState:
-    return EfficientState(*(None if tensor is None else tensor.to(dtype) for tensor in state))
+    published, *rest = (None if tensor is None else tensor.to(dtype) for tensor in state)
+    assert published is not None
+    return EfficientState(published, *rest)
 
 
 def _log_queries(q: torch.Tensor, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,20 +162,23 @@ def recurrent_efficient_attention(
 
 def _choose_state(condition: torch.Tensor, a: EfficientState, b: EfficientState) -> EfficientState:
     """Row by row, `a` where the condition `[B]` holds."""
-    return EfficientState(*(None if y is None else _where(condition, x, y) for x, y in zip(a, b, strict=True)))
+    published = _where(condition, a.published, b.published)
+    if a.pending is None or b.pending is None or a.filled is None or b.filled is None:
+        return EfficientState(published, None, None)
+    return EfficientState(published, _where(condition, a.pending, b.pending), _where(condition, a.filled, b.filled))
 
 
 def _step(q, k, v, state: EfficientState, blindspot_size: int, semantics: str) -> tuple[torch.Tensor, EfficientState]:
     key = _one_key(k, v, semantics)
-    if state.pending is None or state.count is None:
+    if state.pending is None or state.filled is None:
         published = _merge(state.published, key)
         return _read(published, q, semantics), EfficientState(published, None, None)
     o = _read(state.published, q, semantics)
-    pending, count = _merge(state.pending, key), state.count + 1
-    full = count == blindspot_size
+    pending, filled = _merge(state.pending, key), state.filled + 1
+    full = filled == blindspot_size
     published = _where(full, _merge(state.published, pending), state.published)
-    pending, count = _where(full, torch.zeros_like(pending), pending), torch.where(full, 0, count)
-    return o, EfficientState(published, pending, count)
+    pending, filled = _where(full, torch.zeros_like(pending), pending), torch.where(full, 0, filled)
+    return o, EfficientState(published, pending, filled)
 
 
 def chunk_efficient_attention(
@@ -300,7 +305,7 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _buckets_in_line(q, k, values, state, size, semantics, layout) -> tuple[_Line, torch.Tensor, EfficientState]:
     """The line of buckets of `size` tokens, queries first; the place of every query in it `[B or 1, T]`; and what is
     pending at its end. A pending bucket that gets full enters as K keys, one for each feature."""
-    documents, positions, totals = document_positions(layout, q, None if state is None else state.count)
+    documents, positions, totals = document_positions(layout, q, None if state is None else state.filled)
     documents, buckets = documents.expand_as(positions), positions // size
     # Nobody sees the bucket that stays unfilled: it is kept out of the line.
     unfilled = (documents == documents[:, -1:]) & (buckets == totals[:, None] // size)
@@ -324,8 +329,8 @@ def _buckets_in_line(q, k, values, state, size, semantics, layout) -> tuple[_Lin
         _take(F.pad(values, before), order),
         None if layout.segments is None else _take(torch.cat([documents, owners], 1), order),
     )
-    count = (totals % size).to(pending.dtype).expand(q.shape[0])
-    return line, order.argsort(1)[:, : q.shape[1]], EfficientState(pending, pending, count)
+    filled = (totals % size).to(pending.dtype).expand(q.shape[0])
+    return line, order.argsort(1)[:, : q.shape[1]], EfficientState(pending, pending, filled)
 
 
 def _as_keys(memory: torch.Tensor, present: torch.Tensor, semantics: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lalm.modeling.ops.bidirectional import bidirectional_diagonal, both_ways, layout_both_ways
+from lalm.modeling.ops.bidirectional import bidirectional_diagonal, layout_both_ways
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.efficient_attention import check_semantics, features_of, running_max
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes
@@ -52,8 +52,8 @@ def bidirectional_efficient_attention(
 @torch.no_grad()
 def _document_max(x: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     """Maximum of `x [B, T, H, K]` over each document, 0 where that is -inf."""
-    doubled = layout_both_ways(layout)
-    forward, backward = running_max(both_ways(x), doubled.document_ids()).chunk(2)
+    documents = layout_both_ways(layout).document_ids()
+    forward, backward = running_max(torch.cat([x, x.flip(1)]), documents).chunk(2)
     largest = torch.maximum(forward, backward.flip(1))
     return largest.masked_fill(largest == -torch.inf, 0)
 

@@ -28,7 +28,7 @@ class LocalState(NamedTuple):
     the one that the next token falls into."""
 
     window: torch.Tensor  # keys beside values [B, 2 w, H, K + V], the latest last; 0 where there are fewer
-    count: torch.Tensor  # how many they are, [B], at most 2 w - 1
+    filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
 
 
 def local_attention(
@@ -67,7 +67,7 @@ def local_attention(
     _check(q, k, v, window_size, initial_state, output_final_state, causal, layout)
     aligned = initial_state is None and layout.mask is None and layout.segments is None
     documents, positions, totals = document_positions(
-        layout, q, None if initial_state is None else initial_state.count
+        layout, q, None if initial_state is None else initial_state.filled
     )
     # Equal or neighbouring labels: equal or neighbouring windows of one document.
     labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
@@ -77,7 +77,7 @@ def local_attention(
     key_labels = labels
     if initial_state is not None:
         past_k, past_v = initial_state.window.to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
-        past_labels = _labels_of_past(initial_state.count, window_size)
+        past_labels = _labels_of_past(initial_state.filled, window_size)
         k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
@@ -96,25 +96,25 @@ def _check(q, k, v, window_size, state, output_final_state, causal, layout):
     if not causal and (state is not None or output_final_state):
         raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
     expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    if state is not None and (tuple(state.window.shape) != expected or state.count.shape != k.shape[:1]):
+    if state is not None and (tuple(state.window.shape) != expected or state.filled.shape != k.shape[:1]):
         raise ValueError(
             f"initial_state must hold a window {expected} and a count {tuple(k.shape[:1])}, got "
-            f"{tuple(state.window.shape)} and {tuple(state.count.shape)}."
+            f"{tuple(state.window.shape)} and {tuple(state.filled.shape)}."
         )
 
 
-def _labels_of_past(count: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`[B, 2 w]`: the last `count` slots are windows 0 and 1 of the row's first document."""
-    steps = torch.arange(2 * window_size, device=count.device) - (2 * window_size - count.long()[:, None])
+def _labels_of_past(filled: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`[B, 2 w]`: the last `filled` slots are windows 0 and 1 of the row's first document."""
+    steps = torch.arange(2 * window_size, device=filled.device) - (2 * window_size - filled.long()[:, None])
     return torch.where(steps >= 0, steps // window_size, _NONE)
 
 
 def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
-    count = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
+    filled = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
     size = 2 * window_size
     window = torch.cat([F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)) for x in (k, v)], dim=-1)
-    old = torch.arange(size, device=k.device) < size - count[:, None]
-    return LocalState(window.masked_fill(old[..., None, None], 0), count.to(compute_dtype(k)))
+    old = torch.arange(size, device=k.device) < size - filled[:, None]
+    return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
 
 
 class _Blocks(NamedTuple):

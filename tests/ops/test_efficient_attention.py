@@ -118,10 +118,9 @@ CUTS = {"one_by_one": range(1, LENGTH), "pieces": [1, 2, 10, 11, 30], "halves": 
 
 @pytest.mark.parametrize("forms", [[*FORMS.values()], [chunk_efficient_attention]], ids=["mixed", "chunk"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("kind", ["plain", "left", "inner", "scattered", "row"])
-@pytest.mark.parametrize("size", [1, 3, 8, 50])
-@both_semantics
-@both_ranges
+@pytest.mark.parametrize("kind", ["plain", "left", "scattered", "row"])
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize(("semantics", "steep"), [("0.19", 1), ("0.19", 60), ("v0.2.1", 1)])
 def test_pieces_are_the_whole(forms, cuts, kind, size, semantics, steep):
     x, layout = make(LENGTH, steep=steep), make_layout(kind)
     options = {"blindspot_size": size, "semantics": semantics}
