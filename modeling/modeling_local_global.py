@@ -278,16 +278,17 @@ class LocalGlobalForCausalLM(LalmForCausalLM):
     model_class = LocalGlobalModel
     lm_head_bias = True
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         *args,
+        inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """As the stock one. It names the context, which generate() would else refuse, and passes it on."""
+        """As the stock one. generate() refuses what is not named here; this passes the context on."""
         stock: Any = super()
-        inputs = stock.prepare_inputs_for_generation(*args, **kwargs)
+        inputs = stock.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if encoder_hidden_states is None:
             return inputs
         return inputs | {

@@ -77,8 +77,8 @@ def _undo(ctx: Any, function: Sublayer, states, streams, gradients, sums) -> tup
 
 
 def _current_autocast(kind: str) -> Callable[[], torch.autocast]:
-    """Makes the autocast that is on now, but without its cache: weights cast while nothing is recorded would be taken,
-    elsewhere in the same region, for weights without a gradient."""
+    """Makes the autocast that is on now, but without its cache: there weights cast while nothing is recorded could be
+    met by later code that wants their gradient (torch before 2.13)."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 

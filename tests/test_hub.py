@@ -17,6 +17,7 @@ from transformers.utils import hub as transformers_hub
 import lalm
 from lalm import hub
 from lalm.configuration.configuration_gla import GLAConfig
+from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_gla import GLAForCausalLM
 
 SCRIPT = Path(__file__).with_name("load_without_lalm.py")
@@ -26,8 +27,9 @@ VARIANTS = pytest.mark.parametrize("variant", lalm.VARIANTS, ids=lambda row: row
 
 def tiny_config(config_class, **fields):
     sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    # One softmax layer, so that its code path is in the bundle's tests too.
-    return config_class(**sizes, full_attention_layers=[1], pad_token_id=0, **fields)
+    # One softmax layer (of the local-global model: head), so that its code path is in the bundle's tests too.
+    softmax = {"num_local_heads": 1} if config_class is LocalGlobalConfig else {"full_attention_layers": [1]}
+    return config_class(**sizes, **softmax, pad_token_id=0, **fields)
 
 
 def tiny_model(fields=None):

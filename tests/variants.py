@@ -234,6 +234,7 @@ FEW = (
     "gla_hybrid_full",
     "delta_net_gated",
     "based_plain",
+    "local_global_blindspot",
 )
 
 

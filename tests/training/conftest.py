@@ -6,10 +6,14 @@ import pytest
 
 import run_clm
 
+SIZES = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24"
 TINY_MODELS = {
-    "llama": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,num_key_value_heads=2,intermediate_size=24",
-    "lalm_gla": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24",
-    "lalm_linear": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24,use_short_conv=true",
+    "llama": f"{SIZES},num_key_value_heads=2",
+    "lalm_gla": SIZES,
+    "lalm_linear": f"{SIZES},use_short_conv=true",
+    "lalm_retnet": SIZES,
+    "lalm_delta_net": f"{SIZES},use_decay_gate=true",
+    "lalm_based": f"{SIZES},feature_dim=4,linear_attention_layers=[0],sliding_attention_layers=[1],sliding_window=8",
 }
 WORDS = ["linear", "attention", "keeps", "a", "state", "of", "fixed", "size", "and", "reads", "each", "token", "once"]
 

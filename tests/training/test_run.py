@@ -7,8 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lalm.training.model_builder import new_config, our_model_types
+from lalm.training.recipe import parse_arguments
 from tests.training.conftest import TINY_MODELS
 
 MODEL_TYPES = list(TINY_MODELS)
@@ -50,6 +53,21 @@ def test_a_resumed_run_equals_a_straight_one(tiny_run, tmp_path, model_type):
     assert resumed["tokens_seen"] == straight["tokens_seen"] == 4 * 4 * 24
     for name, weight in weights(tmp_path / "straight").items():
         assert torch.equal(weight, weights(tmp_path / "resumed")[name]), name
+
+
+def test_every_variant_is_trained_here():
+    assert set(our_model_types()) <= set(TINY_MODELS)
+
+
+@pytest.mark.parametrize("model_type", our_model_types())
+def test_a_type_without_sizes_is_small(model_type, tmp_path):
+    """`run_clm.py --model_type <each>` alone must suit a laptop."""
+    arguments, _, _ = parse_arguments(["--model_type", model_type, "--output_dir", str(tmp_path)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(new_config(arguments, tokenizer, block_size=128))
+    assert model.config.model_type == model_type
+    assert 100_000 < sum(p.numel() for p in model.parameters()) < 3_000_000
 
 
 def test_results_card_and_curve(tiny_run, texts, tmp_path, capsys):
