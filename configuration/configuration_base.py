@@ -185,7 +185,9 @@ class LalmConfig(PreTrainedConfig):
                      "max_position_embeddings", "conv_size", "num_key_value_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name, factor in (("", 1), (" * expand_k", self.expand_k), (" * expand_v", self.expand_v)):
+        softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
+        widths = {" * expand_k": self.expand_k, " * expand_v": self.expand_v} | ({"": 1} if softmax else {})
+        for name, factor in widths.items():
             size = self.hidden_size * factor
             if size < 1 or size != int(size) or size % self.num_attention_heads:
                 heads = self.num_attention_heads

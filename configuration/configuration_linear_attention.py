@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from lalm.configuration.configuration_base import LalmConfig
 
 # Feature maps whose values may be negative, so that their sum cannot serve as a denominator.
-_SIGNED_FEATURE_MAPS = {"identity"}
+_SIGNED_FEATURE_MAPS = {"identity", "elementwise_product"}
 
 
 @strict
@@ -18,7 +18,7 @@ class LinearAttentionConfig(LalmConfig):
     Args:
         feature_map: map on q and k: "elu" (elu + 1), "relu", "exp", "softmax" (over the head), "taylor" (second-order
             expansion of exp; of size `1 + d + d (d + 1) / 2`: choose a small `expand_k`), "identity", "dpfp", "favor"
-            (random features) or "hedgehog" (learned).
+            (random features), "hedgehog" (learned) or "elementwise_product" (of two learned maps).
         num_features: random features a head of "favor"; None for the key size of the head.
         dpfp_nu: number of shifted products of "dpfp"; it yields `2 * dpfp_nu` features a key channel.
         normalize: divide each output by the sum of its weights.
@@ -33,7 +33,9 @@ class LinearAttentionConfig(LalmConfig):
     num_attention_heads: int = 8
     hidden_act: str = "gelu"
     mlp_type: Literal["gated", "mlp"] = "mlp"
-    feature_map: Literal["elu", "relu", "exp", "softmax", "taylor", "identity", "dpfp", "favor", "hedgehog"] = "elu"
+    feature_map: Literal[
+        "elu", "relu", "exp", "softmax", "taylor", "identity", "dpfp", "favor", "hedgehog", "elementwise_product"
+    ] = "elu"
     num_features: int | None = None
     dpfp_nu: int = 3
     normalize: bool = True

@@ -81,6 +81,24 @@ class HedgehogFeatures(nn.Module):
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
 
 
+class ElementwiseProductFeatures(nn.Module):
+    """The product of two learned affine maps, (W1 x + b1) * (W2 x + b2): features of both signs."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * size, size))
+        self.bias = nn.Parameter(torch.empty(2 * size))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).chunk(2, dim=-1)
+        return first * second
+
+
 class FeatureMap(nn.Module):
     """The map called `name`, for heads of key size `size`."""
 
@@ -91,11 +109,13 @@ class FeatureMap(nn.Module):
             self.map: nn.Module = FavorFeatures(size, num_features or size)
         elif name == "hedgehog":
             self.map = HedgehogFeatures(size)
+        elif name == "elementwise_product":
+            self.map = ElementwiseProductFeatures(size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(compute_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            if self.name in ("favor", "hedgehog"):
+            if self.name in ("favor", "hedgehog", "elementwise_product"):
                 return self.map(x)
             if self.name == "dpfp":
                 return dpfp_features(x, self.dpfp_nu)

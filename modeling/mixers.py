@@ -27,7 +27,7 @@ class Mixer(nn.Module):
 
     layer_type: ClassVar[str] = RecurrentLayer._layer_type
     rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
-    silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the SiLU of the short convolution without it too
+    silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the convolution's SiLU where there is none
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 

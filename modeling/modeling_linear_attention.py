@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
-from lalm.modeling.feature_maps import FavorFeatures, FeatureMap, HedgehogFeatures
+from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
 from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import (
@@ -65,7 +65,7 @@ class LinearAttentionModel(LalmModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FavorFeatures, HedgehogFeatures)):
+        if isinstance(module, (ElementwiseProductFeatures, FavorFeatures, HedgehogFeatures)):
             module.reset_parameters()
 
 

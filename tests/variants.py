@@ -114,6 +114,7 @@ ROWS = (
     _linear("dpfp", feature_map="dpfp"),
     _linear("favor", feature_map="favor"),
     _linear("hedgehog", feature_map="hedgehog"),
+    _linear("elementwise_product", feature_map="elementwise_product", normalize=False),
     _linear("hybrid_full", full_attention_layers=[1], use_short_conv=True, qk_norm=True, **HYBRID),
     _linear("hybrid_learned", full_attention_layers=[0], position_embedding_type="learned"),
     _linear("hybrid_sliding", off=STATIC_SLIDING, sliding_attention_layers=[0, 2], sliding_window=6, **HYBRID),

@@ -194,8 +194,8 @@ class _ChunkDelta(torch.autograd.Function):
         dg = None
         if g is not None:
             dg = from_chunks(suffix_sums(d_total), q.shape[1]).to(g.dtype)[..., 0]
-        d_state = None if state is None else d_state.to(state.dtype)
-        return dq, dk, dv, dg, d_beta[..., 0], None, d_state, None, None
+        d_beta = d_beta[..., 0]
+        return dq, dk, dv, dg, d_beta, None, None if state is None else d_state.to(state.dtype), None, None
 
 
 def _both_ways(core, q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
