@@ -41,8 +41,7 @@ class LocalGlobalMLP(nn.Module):
 
     def __init__(self, config: LocalGlobalConfig):
         super().__init__()
-        width, bias = config.intermediate_size, config.semantics == "0.19"
-        assert width is not None  # the configuration derives it
+        width, bias = cast(int, config.intermediate_size), config.semantics == "0.19"
         self.gated, self.chunks = config.ff_glu, config.ff_chunks
         self.up_proj = nn.Linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -145,10 +144,8 @@ class LocalGlobalBlock(Block):
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        assert self.context_mixer is not None
-        return self.dropout(
-            self.context_mixer(self.context_mixer_norm(x), encoder_hidden_states, encoder_attention_mask)
-        )
+        context_mixer = cast(CrossMixer, self.context_mixer)
+        return self.dropout(context_mixer(self.context_mixer_norm(x), encoder_hidden_states, encoder_attention_mask))
 
     def _shift(
         self,
