@@ -29,7 +29,9 @@ from lalm.convert_linear_attention_transformer import (
     to_linear_attention_transformer,
 )
 from lalm.hub import staged_save
-from lalm.modeling.modeling_base import LalmForCausalLM
+from lalm.modeling.modeling_heads import (
+    LalmForCausalLM,
+)
 from lalm.training.errors import UserError, exit_on_user_error, one_line
 
 StateDict = dict[str, torch.Tensor]

@@ -18,11 +18,11 @@ from lalm.modeling.cache import previous_state
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import ShortConvolution
 from lalm.modeling.mixers import Mixer
-from lalm.modeling.modeling_base import (
+from lalm.modeling.modeling_base import LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.layout import SequenceLayout

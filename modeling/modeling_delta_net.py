@@ -14,12 +14,12 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.modeling.mixers import Mixer
-from lalm.modeling.modeling_base import (
+from lalm.modeling.modeling_base import LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.delta_rule import (
     chunk_delta_rule,

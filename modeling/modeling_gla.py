@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.modeling.mixers import Mixer
-from lalm.modeling.modeling_base import (
+from lalm.modeling.modeling_base import LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose

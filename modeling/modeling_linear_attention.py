@@ -11,12 +11,12 @@ from lalm.configuration.configuration_linear_attention import LinearAttentionCon
 from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
 from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
-from lalm.modeling.modeling_base import (
+from lalm.modeling.modeling_base import LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.linear_attention import chunk_linear_attention, fla_linear_attention, recurrent_linear_attention

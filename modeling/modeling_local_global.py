@@ -21,13 +21,12 @@ from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import previous_state
 from lalm.modeling.layers import NORMS, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
-from lalm.modeling.modeling_base import (
-    Block,
+from lalm.modeling.modeling_base import Block, LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.reversible import run_reversible

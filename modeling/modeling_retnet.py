@@ -7,12 +7,12 @@ of the heads (RMSNorm here, as in the authors' released code); rotary positions 
 
 from lalm.configuration.configuration_retnet import RetNetConfig
 from lalm.modeling.mixers import Mixer
-from lalm.modeling.modeling_base import (
+from lalm.modeling.modeling_base import LalmModel
+from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
-    LalmModel,
 )
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.retention import chunk_retention, fla_retention, recurrent_retention
