@@ -52,6 +52,16 @@ def test_linear_attention_elu(fn):
 
 
 @pytest.mark.parametrize("fn", [recurrent_linear_attention, chunk_linear_attention])
+def test_linear_attention_both_ways(fn):
+    """The first row is given; the last token has seen all in either form, so its row is the causal one."""
+    _, q, k, v = inputs()
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+    out = fn(q, k, v, scale=1.0, causal=False)[0][0, :, 0]
+    expected = torch.tensor([[0.106224, 0.206272], GOLDEN["elu"][-1]], dtype=torch.float64)
+    assert (out[[0, -1]] - expected).abs().max() < 6e-7
+
+
+@pytest.mark.parametrize("fn", [recurrent_linear_attention, chunk_linear_attention])
 def test_linear_attention_taylor(fn):
     _, q, k, v = inputs()
     assert_golden(fn(taylor(q), taylor(k), v, scale=1.0, eps=1e-12)[0], "taylor")
