@@ -55,7 +55,8 @@ class LalmConfig(PreTrainedConfig):
         dropout: probability, on the embeddings and on what each mixer and MLP adds.
         attention_dropout: probability, on the weights of the softmax layers.
         initializer_range: standard deviation of the initial weights.
-        linear_attn_implementation: "auto", "chunk", "recurrent" or "fla" (Triton kernels of flash-linear-attention).
+        linear_attn_implementation: "auto", "chunk", "recurrent", "fla" (Triton kernels of flash-linear-attention) or
+            "cpp" (a C++ kernel for the CPU, compiled when first used; only some variants have one).
         use_cache: return the state for further decoding.
 
     Raises:
@@ -91,7 +92,7 @@ class LalmConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
-    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla"] = "auto"
+    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "cpp"] = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

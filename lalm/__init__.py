@@ -11,6 +11,7 @@ from lalm.configuration.configuration_base import LalmConfig
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
+from lalm.configuration.configuration_lam import LamConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.configuration.configuration_retnet import RetNetConfig
@@ -34,6 +35,13 @@ from lalm.modeling.modeling_gla import (
     GLAForSequenceClassification,
     GLAForTokenClassification,
     GLAModel,
+)
+from lalm.modeling.modeling_lam import (
+    LamForCausalLM,
+    LamForMaskedLM,
+    LamForSequenceClassification,
+    LamForTokenClassification,
+    LamModel,
 )
 from lalm.modeling.modeling_linear_attention import (
     LinearAttentionForCausalLM,
@@ -127,6 +135,16 @@ VARIANTS = (
             "AutoModelForTokenClassification": LocalGlobalForTokenClassification,
         },
     ),
+    Variant(
+        LamConfig,
+        {
+            "AutoModel": LamModel,
+            "AutoModelForCausalLM": LamForCausalLM,
+            "AutoModelForMaskedLM": LamForMaskedLM,
+            "AutoModelForSequenceClassification": LamForSequenceClassification,
+            "AutoModelForTokenClassification": LamForTokenClassification,
+        },
+    ),
 )
 
 for _variant in VARIANTS:
@@ -155,6 +173,12 @@ __all__ = [
     "GLAModel",
     "LalmConfig",
     "LalmPreTrainedModel",
+    "LamConfig",
+    "LamForCausalLM",
+    "LamForMaskedLM",
+    "LamForSequenceClassification",
+    "LamForTokenClassification",
+    "LamModel",
     "LinearAttentionConfig",
     "LinearAttentionForCausalLM",
     "LinearAttentionForMaskedLM",

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
 
 
@@ -25,14 +28,16 @@ NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 class MLP(nn.Module):
     """`down(act(up x))`, or gated (SwiGLU, Shazeer, arXiv 2002.05202): `down(act(gate x) * up x)`."""
 
+    bias: ClassVar[bool] = False
+
     def __init__(self, config: LalmConfig):
         super().__init__()
         width = config.intermediate_size
         assert width is not None  # the configuration derives it
         gated = config.mlp_type == "gated"
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=self.bias) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=self.bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=self.bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,15 +47,16 @@ class MLP(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise convolution over the real tokens of each document, followed by SiLU.
+    """Depthwise convolution over the real tokens of each document, followed by SiLU unless `activation` is off.
 
     Causal, or centred: over W // 2 earlier and (W - 1) // 2 later tokens. Neither padding nor a neighbouring document
     is ever inside a window. The state of a causal one is the last W - 1 real inputs.
     """
 
-    def __init__(self, channels: int, width: int, causal: bool = True):
+    def __init__(self, channels: int, width: int, causal: bool = True, activation: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
+        self.activation = activation
         self.after = 0 if causal else (width - 1) // 2
 
     def forward(
@@ -81,7 +87,13 @@ class ShortConvolution(nn.Module):
         state = window[:, length:]
         if segments is not None:
             state = state * (segments[:, length:] == segments[:, -1:])[..., None]
-        return layout.restore(nn.functional.silu(y)), state
+        return layout.restore(nn.functional.silu(y) if self.activation else y), state
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Divide `x [B, T, H, K]` by its length over K; computed in float32 or wider, and left so."""
+    x = x.to(compute_dtype(x))
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

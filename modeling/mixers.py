@@ -28,6 +28,8 @@ class Mixer(nn.Module):
     layer_type: ClassVar[str] = RecurrentLayer._layer_type
     rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
     silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the convolution's SiLU where there is none
+    conv_activation: ClassVar[bool] = True  # whether the convolution ends in a SiLU
+    projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -37,13 +39,14 @@ class Mixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
-        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=self.projection_bias)
+        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=self.projection_bias)
         self.conv = None
         if config.use_short_conv:
-            self.conv = ShortConvolution(2 * key_size + value_size, config.conv_size, config.is_causal)
+            channels = 2 * key_size + value_size
+            self.conv = ShortConvolution(channels, config.conv_size, config.is_causal, self.conv_activation)
         self.q_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
 

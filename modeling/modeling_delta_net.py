@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
+from lalm.modeling.layers import unit_length
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -61,12 +62,6 @@ class DecayGate(nn.Module):
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             return -self.A_log.to(dtype).exp() * F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
-
-
-def unit_length(x: torch.Tensor) -> torch.Tensor:
-    """Divide `x [B, T, H, K]` by its length over K; computed in float32 or wider, and left so."""
-    x = x.to(compute_dtype(x))
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 class DeltaNetMixer(Mixer):

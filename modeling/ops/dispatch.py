@@ -19,22 +19,31 @@ _SHORT = 8
 
 
 def choose(
-    rule: str, implementation: str, q: torch.Tensor, *, recurrent: Callable, chunk: Callable, fla: Callable
+    rule: str,
+    implementation: str,
+    q: torch.Tensor,
+    *,
+    recurrent: Callable,
+    chunk: Callable,
+    fla: Callable | None = None,
+    cpp: Callable | None = None,
 ) -> Callable:
     """Pick the form of op `rule` for queries `q [B, T, H, K]`.
 
     Args:
         rule: the op's name, for the log.
-        implementation: "auto" takes `recurrent` for a few tokens (decoding) and `chunk` otherwise; "chunk",
-            "recurrent" and "fla" take that form whatever the input.
+        implementation: "auto" takes `cpp` where it is given, else `recurrent` for a few tokens (decoding) and `chunk`
+            otherwise; "chunk", "recurrent", "fla" and "cpp" take that form whatever the input.
+        fla: the GPU kernel, None where nobody has one.
+        cpp: the C++ kernel, None where it does not run.
 
     Raises:
-        ValueError: "fla" for tensors that are not on a GPU.
+        ValueError: "fla" for tensors that are not on a GPU, or a form that is not to be had.
         ImportError: "fla" without flash-linear-attention installed.
     """
     name = implementation
     if name == "auto":
-        name = "recurrent" if q.shape[1] < _SHORT else "chunk"
+        name = "cpp" if cpp else "recurrent" if q.shape[1] < _SHORT else "chunk"
     if name == "fla" and q.device.type == "cpu":
         raise ValueError(
             "linear_attn_implementation='fla' runs Triton kernels on a GPU, and the input is on the CPU: move the "
@@ -42,7 +51,13 @@ def choose(
         )
     if not torch.compiler.is_compiling():
         _announce(rule, name, implementation, q.device.type)
-    return {"recurrent": recurrent, "chunk": chunk, "fla": fla}[name]
+    form = {"recurrent": recurrent, "chunk": chunk, "fla": fla, "cpp": cpp}[name]
+    if form is None:
+        reason = "no GPU kernel" if name == "fla" else "no C++ kernel for this model, device or machine"
+        raise ValueError(
+            f"linear_attn_implementation={name!r}: {rule} has {reason}; set linear_attn_implementation='auto'."
+        )
+    return form
 
 
 @cache
