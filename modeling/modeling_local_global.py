@@ -237,10 +237,7 @@ class LocalGlobalModel(LalmModel):
         if not self.config.reversible:
             return super().run_layers(hidden_states, **kwargs)
         if self._recomputes(kwargs):
-            layers: Any = self.layers
-            pairs = [pair for layer in layers for pair in layer.sublayers(**kwargs)]
-            others = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
-            return run_reversible(hidden_states, pairs, [*self.layers.parameters(), *others], self.training)
+            return run_reversible(hidden_states, self.layers, kwargs, self.training)
         streams = [hidden_states, hidden_states]
         for layer in self.layers:
             hidden_states, *streams = layer(hidden_states, *streams, **kwargs)

@@ -7,73 +7,95 @@ and the result is (y1 + y2) / 2. Only the last two streams are kept, whatever th
 up to rounding, which is why the streams should be float32 (autocast keeps them so).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-Sublayer = Callable[[torch.Tensor], torch.Tensor]
-Pairs = Sequence[tuple[Sublayer, Sublayer]]
 
-
-def run_reversible(x: torch.Tensor, pairs: Pairs, inputs: Sequence[torch.Tensor], is_random: bool) -> torch.Tensor:
-    """`(y1 + y2) / 2 [B, T, D]` of the streams that leave the last pair; memory does not grow with their number.
+def run_reversible(x: torch.Tensor, layers: Any, kwargs: dict[str, Any], is_random: bool) -> torch.Tensor:
+    """`(y1 + y2) / 2 [B, T, D]` of the streams that leave the last layer; memory does not grow with their number.
 
     Args:
         x: `[B, T, D]`, both streams at the start.
-        pairs: (f, g), each a function of one stream `[B, T, D]`.
-        inputs: every other tensor that may want a gradient: weights, and what the functions close over.
+        layers: a ModuleList. `layer.sublayers(**kwargs)` gives its pairs (f, g), each a function of one stream.
+        kwargs: what every layer gets. Tensors among them get their gradient, as the weights of the layers do.
         is_random: whether the functions draw random numbers (dropout); the backward pass then draws them again.
     """
-    return _Reversible.apply(pairs, is_random, x, *(tensor for tensor in inputs if tensor.requires_grad))
+    inputs = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    inputs = {name: value for name, value in (inputs | dict(layers.named_parameters())).items() if value.requires_grad}
+    return _Reversible.apply(layers, kwargs, tuple(inputs), is_random, x, *inputs.values())
+
+
+def _pairs(layers: Any, kwargs: dict[str, Any]) -> list[tuple[Callable, Callable]]:
+    return [pair for layer in layers for pair in layer.sublayers(**kwargs)]
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pairs: Pairs, is_random: bool, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        # `inputs` are the caller's own and outlive this node: kept, but not among what it saves.
-        ctx.pairs, ctx.inputs, ctx.autocast = pairs, inputs, _current_autocast(x.device.type)
-        ctx.random_states = []
+    def forward(ctx: Any, layers: Any, kwargs: dict, names: tuple, is_random: bool, x: torch.Tensor, *inputs):
+        ctx.layers, ctx.kwargs, ctx.names = layers, kwargs, names
+        ctx.autocast, ctx.random_states = _current_autocast(x.device.type), []
         x1 = x2 = x
         with ctx.autocast():
-            for f, g in pairs:
+            for f, g in _pairs(layers, kwargs):
                 ctx.random_states.append(_random_states(x) if is_random else None)
                 x1 = x1 + f(x2)
                 ctx.random_states.append(_random_states(x) if is_random else None)
                 x2 = x2 + g(x1)
-        ctx.save_for_backward(x1, x2)
+        ctx.save_for_backward(x1, x2, *inputs)
         return (x1 + x2) / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
-        y1, y2 = ctx.saved_tensors
+        y1, y2, *inputs = ctx.saved_tensors
+        # Stand-ins gather the gradients: the caller's own tensors have hooks, which are to meet the whole gradient
+        # once, and a graph behind them, which is not to be entered from here.
+        leaves = {name: nn.Parameter(tensor.detach()) for name, tensor in zip(ctx.names, inputs, strict=True)}
+        kwargs = ctx.kwargs | {name: leaf for name, leaf in leaves.items() if name in ctx.kwargs}
         d1 = d2 = grad / 2
-        sums: list[torch.Tensor | None] = [None] * len(ctx.inputs)
         states = reversed(ctx.random_states)
-        for f, g in reversed(ctx.pairs):
-            y2, d1 = _undo(ctx, g, next(states), (y1, y2), (d1, d2), sums)
-            y1, d2 = _undo(ctx, f, next(states), (y2, y1), (d2, d1), sums)
-        return None, None, d1 + d2, *sums
+        with _exchanged(ctx.layers, leaves):
+            for f, g in reversed(_pairs(ctx.layers, kwargs)):
+                y2, d1 = _undo(ctx, g, next(states), (y1, y2), (d1, d2))
+                y1, d2 = _undo(ctx, f, next(states), (y2, y1), (d2, d1))
+        return None, None, None, None, d1 + d2, *(leaf.grad for leaf in leaves.values())
 
 
-def _undo(ctx: Any, function: Sublayer, states, streams, gradients, sums) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take back `target = old + function(source)`: returns old, and the gradient that reaches source in both ways;
-    adds to `sums` those of `ctx.inputs`."""
+@contextmanager
+def _exchanged(layers: nn.Module, leaves: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, the weights of `layers` that `leaves` names are those in `leaves`. (functional_call of torch 2.13 leaves
+    its tensors behind in a module that has two places.)"""
+    new = {weight: leaves[name] for name, weight in layers.named_parameters() if name in leaves}
+    places = [
+        (module, name, weight)
+        for module in layers.modules()
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+        if weight in new
+    ]
+    try:
+        for module, name, weight in places:
+            setattr(module, name, new[weight])
+        yield
+    finally:
+        for module, name, weight in places:
+            setattr(module, name, weight)
+
+
+def _undo(ctx: Any, function: Callable, states, streams, gradients) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take back `target = old + function(source)`: returns old, and the gradient that reaches source in both ways."""
     (source, target), (d_source, d_target) = streams, gradients
     with torch.enable_grad(), _replay(states, source.device.type), ctx.autocast():
         source = source.detach().requires_grad_()
         added = function(source)
-    found = torch.autograd.grad(added, [source, *ctx.inputs], d_target.to(added.dtype), allow_unused=True)
-    for index, gradient in enumerate(found[1:]):
-        if gradient is not None:
-            before = sums[index]
-            sums[index] = gradient if before is None else before + gradient
-    return target - added.detach(), d_source if found[0] is None else d_source + found[0]
+    torch.autograd.backward(added, d_target.to(added.dtype))
+    return target - added.detach(), d_source if source.grad is None else d_source + source.grad
 
 
 def _current_autocast(kind: str) -> Callable[[], torch.autocast]:

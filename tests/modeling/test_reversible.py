@@ -41,12 +41,13 @@ def inputs_of(row):
     return inputs
 
 
-def plain(x, pairs, inputs, is_random):
+def plain(x, layers, kwargs, is_random):
     """What run_reversible computes, by autograd."""
     x1 = x2 = x
-    for f, g in pairs:
-        x1 = x1 + f(x2)
-        x2 = x2 + g(x1)
+    for layer in layers:
+        for f, g in layer.sublayers(**kwargs):
+            x1 = x1 + f(x2)
+            x2 = x2 + g(x1)
     return (x1 + x2) / 2
 
 
@@ -190,12 +191,114 @@ def test_frozen_weights_and_autograd_grad():
     assert torch.equal(again, found)
 
 
+class Sublayers(torch.nn.Module):
+    """The second one checkpoints inside."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def sublayers(self, factor):
+        def g(x):
+            return checkpoint(lambda x: self.linear(x).tanh() * factor, x, use_reentrant=False)
+
+        return [(self.linear, g)]
+
+
 def test_functions_that_share_a_weight():
     """Its gradient is the sum over its places; functions may checkpoint inside."""
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    layer = torch.nn.Linear(4, 4).double()
-    pairs = [(layer, lambda t: checkpoint(lambda u: layer(u).tanh(), t, use_reentrant=False))] * 3
-    found = torch.autograd.grad(run_reversible(x, pairs, [*layer.parameters()], False).sum(), [x, *layer.parameters()])
-    expected = torch.autograd.grad(plain(x, pairs, [], False).sum(), [x, *layer.parameters()])
+    x, factor = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True).unbind()
+    linear = torch.nn.Linear(4, 4).double()
+    layers = torch.nn.ModuleList(Sublayers(linear) for _ in range(3))
+    wanted = [x, factor, *linear.parameters()]
+    found, expected = (
+        torch.autograd.grad(run(x, layers, {"factor": factor}, False).square().sum(), wanted)
+        for run in (run_reversible, plain)
+    )
     for actual, gradient in zip(found, expected, strict=True):
         assert_close(actual, gradient)
+
+
+def written_by(reader, encoder=None):
+    """A context that has a graph, as encoders return it, and the loss of the `reader`."""
+    encoder = encoder or build(ROWS[4], seed=5)
+    context = encoder.model(tokens(2, 5)).last_hidden_state
+    inputs = inputs_of(ROWS[3]) | {"encoder_hidden_states": context}
+    return context, lambda: reader(**inputs, use_cache=False).logits.square().mean()
+
+
+def by_both(monkeypatch, step):
+    """What `step` returns, and what it returns where plain autograd runs."""
+    found = step()
+    monkeypatch.setattr(modeling_local_global, "run_reversible", plain)
+    return found, step()
+
+
+def test_hooks_of_the_context(monkeypatch):
+    """They meet the whole gradient, once; what they return is what the encoder gets."""
+    reader, encoder = build(ROWS[3]), build(ROWS[4], seed=5)
+
+    def step():
+        encoder.zero_grad(set_to_none=True)
+        context, loss = written_by(reader, encoder)
+        seen = []
+        context.retain_grad()
+        context.register_hook(lambda grad: seen.append(grad.clone()) or 3 * grad)
+        loss().backward()
+        (hooked,) = seen
+        return {"retained": context.grad, "hooked": hooked} | parameter_gradients(encoder)
+
+    found, expected = by_both(monkeypatch, step)
+    assert_same_gradients(found, expected)
+
+
+def test_hooks_of_weights(monkeypatch):
+    """They meet the whole gradient, once, also where two layers share a module or a weight."""
+    model = build(ROWS[3])
+    first, second = model.model.layers
+    second.mlp, second.mixer.q_proj.weight = first.mlp, first.mixer.q_proj.weight
+    seen = {}
+
+    def record(name, grad):
+        assert name not in seen, f"a second gradient of {name}"
+        seen[name] = grad.clone()
+
+    for name, weight in model.named_parameters():
+        weight.register_hook(lambda grad, name=name: record(name, grad) or 3 * grad)
+        weight.register_post_accumulate_grad_hook(lambda weight, name=name: record(f"{name}.grad", weight.grad))
+
+    def step():
+        seen.clear()
+        model.zero_grad(set_to_none=True)
+        written_by(model)[1]().backward()
+        return dict(seen) | {f"{name}.left": grad for name, grad in parameter_gradients(model).items()}
+
+    found, expected = by_both(monkeypatch, step)
+    assert_same_gradients(found, expected)
+
+
+def test_encoder_and_decoder_share_weights(monkeypatch):
+    """The recomputation of the decoder does not enter the graph of the encoder."""
+    reader, encoder = build(ROWS[3]), build(ROWS[4], seed=5)
+    encoder.model.layers[0].mlp.down_proj = reader.model.layers[1].mlp.down_proj
+
+    def step():
+        reader.zero_grad(set_to_none=True)
+        encoder.zero_grad(set_to_none=True)
+        written_by(reader, encoder)[1]().backward()
+        return parameter_gradients(torch.nn.ModuleDict({"reader": reader, "encoder": encoder}))
+
+    found, expected = by_both(monkeypatch, step)
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("name", ["weight", "context"])
+def test_a_change_before_the_backward_pass_is_told(name):
+    model = build(ROWS[3])
+    inputs = inputs_of(ROWS[3])
+    loss = model(**inputs, use_cache=False).logits.sum()
+    changed = model.model.layers[0].mixer.q_proj.weight if name == "weight" else inputs["encoder_hidden_states"]
+    with torch.no_grad():
+        changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
