@@ -163,7 +163,7 @@ def attention_of(
 def mixer_features(mixer: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What enters the o projection of a student's mixer for its input `x [B, T, D]` and bool mask `[B, T]`."""
     found: list[torch.Tensor] = []
-    layout = build_layout(mask, None, None, None, x.shape[:2], True)
+    layout = build_layout(mask, None, None, None, x.shape[:2], fresh=True, reorder=False)
     with _watch(mixer.o_proj, lambda args, _: found.append(args[0])):
         mixer(x, layout=layout, rotary={})
     return found[0]

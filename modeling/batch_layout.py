@@ -80,9 +80,10 @@ def build_layout(
     cu_seqlens: torch.Tensor | None,
     shape: tuple[int, int],
     fresh: bool,
+    reorder: bool = True,
 ) -> SequenceLayout:
     """The layout of tokens `shape = [B, T]`. Position ids tell documents apart only in a `fresh` forward, as in stock
-    transformers; the explicit forms always do.
+    transformers; the explicit forms always do. With `reorder` off, padding after a row's last token may stay there.
 
     Raises:
         ValueError: position_ids, seq_idx or cu_seqlens of a shape that does not fit.
@@ -102,9 +103,17 @@ def build_layout(
     if segments is not None and not torch.compiler.is_compiling() and not bool(segments.any()):
         segments = None
     order = None
-    if mask is not None and (torch.compiler.is_compiling() or bool((mask[:, 1:] < mask[:, :-1]).any())):
+    if mask is not None and (torch.compiler.is_compiling() or _must_move(mask, reorder)):
         order = mask.int().argsort(dim=1, stable=True)
     return SequenceLayout(mask, segments, order)
+
+
+def _must_move(mask: torch.Tensor, reorder: bool) -> bool:
+    """Whether padding stands after real tokens or, without `reorder`, between them."""
+    if reorder:
+        return bool((mask[:, 1:] < mask[:, :-1]).any())
+    runs = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+    return bool((runs > 1).any())
 
 
 def _documents(marks: torch.Tensor, mask: torch.Tensor | None, step: int) -> torch.Tensor:

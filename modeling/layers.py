@@ -80,10 +80,10 @@ class ShortConvolution(nn.Module):
         for offset in range(width):
             if offset == before:
                 continue
-            neighbour = window[:, offset : offset + length] * self.weight[:, offset]
+            neighbour = window[:, offset : offset + length]
             if segments is not None:
                 neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
-            y = y + neighbour
+            y = torch.addcmul(y, neighbour, self.weight[:, offset])
         state = window[:, length:]
         if segments is not None:
             state = state * (segments[:, length:] == segments[:, -1:])[..., None]

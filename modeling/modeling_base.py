@@ -159,7 +159,8 @@ class LalmModel(LalmPreTrainedModel):
         fresh = is_fresh(past_key_values)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = current_mask(attention_mask, batch, length, seen)
-        layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh)
+        reorder = self.config.is_causal or self.mixer_class.is_windowed or bool(self.config.sliding_attention_layers)
+        layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
         if position_ids is None:
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
         hidden_states = self.dropout(self.add_positions(hidden_states, position_ids))
