@@ -11,10 +11,11 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lalm.linearize import linearize, student_config
 
-WORDS = (
+VOCABULARY = (
     "a the man woman child dog cat bird is are was plays eats reads runs sings near under over red blue small big "
     "guitar book tree house river song ball market slowly loudly today never two three people kitchen garden"
-).split()  # noqa: SIM905
+)
+WORDS = VOCABULARY.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
