@@ -24,6 +24,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "configuration"}
+PACKAGE_DATA = {"lalm/py.typed", "lalm/training/sts_default_pairs.tsv"}
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
 
 
@@ -140,7 +141,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     names = set(zipfile.ZipFile(built).namelist())
     modules = {f"{module_name(path).replace('.', '/')}" for path in SOURCES}
     expected = {f"{name}/__init__.py" if (f"{name}/__init__.py") in names else f"{name}.py" for name in modules}
-    assert {name for name in names if ".dist-info/" not in name} == expected | {"lalm/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == expected | PACKAGE_DATA
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
