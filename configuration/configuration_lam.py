@@ -10,10 +10,10 @@ from lalm.configuration.configuration_base import LalmConfig
 
 @strict
 class LamConfig(LalmConfig):
-    """LAM in the shape of MiniLM-L6 (6 layers of width 384, 12 heads, post-norm): a sentence encoder of 24M parameters.
+    """LAM in the shape of MiniLM-L6 (6 layers of width 384, 12 heads, post-norm): a sentence encoder of 24M weights.
 
-    It reads both sides unless `is_causal=True`, and has no length limit unless positions are learned. Every part of the
-    design has a switch, so that its worth can be measured.
+    It reads both sides unless `is_causal=True`, and has no length limit unless positions are learned. Every part of
+    the design has a switch, so that its worth can be measured.
 
     Args:
         num_memories: memories a head: 2 (fast and slow), or 1 (a gated delta rule).

@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""A linear student from a softmax encoder: its weights where they fit, and output projections fitted in closed form."""
+"""A linear student of a softmax encoder: its weights where they fit, output projections fitted in closed form."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Mixer(nn.Module):
     rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
     silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the convolution's SiLU where there is none
     conv_activation: ClassVar[bool] = True  # whether the convolution ends in a SiLU
-    is_windowed: ClassVar[bool] = False  # whether windows of tokens other than the convolution's begin at the first one
+    is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None

@@ -79,8 +79,9 @@ class LamGates(nn.Module):
         x = self.proj(hidden_states)
         x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
         parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
-        g = F.logsigmoid(parts["decay"] + self.decay_bias[:, None, None].to(x.dtype))
-        g, beta = g.expand(*x.shape[:-1], -1), parts["beta"].sigmoid()
+        decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
+        g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
+        beta = parts["beta"].sigmoid()
         if self.flux_weight is not None:
             flux = torch.einsum("bthk,hkv,bthv->bth", k.to(v.dtype), self.flux_weight.to(v.dtype), v)
             psi = (flux.to(x.dtype) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
@@ -153,7 +154,7 @@ class LamBlock(Block):
 
 
 class LamModel(LalmModel):
-    """LAM's encoder `[B, T] -> [B, T, D]`; sentence embeddings are the mean over real tokens (sentence-transformers)."""
+    """LAM's encoder, `[B, T] -> [B, T, D]`; the embedding of a sentence is the mean over its real tokens."""
 
     config: LamConfig
     mixer_class = LamMixer

@@ -14,6 +14,7 @@ import lalm
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.configuration.configuration_gla import GLAConfig
+from lalm.configuration.configuration_lam import LamConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.configuration.configuration_retnet import RetNetConfig
@@ -95,6 +96,10 @@ def _local_global(name, off=None, **fields):
     return Row(f"local_global_{name}", LocalGlobalConfig, {"local_attn_window_size": 4} | fields, off or {})
 
 
+def _lam(name, off=None, **fields):
+    return Row(f"lam_{name}", LamConfig, {"is_causal": True} | fields, off or {})
+
+
 # test_static_sliding_cache_refuses_later_padding holds the refusal.
 STATIC_SLIDING = {"test_padding_in_later_pieces[static": "refused: a static sliding cache cannot move cached tokens"}
 HYBRID = {"num_hidden_layers": 3, "position_embedding_type": "rope"}
@@ -165,6 +170,20 @@ ROWS = (
         use_short_conv=True,
         **HYBRID | GROUPED,
     ),
+    _lam("plain"),
+    _lam("rope_no_conv", position_embedding_type="rope", use_short_conv=False, tie_word_embeddings=False),
+    _lam("no_flux_constant_decay", use_flux=False, use_adaptive_decay=False, qk_norm=True, expand_v=2),
+    _lam("no_leak_no_norm", use_leak=False, use_output_norm=False, position_embedding_type="learned"),
+    _lam("no_delta_no_gate", use_delta_rule=False, use_output_gate=False, conv_size=3),
+    _lam("one_memory", num_memories=1, decay_init=[0.9], use_flux=False, use_leak=False, norm_type="rmsnorm"),
+    _lam(
+        "hybrid_both",
+        off=STATIC_SLIDING,
+        full_attention_layers=[2],
+        sliding_attention_layers=[0],
+        sliding_window=5,
+        **HYBRID | GROUPED,
+    ),
     # Layers: convolution, linear, sliding, convolution.
     _based("plain", off=STATIC_SLIDING, sliding_window=6),
     _based("without_sliding", sliding_attention_layers=[], conv_size=4, tie_word_embeddings=False),
@@ -195,6 +214,7 @@ ROWS = (
 )
 # Models that read both sides (tests/modeling/test_bidirectional.py).
 ENCODER = {"is_causal": False, "use_short_conv": True, "conv_size": 4}
+OWN_GATES = {"test_reversed_text": "each direction has gates of its own"}
 ENCODERS = (
     _linear("encoder", is_causal=False),
     _linear("encoder_conv_learned", position_embedding_type="learned", **ENCODER),
@@ -213,6 +233,17 @@ ENCODERS = (
     _delta_net("encoder_gated_rope", use_decay_gate=True, position_embedding_type="rope", **ENCODER),
     _retnet("encoder", is_causal=False),
     _retnet("encoder_conv_qk_norm", qk_norm=True, **ENCODER),
+    _lam("encoder", off=OWN_GATES, is_causal=False),
+    _lam("encoder_learned_no_flux", OWN_GATES, is_causal=False, position_embedding_type="learned", use_flux=False),
+    _lam(
+        "encoder_one_memory",
+        off=OWN_GATES,
+        is_causal=False,
+        num_memories=1,
+        decay_init=[0.9],
+        use_flux=False,
+        use_leak=False,
+    ),
     # Windows that divide the length of the tests lie alike in both directions.
     _local_global("encoder", is_causal=False, num_local_heads=1, local_attn_window_size=7),
     _local_global(
@@ -234,6 +265,7 @@ FEW = (
     "gla_conv_tied",
     "gla_hybrid_full",
     "delta_net_gated",
+    "lam_rope_no_conv",
     "based_plain",
     "local_global_blindspot",
 )

@@ -127,13 +127,12 @@ class _Slabs(torch.autograd.Function):
                 state = None if state is None else state.detach().requires_grad_()
                 o, final = _advance(ctx.delta, _cut(starts, n, ctx.size), state, *pieces)
                 wanted = [x for x in (*pieces, state) if x is not None and x.requires_grad]
-            gradients = iter(
-                torch.autograd.grad([o, final], wanted, [_cut(do, n, ctx.size), d_state], allow_unused=True)
-            )
+            ends = [(y, dy) for y, dy in ((o, _cut(do, n, ctx.size)), (final, d_state)) if y.requires_grad]
+            outputs, cotangents = zip(*ends, strict=True)
+            gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True))
             for x in found:
                 if x is not None:
-                    gradient = next(gradients)
-                    _cut(x, n, ctx.size).copy_(gradient) if gradient is not None else _cut(x, n, ctx.size).zero_()
+                    _cut(x, n, ctx.size).copy_(next(gradients))
             d_state = None if state is None else next(gradients)
         return None, None, None, d_state, *found
 
@@ -277,7 +276,8 @@ class _CppDual(torch.autograd.Function):
 
 def cpp_kernel(q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool) -> ctypes.CDLL | None:
     """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none."""
-    if q.device.type != "cpu" or v.shape[-1] % 16 or memories > 4 or torch.compiler.is_compiling():
+    fits = q.device.type == "cpu" and compute_dtype(q, v) == torch.float32 and v.shape[-1] % 16 == 0 and memories <= 4
+    if not fits or torch.compiler.is_compiling():
         return None
     sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
     kernel = load_kernel("dual_state", **sizes)
@@ -294,8 +294,8 @@ def cpp_dual(
     kernel = cpp_kernel(q, v, g.shape[-1], use_delta_rule)
     if kernel is None:
         raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and value heads of a "
-            "multiple of 16 channels. Use linear_attn_implementation='auto'."
+            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, no float64 and value heads "
+            "of a multiple of 16 channels. Use linear_attn_implementation='auto'."
         )
     coupling = leak + torch.eye(g.shape[-1], dtype=leak.dtype, device=leak.device)
     gates = [x if not causal else x[None] for x in (g.float().exp(), beta, read, coupling)]

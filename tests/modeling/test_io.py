@@ -112,7 +112,7 @@ def test_bfloat16_checkpoint(row, tmp_path):
     assert torch.equal(run(loaded, ids)[0], run(model, ids)[0])
     wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert wide.dtype == torch.float32
-    assert torch.equal(wide.model.norm.weight, model.model.norm.weight.float())
+    assert torch.equal(wide.model.layers[0].mlp_norm.weight, model.model.layers[0].mlp_norm.weight.float())
     narrow = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
     assert run(narrow, ids)[0].isfinite().all()
 
