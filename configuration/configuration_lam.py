@@ -2,6 +2,7 @@
 """Configuration of LAM, the hierarchical dual-state delta-rule encoder."""
 
 from dataclasses import field
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -35,8 +36,8 @@ class LamConfig(LalmConfig):
     num_hidden_layers: int = 6
     num_attention_heads: int = 12
     hidden_act: str = "gelu"
-    mlp_type: str = "mlp"
-    norm_type: str = "layernorm"
+    mlp_type: Literal["gated", "mlp"] = "mlp"
+    norm_type: Literal["rmsnorm", "layernorm"] = "layernorm"
     norm_eps: float = 1e-12
     use_short_conv: bool = True
     is_causal: bool = False

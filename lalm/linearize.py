@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +66,8 @@ def linearize(teacher: PreTrainedModel, config: LamConfig | None = None) -> LamM
             raise ValueError(f"{ours} = {getattr(config, ours)!r} of the student must be the teacher's, {wanted!r}.")
     if config.expand_k != 1 or config.expand_v != 1 or config.full_attention_layers or config.sliding_attention_layers:
         raise ValueError("A student of a softmax encoder needs expand_k = expand_v = 1 and linear layers only.")
-    student = LamModel(config).to(teacher.dtype)
+    student: Any = LamModel(config)
+    student.to(teacher.dtype)
     words = embeddings.word_embeddings.weight + embeddings.token_type_embeddings.weight[0]
     positions = embeddings.position_embeddings.weight
     with torch.no_grad():
@@ -95,7 +97,7 @@ def linearize(teacher: PreTrainedModel, config: LamConfig | None = None) -> LamM
             if mixer.g_proj is not None:
                 mixer.g_proj.weight.zero_()
                 mixer.g_proj.bias.zero_()
-    return student
+    return cast(LamModel, student)
 
 
 @torch.no_grad()
@@ -116,21 +118,25 @@ def fit_output_projections(
     Raises:
         ValueError: there is no text.
     """
-    size = student.layers[0].mixer.o_proj.in_features
-    sums = [None] * len(student.layers)
+    teacher.eval()
+    student.eval()
+    blocks: list[Any] = list(student.layers)
+    size = blocks[0].mixer.o_proj.in_features
+    sums: list[torch.Tensor | None] = [None] * len(blocks)
     for batch in batches:
         mask = batch["attention_mask"].bool()
         inputs, targets = attention_of(teacher, batch)
-        for index, (layer, x, target) in enumerate(zip(student.layers, inputs, targets, strict=True)):
+        for index, (layer, x, target) in enumerate(zip(blocks, inputs, targets, strict=True)):
             features = mixer_features(layer.mixer, x, mask)[mask].double()
             ones = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
             both = torch.cat([ones, target[mask].double()], dim=1)
             gram = both.T @ both
-            sums[index] = gram if sums[index] is None else sums[index] + gram
+            before = sums[index]
+            sums[index] = gram if before is None else before + gram
     errors = []
-    for layer, gram in zip(student.layers, sums, strict=True):
-        if gram is None:
-            raise ValueError("There is no text to fit the output projections on.")
+    if sums[0] is None:
+        raise ValueError("There is no text to fit the output projections on.")
+    for layer, gram in zip(blocks, cast(list[torch.Tensor], sums), strict=True):
         count = gram[size, size]
         left, right = gram[: size + 1, : size + 1], gram[: size + 1, size + 1 :]
         penalty = left.diagonal()[:size].mean() * ridge * torch.eye(size + 1, dtype=gram.dtype, device=gram.device)
@@ -160,10 +166,10 @@ def attention_of(
     return inputs, outputs
 
 
-def mixer_features(mixer: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mixer_features(mixer: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What enters the o projection of a student's mixer for its input `x [B, T, D]` and bool mask `[B, T]`."""
     found: list[torch.Tensor] = []
-    layout = build_layout(mask, None, None, None, x.shape[:2], fresh=True, reorder=False)
+    layout = build_layout(mask, None, None, None, (x.shape[0], x.shape[1]), fresh=True, reorder=False)
     with _watch(mixer.o_proj, lambda args, _: found.append(args[0])):
         mixer(x, layout=layout, rotary={})
     return found[0]
@@ -178,9 +184,9 @@ def _watch(module: nn.Module, see: Callable):
         handle.remove()
 
 
-def _bert_parts(teacher: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+def _bert_parts(teacher: PreTrainedModel) -> tuple[Any, Any]:
     """Embeddings and layers of a model of BERT's shape, bare or under a head."""
-    base = getattr(teacher, teacher.base_model_prefix, teacher)
+    base: Any = getattr(teacher, teacher.base_model_prefix, teacher)
     try:
         embeddings, layers = base.embeddings, base.encoder.layer
         for layer in layers:
@@ -197,7 +203,7 @@ def _bert_parts(teacher: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 @torch.no_grad()
-def _copy(to: nn.Module, source: nn.Module) -> None:
+def _copy(to: Any, source: Any) -> None:
     to.weight.copy_(source.weight)
     to.bias.copy_(source.bias)
 

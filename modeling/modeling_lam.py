@@ -70,7 +70,7 @@ class LamGates(nn.Module):
         bias = {"beta": 0.0, "read": 1.0, "decay": 0.0, "leak": math.log(_LEAK_INIT / (_LEAK_MAX - _LEAK_INIT))}
         start = torch.cat([torch.full((size,), bias[name]) for name, size in self.sizes.items()])
         init.copy_(self.proj.bias, start.repeat(self.directions * self.heads))
-        if self.flux_weight is not None:
+        if self.flux_weight is not None and self.flux_bias is not None:
             init.normal_(self.flux_weight, std=self.config.initializer_range)
             init.zeros_(self.flux_bias)
 
@@ -82,7 +82,7 @@ class LamGates(nn.Module):
         decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
         g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
         beta = parts["beta"].sigmoid()
-        if self.flux_weight is not None:
+        if self.flux_weight is not None and self.flux_bias is not None:
             flux = torch.einsum("bthk,hkv,bthv->bth", k.to(v.dtype), self.flux_weight.to(v.dtype), v)
             psi = (flux.to(x.dtype) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
             beta = beta * torch.cat([psi, 1 - psi], dim=-1)
