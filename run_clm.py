@@ -15,6 +15,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
+from lalm.training.arguments import parse_arguments
 from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
 from lalm.training.clm_trainer import ClmTrainer
 from lalm.training.errors import UserError, exit_on_user_error, one_line
@@ -22,7 +23,6 @@ from lalm.training.loss_curve import write_loss_curve
 from lalm.training.model_builder import build_model
 from lalm.training.model_card import model_card
 from lalm.training.packing import PackingCollator
-from lalm.training.recipe import parse_arguments
 from lalm.training.run_data import prepare_data
 from lalm.training.run_results import EVALUATION_KEYS, read_json, summary_lines, training_figures, write_json
 from lalm.training.tracking import check_trackers

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lalm
 from lalm import GLAConfig, GLAForCausalLM
-from lalm.training.recipe import parse_arguments
+from lalm.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,20 +1,19 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Arguments of run_clm.py: four dataclasses, read from flags or from one YAML/JSON recipe plus flags."""
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import torch
 from transformers import TrainingArguments
+
+from lalm.training.errors import UserError
+from lalm.training.recipe import parse_dataclasses
+from lalm.training.run_arguments import RunArguments
+from lalm.training.run_arguments import option as _option
 
 DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 # ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
@@ -125,15 +124,16 @@ class DataArguments:
 
 
 @dataclass
-class ClmTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for language modelling from scratch, and four arguments of our own."""
+class ClmTrainingArguments(RunArguments, TrainingArguments):
+    """`TrainingArguments` with defaults for language modelling from scratch, and arguments of our own."""
+
+    must_match: ClassVar[tuple[str, ...]] = (
+        "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
+        "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "document_boundary",
+        "packing", "block_size", "max_train_samples", "seed",
+    )  # fmt: skip
 
     output_dir: str | None = _option("lalm-output", "Folder of the checkpoints, results, loss curve and model card.")
-    do_test: bool = _option(False, "Score the test split once, after training.")
-    start_over: bool = _option(False, "Delete the earlier run in --output_dir instead of resuming it.")
-    decay_ratio: float = _option(
-        0.2, "warmup_stable_decay: share of the steps that decay, if lr_scheduler_kwargs has no num_decay_steps."
-    )
     learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _option("warmup_stable_decay", "Learning-rate schedule.")
     warmup_steps: float = _option(0.05, "Warm-up steps, or below 1 their share of all steps.")
@@ -147,12 +147,7 @@ class ClmTrainingArguments(TrainingArguments):
     batch_eval_metrics: bool = _option(True, "Sum the evaluation batch by batch (always on).")
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        if self.fp16 and self.use_cpu:
-            raise ValueError("--fp16 needs a GPU; use --bf16 on CPU")
-        if not 0 < self.decay_ratio <= 1:
-            raise ValueError(f"--decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
+        self.check_run()
         super().__post_init__()
         if self.do_predict:
             self.do_test = True
@@ -161,20 +156,31 @@ class ClmTrainingArguments(TrainingArguments):
         # per-token sums need every batch, and the metric is written for sums
         self.batch_eval_metrics = True
 
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(str(self.output_dir))
-
-    @property
-    def trackers(self) -> list[str]:
-        """The experiment trackers to report to."""
-        return list(self.report_to) if isinstance(self.report_to, list) else []
-
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ClmTrainingArguments)
 
 
-def field_names() -> list[str]:
-    """Return every name that a recipe or a flag may carry."""
-    return [item.name for cls in ARGUMENT_CLASSES for item in fields(cls) if item.init]
+def reconcile(recipe: dict, given: set[str]) -> dict:
+    """Drop from the recipe what the flags replace as a whole: the source of the text, or the model to start from."""
+    dropped: set[str] = set()
+    if "dataset_name" in given or given & set(DATA_SOURCES[1:]):
+        dropped |= {*DATA_SOURCES, "dataset_config_name"} - given
+    if "model_name_or_path" in given:
+        dropped.add("config_overrides")
+    elif given & {"model_type", "config_overrides"}:
+        dropped.add("model_name_or_path")
+    return {key: value for key, value in recipe.items() if key not in dropped}
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
+    """Parse ``[recipe.yaml] --flag value ...`` into the three dataclasses.
+
+    `ModelArguments.overrides` holds the config overrides: the recipe's mapping with the flags merged over it.
+
+    Raises:
+        UserError: unknown names (the nearest one is given), wrong types, contradictory options.
+    """
+    model, data, training = parse_dataclasses(ARGUMENT_CLASSES, argv, "run_clm.py", reconcile)
+    if model.model_name_or_path and model.overrides:
+        raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
+    return model, data, training

@@ -30,15 +30,16 @@ class ThroughputCallback(TrainerCallback):
         self.steps += 1
 
     def recent(self, state) -> dict[str, float]:
-        """Return ``tokens_per_second`` and ``eta_minutes`` from the steps since the last call."""
+        """Return ``tokens_per_second`` (if tokens are counted) and ``eta_minutes`` from the steps since the last call."""
         seconds, steps, tokens = self._mark
         elapsed, done = self.seconds - seconds, self.steps - steps
         if done == 0 or elapsed <= 0:
             return {}
-        rate = (state.num_input_tokens_seen - tokens) / elapsed
+        seen = state.num_input_tokens_seen - tokens
+        rate = {"tokens_per_second": round(seen / elapsed, 1)} if seen else {}
         self._mark = (self.seconds, self.steps, state.num_input_tokens_seen)
         left = max(0, state.max_steps - state.global_step) * elapsed / done
-        return {"tokens_per_second": round(rate, 1), "eta_minutes": round(left / 60, 2)}
+        return {**rate, "eta_minutes": round(left / 60, 2)}
 
     def overall(self, state) -> float:
         """Return tokens/s over all steps of this process's run, 0 if there were none."""

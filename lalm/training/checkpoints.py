@@ -7,23 +7,18 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 
-from lalm.training.arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from lalm.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# a resumed run with another value here would be another run
-MUST_MATCH = (
-    "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
-    "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "document_boundary", "packing",
-    "block_size", "max_train_samples", "seed",
-)  # fmt: skip
 
 
 def check_safetensors(path: Path) -> None:
@@ -84,7 +79,7 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def is_finished(checkpoint: str, training: ClmTrainingArguments) -> bool:
+def is_finished(checkpoint: str, training: Any) -> bool:
     """Tell whether a checkpoint stands at the end of the training asked for."""
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     if training.max_steps > 0:
@@ -92,21 +87,21 @@ def is_finished(checkpoint: str, training: ClmTrainingArguments) -> bool:
     return (state.epoch or 0) >= training.num_train_epochs
 
 
-def run_record(model: ModelArguments, data: DataArguments, training: ClmTrainingArguments) -> dict:
+def run_record(model: Any, data: Any, training: Any) -> dict:
     """Return the arguments of a run as JSON values, without secrets."""
     record = {"model": dict(vars(model)), "data": dict(vars(data)), "training": training.to_dict()}
     record["model"].pop("token")
     return json.loads(json.dumps(record, default=str))
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """Return the names of `MUST_MATCH` whose values differ between two records."""
+def differences(old: dict, new: dict, names: Sequence[str]) -> list[str]:
+    """Return the `names` of arguments whose values differ between two records."""
 
     def flat(record: dict) -> dict:
         return {**record.get("training", {}), **record.get("data", {}), **record.get("model", {})}
 
     before, after = flat(old), flat(new)
-    return [name for name in MUST_MATCH if before.get(name) != after.get(name)]
+    return [name for name in names if before.get(name) != after.get(name)]
 
 
 def read_record(output_dir: Path) -> dict | None:
@@ -144,8 +139,11 @@ def choose_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     return folder
 
 
-def check_output_dir(record: dict, training: ClmTrainingArguments) -> str | None:
+def check_output_dir(record: dict, training: Any) -> str | None:
     """Check the output folder, without touching it, and return the checkpoint to resume from, if any.
+
+    Args:
+        training: `RunArguments` with `TrainingArguments`.
 
     Raises:
         UserError: the folder holds something else, or a run with other arguments.
@@ -157,10 +155,12 @@ def check_output_dir(record: dict, training: ClmTrainingArguments) -> str | None
         raise UserError(f"--output_dir: {folder} is a file")
     old = read_record(folder)
     if old is None and any(folder.iterdir()):
-        raise UserError(f"--output_dir: {folder} is not empty and holds no run of run_clm.py; name another folder")
+        raise UserError(
+            f"--output_dir: {folder} is not empty and holds no run of {training.script}; name another folder"
+        )
     if training.start_over:
         return None
-    if old is not None and (changed := differences(old, record)):
+    if old is not None and (changed := differences(old, record, training.must_match)):
         raise UserError(
             f"--output_dir: {folder} holds a run with another {', '.join(changed)}; name another folder, or "
             f"delete that run with --start_over"
@@ -171,7 +171,7 @@ def check_output_dir(record: dict, training: ClmTrainingArguments) -> str | None
     return str(checkpoint) if checkpoint else None
 
 
-def claim_output_dir(record: dict, training: ClmTrainingArguments) -> None:
+def claim_output_dir(record: dict, training: Any) -> None:
     """Make the output folder this run's; with --start_over the earlier checkpoints go now, not before.
 
     By now text and model are known to be good, so no mistake in the arguments costs an earlier run.

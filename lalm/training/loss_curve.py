@@ -14,14 +14,16 @@ def loss_points(log_history: list[dict]) -> tuple[list[tuple[int, float]], list[
     return train, sorted(set(validation))
 
 
-def write_loss_curve(log_history: list[dict], path: Path, title: str) -> bool:
+def write_loss_curve(log_history: list[dict], path: Path, title: str, unit: str = " (nats per token)") -> bool:
     """Draw the training and validation loss of one run, as `write_loss_curves` does."""
     train, validation = loss_points(log_history)
-    return bool(train) and write_loss_curves({"training": train, "validation": validation}, path, title)
+    return bool(train) and write_loss_curves({"training": train, "validation": validation}, path, title, unit)
 
 
-def write_loss_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> bool:
-    """Draw losses (nats per token) over the steps; False if there is nothing to draw or matplotlib is absent."""
+def write_loss_curves(
+    curves: dict[str, list[tuple[int, float]]], path: Path, title: str, unit: str = " (nats per token)"
+) -> bool:
+    """Draw losses over the steps; False if there is nothing to draw or matplotlib is absent."""
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return False
@@ -39,7 +41,7 @@ def write_loss_curves(curves: dict[str, list[tuple[int, float]]], path: Path, ti
         # a few points say nothing of the way between them
         few = "o" if len(points) < 3 else "o-"
         axes.plot(*zip(*points, strict=True), few if len(points) < 10 else "-", label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -73,7 +73,7 @@ def hardware() -> str:
     return f"CPU ({name}), {processes} process(es) of {threads} thread(s)"
 
 
-def command_line(argv: list[str]) -> str:
+def command_line(argv: list[str], script: str) -> str:
     """Return the command as typed; the value of a token is left out."""
     words, hide = [], False
     for word in argv:
@@ -82,7 +82,7 @@ def command_line(argv: list[str]) -> str:
         words.append("..." if hide else f"{name}=..." if secret and "=" in word else word)
         hide = secret and "=" not in word
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return f"{launcher} run_clm.py {shlex.join(words)}".rstrip()
+    return f"{launcher} {script} {shlex.join(words)}".rstrip()
 
 
 def origin(model, arguments: ModelArguments) -> str:
@@ -183,7 +183,7 @@ def model_card(
         figures=figures_table(results),
         scoring=scoring(data),
         data=data_facts(run),
-        command=command_line(argv),
+        command=command_line(argv, training.script),
         training=training_facts(training, results),
         hardware=hardware(),
         path=path,

@@ -2,31 +2,30 @@
 """Recipe files and flags -> argument dataclasses; flags win over the recipe."""
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
 
-from lalm.training.arguments import (
-    ARGUMENT_CLASSES,
-    DATA_SOURCES,
-    ClmTrainingArguments,
-    DataArguments,
-    ModelArguments,
-    field_names,
-)
 from lalm.training.errors import UserError, nearest_hint, one_line
 
 
-class ClmArgumentParser(HfArgumentParser):
+class QuietParser(HfArgumentParser):
     """`HfArgumentParser` whose complaints are one `UserError` instead of a page of usage."""
 
     def error(self, message: str):
         raise UserError(message)
 
 
-def read_recipe(path: str) -> dict:
+def field_names(classes: Sequence[Any]) -> list[str]:
+    """Return every name that a recipe or a flag may carry."""
+    return [item.name for cls in classes for item in fields(cls) if item.init]
+
+
+def read_recipe(path: str, known: Sequence[str]) -> dict:
     """Read a YAML or JSON recipe; its keys are the names of the flags.
 
     Raises:
@@ -43,14 +42,13 @@ def read_recipe(path: str) -> dict:
         ) from None
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} must hold 'name: value' lines")
-    known = field_names()
     for key in recipe:
         if key not in known:
             raise UserError(f"the recipe {path} has an unknown field '{key}'{nearest_hint(str(key), known)}")
     return recipe
 
 
-def parse_value(text: str):
+def parse_value(text: str, flag: str = "--config_overrides"):
     """Read an override's value: JSON where it is JSON (also Python's True, False, None), plain text otherwise."""
     try:
         return {"None": None, "True": True, "False": False}[text]
@@ -60,7 +58,7 @@ def parse_value(text: str):
         return json.loads(text)
     except ValueError:
         if text[:1] in '[{"':
-            raise UserError(f"--config_overrides: '{text}' is not valid JSON") from None
+            raise UserError(f"{flag}: '{text}' is not valid JSON") from None
         return text
 
 
@@ -78,20 +76,20 @@ def split_overrides(text: str) -> list[str]:
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
-def parse_overrides(items: list[str] | dict | None) -> dict:
+def parse_overrides(items: list[str] | dict | None, flag: str = "--config_overrides") -> dict:
     """Turn ``["hidden_size=64", "full_attention_layers=[1],window=null"]``, JSON objects or a mapping into a dict."""
     if isinstance(items, dict):
         return dict(items)
     overrides: dict = {}
     for item in items or []:
         if item.lstrip().startswith("{"):
-            overrides.update(parse_value(item))
+            overrides.update(parse_value(item, flag))
             continue
         for part in split_overrides(item):
             key, equals, value = part.partition("=")
             if not equals:
-                raise UserError(f"--config_overrides: '{part}' is not of the form key=value")
-            overrides[key.strip()] = parse_value(value.strip())
+                raise UserError(f"{flag}: '{part}' is not of the form key=value")
+            overrides[key.strip()] = parse_value(value.strip(), flag)
     return overrides
 
 
@@ -108,37 +106,32 @@ def recipe_to_flags(recipe: dict) -> list[str]:
     return flags
 
 
-def reconcile(recipe: dict, flags: list[str]) -> dict:
-    """Drop from the recipe what the flags replace as a whole: the source of the text, or the model to start from."""
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
-    dropped: set[str] = set()
-    if "dataset_name" in given or given & set(DATA_SOURCES[1:]):
-        dropped |= {*DATA_SOURCES, "dataset_config_name"} - given
-    if "model_name_or_path" in given:
-        dropped.add("config_overrides")
-    elif given & {"model_type", "config_overrides"}:
-        dropped.add("model_name_or_path")
-    return {key: value for key, value in recipe.items() if key not in dropped}
+def parse_dataclasses(
+    classes: Sequence[Any], argv: list[str], script: str, reconcile: Callable[[dict, set[str]], dict] | None = None
+) -> tuple:
+    """Parse ``[recipe.yaml] --flag value ...`` into one instance of each dataclass; flags win over the recipe.
 
+    A class with the fields `config_overrides` and `overrides` gets the recipe's config overrides, with the flags'
+    merged over them, in the latter.
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
-    """Parse ``[recipe.yaml] --flag value ...`` into the three dataclasses.
-
-    `ModelArguments.overrides` holds the config overrides: the recipe's mapping with the flags merged over it.
+    Args:
+        reconcile: given the recipe and the names of the flags, returns what of the recipe holds beside them.
 
     Raises:
         UserError: unknown names (the nearest one is given), wrong types, contradictory options.
     """
+    known = field_names(classes)
     recipe: dict = {}
     if argv and not argv[0].startswith("-"):
-        recipe, argv = read_recipe(argv[0]), argv[1:]
-    recipe = reconcile(recipe, argv)
+        recipe, argv = read_recipe(argv[0], known), argv[1:]
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    recipe = reconcile(recipe, given) if reconcile else recipe
     recipe_overrides = recipe.pop("config_overrides", None)
     if isinstance(recipe_overrides, str):
         recipe_overrides = [recipe_overrides]
-    parser = ClmArgumentParser(cast(Any, ARGUMENT_CLASSES), allow_abbrev=False, prog="run_clm.py")
+    parser = QuietParser(cast(Any, tuple(classes)), allow_abbrev=False, prog=script)
     try:
-        model, data, training, rest = parser.parse_args_into_dataclasses(
+        *parsed, rest = parser.parse_args_into_dataclasses(
             recipe_to_flags(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
@@ -147,8 +140,11 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Clm
         raise UserError(one_line(error)) from None
     if rest:
         name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument '{rest[0]}'{nearest_hint(name, field_names())}")
-    model.overrides = {**parse_overrides(recipe_overrides), **parse_overrides(model.config_overrides)}
-    if model.model_name_or_path and model.overrides:
-        raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
-    return model, data, training
+        raise UserError(f"unknown argument '{rest[0]}'{nearest_hint(name, known)}")
+    for arguments in cast(list[Any], parsed):
+        if hasattr(arguments, "config_overrides"):
+            arguments.overrides = {
+                **parse_overrides(recipe_overrides),
+                **parse_overrides(arguments.config_overrides),
+            }
+    return tuple(parsed)

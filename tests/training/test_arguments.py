@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
+from lalm.training.arguments import parse_arguments
 from lalm.training.errors import UserError
-from lalm.training.recipe import parse_arguments, parse_overrides
+from lalm.training.recipe import parse_overrides
 
 
 @pytest.fixture

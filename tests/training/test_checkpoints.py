@@ -6,9 +6,9 @@ import shutil
 import pytest
 import safetensors.torch
 
-from lalm.training import clm_trainer
 from lalm.training.checkpoints import check_checkpoint
 from lalm.training.errors import UserError, is_disk_full
+from lalm.training.run_trainer import STAGING
 from lalm.training.tracking import check_trackers
 
 TRAIN = ("--do_train", "--save_steps", "2")
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_earlier_model_whole(tiny_run, tmp_path, monkeypa
         tiny_run("--do_train", "--save_strategy", "no", "--start_over", "--seed", "9")
     assert is_disk_full(caught.value)
     assert model.read_bytes() == before
-    assert not (tmp_path / "run" / clm_trainer.STAGING).exists()
+    assert not (tmp_path / "run" / STAGING).exists()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import run_clm
+from lalm.training.arguments import parse_arguments
 from lalm.training.errors import exit_on_user_error
 from lalm.training.model_builder import new_config
-from lalm.training.recipe import parse_arguments
 from lalm.training.tokenizer import train_tokenizer
 
 ROOT = Path(run_clm.__file__).parent

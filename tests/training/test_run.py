@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lalm.training.arguments import parse_arguments
 from lalm.training.model_builder import new_config, our_model_types
-from lalm.training.recipe import parse_arguments
 from tests.training.conftest import TINY_MODELS
 
 MODEL_TYPES = list(TINY_MODELS)

@@ -1,0 +1,47 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Arguments that run_clm.py and run_sts.py share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+
+def option(default, text: str):
+    """Return a dataclass field with a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunArguments:
+    """What every run has besides `transformers.TrainingArguments`, of which this is a mix-in (named before it)."""
+
+    script: ClassVar[str] = "run_clm.py"
+    # a resumed run with another value in one of these arguments would be another run
+    must_match: ClassVar[tuple[str, ...]] = ()
+
+    do_test: bool = option(False, "Score the test split once, after training.")
+    start_over: bool = option(False, "Delete the earlier run in --output_dir instead of resuming it.")
+    decay_ratio: float = option(
+        0.2, "warmup_stable_decay: share of the steps that decay, if lr_scheduler_kwargs has no num_decay_steps."
+    )
+
+    def check_run(self: Any) -> None:
+        """Fit the device and check what is ours; to be called before `TrainingArguments.__post_init__`."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 needs a GPU; use --bf16 on CPU")
+        if not 0 < self.decay_ratio <= 1:
+            raise ValueError(f"--decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
+
+    @property
+    def folder(self: Any) -> Path:
+        """The output folder."""
+        return Path(str(self.output_dir))
+
+    @property
+    def trackers(self: Any) -> list[str]:
+        """The experiment trackers to report to."""
+        return list(self.report_to) if isinstance(self.report_to, list) else []

@@ -1,0 +1,91 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""What our Trainers share: the WSD schedule, a complete log line, saves that cannot damage a checkpoint, our card."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from lalm.training.callbacks import ThroughputCallback
+
+STAGING = ".saving"
+
+if TYPE_CHECKING:
+
+    class _Base(Trainer):
+        """What the mix-in is mixed into, for the type checker."""
+else:
+    _Base = object
+
+
+class RunTrainer(_Base):
+    """Mix-in of a Trainer whose arguments are `RunArguments`; to be named before it.
+
+    Args:
+        write_card: called with the trainer to write README.md; used by `push_to_hub` in place of the stock card.
+    """
+
+    args: Any
+
+    def __init__(self, write_card: Callable[[Any], None] | None = None, **kwargs):
+        self.throughput = ThroughputCallback()
+        self.write_card = write_card
+        kwargs["callbacks"] = [self.throughput, *(kwargs.get("callbacks") or [])]
+        super().__init__(**kwargs)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""
+        options = self.args.lr_scheduler_kwargs or {}
+        if (
+            isinstance(options, dict)
+            and self.args.lr_scheduler_type == "warmup_stable_decay"
+            and "num_decay_steps" not in options
+        ):
+            room = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            decay = max(0, min(round(self.args.decay_ratio * num_training_steps), room))
+            self.args.lr_scheduler_kwargs = options | {"num_decay_steps": decay}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs, start_time=None):
+        """As in Trainer, with tokens/s and the minutes left in the lines of the training loss."""
+        if "loss" in logs:
+            logs |= self.throughput.recent(self.state)
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As in Trainer; a save into the output folder itself is written aside first and then renamed.
+
+        A full disk or a kill in the middle leaves the earlier model as it was.
+        """
+        target = Path(output_dir or self.args.folder)
+        if target.resolve() != self.args.folder.resolve():
+            super().save_model(str(target), _internal_call=True)
+            return
+        staging = target / STAGING
+        try:
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                move_files(staging, target)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args, **kwargs):
+        """Write our card, which tells what was run; the stock one would say 'fine-tuned' of a new model."""
+        if self.write_card is not None and self.is_world_process_zero():
+            self.write_card(self)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move every entry of `source` into `target`, over what is there; the weights go last."""
+    for entry in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        place = target / entry.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(entry, place)
