@@ -30,7 +30,7 @@ class ThroughputCallback(TrainerCallback):
         self.steps += 1
 
     def recent(self, state) -> dict[str, float]:
-        """Return ``tokens_per_second`` (if tokens are counted) and ``eta_minutes`` from the steps since the last call."""
+        """Return ``tokens_per_second`` (if counted) and ``eta_minutes`` from the steps since the last call."""
         seconds, steps, tokens = self._mark
         elapsed, done = self.seconds - seconds, self.steps - steps
         if done == 0 or elapsed <= 0:
