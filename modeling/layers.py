@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.short_conv import cpp_short_conv
 
 
 class RMSNorm(nn.RMSNorm):
@@ -60,11 +62,26 @@ class ShortConvolution(nn.Module):
         self.after = 0 if causal else (width - 1) // 2
 
     def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, layout: SequenceLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x [B, T, D]`, state `[B, W - 1, D]` or None for a fresh start -> outputs `[B, T, D]` and the new state."""
-        length, width = x.shape[1], self.weight.shape[1]
-        before = width - 1 - self.after
+        self,
+        parts: Sequence[torch.Tensor],
+        state: torch.Tensor | None,
+        layout: SequenceLayout,
+        keeps_state: bool = True,
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """Convolve `parts` `[B, T, D_i]`, together all D channels, each into the same shape.
+
+        `state [B, W - 1, D]` is what came before, None for a fresh start. Returns the outputs and, with `keeps_state`,
+        the new state.
+        """
+        width = self.weight.shape[1]
+        before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
+        if state is None and not keeps_state:
+            pieces = zip(parts, self.weight.split(sizes), strict=True)
+            outputs = [cpp_short_conv(x, weight, before, self.activation, layout) for x, weight in pieces]
+            if all(output is not None for output in outputs):
+                return cast(Sequence[torch.Tensor], outputs), None
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+        length = x.shape[1]
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
         if state is None:
             window = nn.functional.pad(x, (0, 0, before, self.after))
@@ -87,13 +104,16 @@ class ShortConvolution(nn.Module):
         state = window[:, length:]
         if segments is not None:
             state = state * (segments[:, length:] == segments[:, -1:])[..., None]
-        return layout.restore(nn.functional.silu(y) if self.activation else y), state
+        y = layout.restore(nn.functional.silu(y) if self.activation else y)
+        return y.split(sizes, dim=-1), state
 
 
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     """Divide `x [B, T, H, K]` by its length over K; computed in float32 or wider, and left so."""
     x = x.to(compute_dtype(x))
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    size = x.shape[-1]
+    # x / sqrt(|x|^2 + 1e-6) by the kernel that divides by the root of the mean square.
+    return nn.functional.rms_norm(x, (size,), x.new_full((size,), size**-0.5), 1e-6 / size)
 
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

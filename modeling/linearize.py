@@ -13,8 +13,16 @@ from transformers import PreTrainedModel
 
 from lalm.configuration.configuration_lam import LamConfig
 from lalm.modeling.batch_layout import build_layout
-from lalm.modeling.modeling_lam import LamModel
 
+# What both configurations have under one name and must agree on.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+)
 # Positions whose mean stands for all of them where the student has none: the usual length of a sentence.
 _TYPICAL_LENGTH = 32
 
@@ -27,84 +35,70 @@ def student_config(teacher: PreTrainedModel, **changes) -> LamConfig:
     """
     _bert_parts(teacher)
     theirs = teacher.config
-    fields = {
-        "vocab_size": theirs.vocab_size,
-        "hidden_size": theirs.hidden_size,
-        "num_hidden_layers": theirs.num_hidden_layers,
-        "num_attention_heads": theirs.num_attention_heads,
-        "intermediate_size": theirs.intermediate_size,
-        "hidden_act": theirs.hidden_act,
-        "norm_eps": theirs.layer_norm_eps,
-        "pad_token_id": theirs.pad_token_id,
-        "max_position_embeddings": theirs.max_position_embeddings,
-    }
+    fields = {name: getattr(theirs, name) for name in (*_SHARED, "pad_token_id", "max_position_embeddings")}
+    fields["norm_eps"] = theirs.layer_norm_eps
     return LamConfig(**(fields | changes))
 
 
-def linearize(teacher: PreTrainedModel, config: LamConfig | None = None) -> LamModel:
-    """A LAM student of `teacher`: embeddings, norms and MLPs are its own, q, k, v and o its attention's.
+@torch.no_grad()
+def copy_weights(student: Any, teacher: PreTrainedModel) -> None:
+    """Give a LamModel the weights of `teacher`: embeddings, norms and MLPs are its own, q, k, v and o its attention's.
 
     Without learned positions the mean of the teacher's first ones goes into the word embeddings. The short convolution
     starts as the identity, the output gate even. `fit_output_projections` should follow: what the teacher's o expects
     are averages, which a delta rule does not give.
 
     Raises:
-        ValueError: the teacher is not of BERT's shape, or `config` does not fit it; the message names the field.
+        ValueError: the teacher is not of BERT's shape, or the student does not fit it; the message names the field.
     """
     embeddings, layers = _bert_parts(teacher)
-    config = config or student_config(teacher)
-    for ours, theirs in (
-        ("vocab_size", "vocab_size"),
-        ("hidden_size", "hidden_size"),
-        ("num_hidden_layers", "num_hidden_layers"),
-        ("num_attention_heads", "num_attention_heads"),
-        ("intermediate_size", "intermediate_size"),
-        ("hidden_act", "hidden_act"),
-    ):
-        wanted = getattr(teacher.config, theirs)
-        if getattr(config, ours) != wanted:
-            raise ValueError(f"{ours} = {getattr(config, ours)!r} of the student must be the teacher's, {wanted!r}.")
-    if config.expand_k != 1 or config.expand_v != 1 or config.full_attention_layers or config.sliding_attention_layers:
-        raise ValueError("A student of a softmax encoder needs expand_k = expand_v = 1 and linear layers only.")
-    student: Any = LamModel(config)
-    student.to(teacher.dtype)
+    config = student.config
+    for name in _SHARED:
+        ours, theirs = getattr(config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise ValueError(f"{name} = {ours!r} of the student must be the teacher's, {theirs!r}.")
+    needed = {"expand_k": 1, "expand_v": 1, "norm_type": "layernorm", "mlp_type": "mlp"}
+    needed |= {"full_attention_layers": [], "sliding_attention_layers": []}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"A student of a softmax encoder needs {name}={value!r}, got {getattr(config, name)!r}.")
+    if config.position_embedding_type == "sinusoidal":
+        raise ValueError("position_embedding_type of a student must be 'none', 'rope' or 'learned', not 'sinusoidal'.")
     words = embeddings.word_embeddings.weight + embeddings.token_type_embeddings.weight[0]
     positions = embeddings.position_embeddings.weight
-    with torch.no_grad():
-        if student.embed_positions is None:
-            words = words + positions[:_TYPICAL_LENGTH].mean(0)
-        else:
-            table = student.embed_positions.table.weight
-            if table.shape[0] > positions.shape[0]:
-                raise ValueError(
-                    f"max_position_embeddings = {table.shape[0]} is more than the teacher's {positions.shape[0]}."
-                )
-            table.copy_(positions[: table.shape[0]])
-        student.embed_tokens.weight.copy_(words)
-        _copy(student.embed_norm, embeddings.LayerNorm)
-        for ours, theirs in zip(student.layers, layers, strict=True):
-            attention, mixer = theirs.attention, ours.mixer
-            for name in ("query", "key", "value"):
-                _copy(getattr(mixer, f"{name[0]}_proj"), getattr(attention.self, name))
-            _copy(mixer.o_proj, attention.output.dense)
-            _copy(ours.mixer_norm, attention.output.LayerNorm)
-            _copy(ours.mlp.up_proj, theirs.intermediate.dense)
-            _copy(ours.mlp.down_proj, theirs.output.dense)
-            _copy(ours.mlp_norm, theirs.output.LayerNorm)
-            if mixer.conv is not None:
-                mixer.conv.weight.zero_()
-                mixer.conv.weight[:, mixer.conv.weight.shape[1] - 1 - mixer.conv.after] = 1
-            if mixer.g_proj is not None:
-                mixer.g_proj.weight.zero_()
-                mixer.g_proj.bias.zero_()
-    return cast(LamModel, student)
+    if student.embed_positions is None:
+        words = words + positions[:_TYPICAL_LENGTH].mean(0)
+    else:
+        table = student.embed_positions.table.weight
+        if table.shape[0] > positions.shape[0]:
+            raise ValueError(
+                f"max_position_embeddings = {table.shape[0]} is more than the teacher's {positions.shape[0]}."
+            )
+        table.copy_(positions[: table.shape[0]])
+    student.embed_tokens.weight.copy_(words)
+    _copy(student.embed_norm, embeddings.LayerNorm)
+    for ours, theirs in zip(student.layers, layers, strict=True):
+        attention, mixer = theirs.attention, ours.mixer
+        for name in ("query", "key", "value"):
+            _copy(getattr(mixer, f"{name[0]}_proj"), getattr(attention.self, name))
+        _copy(mixer.o_proj, attention.output.dense)
+        _copy(ours.mixer_norm, attention.output.LayerNorm)
+        _copy(ours.mlp.up_proj, theirs.intermediate.dense)
+        _copy(ours.mlp.down_proj, theirs.output.dense)
+        _copy(ours.mlp_norm, theirs.output.LayerNorm)
+        if mixer.conv is not None:
+            mixer.conv.weight.zero_()
+            mixer.conv.weight[:, mixer.conv.weight.shape[1] - 1 - mixer.conv.after] = 1
+        if mixer.g_proj is not None:
+            mixer.g_proj.weight.zero_()
+            mixer.g_proj.bias.zero_()
 
 
 @torch.no_grad()
 def fit_output_projections(
-    student: LamModel, teacher: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], ridge: float = 1e-3
+    student: Any, teacher: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], ridge: float = 1e-3
 ) -> list[float]:
-    """Fit every o projection of the student, given the teacher's inputs of its layer, to the teacher's attention.
+    """Fit every o projection of a LamModel, given the teacher's inputs of its layer, to the teacher's attention.
 
     Ridge regression in closed form, with a bias: min |F W + b - A|^2 + ridge * mean(diag(F^T F)) |W|^2 over all real
     tokens, F what enters the student's o projection and A what leaves the teacher's.
@@ -208,4 +202,4 @@ def _copy(to: Any, source: Any) -> None:
     to.bias.copy_(source.bias)
 
 
-__all__ = ["attention_of", "fit_output_projections", "linearize", "mixer_features", "student_config"]
+__all__ = ["attention_of", "copy_weights", "fit_output_projections", "mixer_features", "student_config"]

@@ -64,8 +64,7 @@ class Mixer(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv is not None:
             state = previous_state(cache, self.layer_idx, "conv_states")
-            qkv, state = self.conv(torch.cat([q, k, v], dim=-1), state, layout)
-            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
+            (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx)
         elif self.silu_without_conv:

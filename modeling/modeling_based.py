@@ -79,7 +79,7 @@ class GatedConvolution(nn.Module):
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         state = previous_state(past_key_values, self.layer_idx, "conv_states")
-        convolved, state = self.conv(convolved, state, layout)
+        (convolved,), state = self.conv((convolved,), state, layout, keeps_state=past_key_values is not None)
         if past_key_values is not None:
             past_key_values.update_conv_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
         return self.o_proj(convolved * gate), None

@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_lam import LamConfig
 from lalm.modeling.layers import MLP, NORMS, RMSNorm, unit_length
+from lalm.modeling.linearize import copy_weights, student_config
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import Block, LalmModel
 from lalm.modeling.modeling_heads import (
@@ -177,14 +178,16 @@ class LamModel(LalmModel):
 
     @classmethod
     def from_softmax_encoder(cls, teacher: PreTrainedModel, config: LamConfig | None = None) -> "LamModel":
-        """A student with the weights of a BERT-like encoder; see `lalm.linearize.linearize`.
+        """A student with the weights of a BERT-like encoder, in its dtype. Without learned positions the mean of the
+        teacher's goes into the word embeddings; `fit_output_projections` should follow (linearize.py).
 
         Raises:
             ValueError: the teacher is not of BERT's shape, or `config` does not fit it.
         """
-        from lalm.linearize import linearize
-
-        return linearize(teacher, config)
+        student = cls(config or student_config(teacher))
+        nn.Module.to(student, teacher.dtype)
+        copy_weights(student, teacher)
+        return student
 
 
 class LamForCausalLM(LalmForCausalLM):

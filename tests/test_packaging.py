@@ -24,7 +24,12 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "configuration"}
-PACKAGE_DATA = {"lalm/py.typed", "lalm/training/sts_default_pairs.tsv"}
+PACKAGE_DATA = {
+    "lalm/py.typed",
+    "lalm/training/sts_default_pairs.tsv",
+    "lalm/modeling/ops/dual_state.cpp",
+    "lalm/modeling/ops/short_conv.cpp",
+}
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
 
 

@@ -17,6 +17,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 logger = logging.get_logger("transformers.lalm")
@@ -28,7 +29,8 @@ _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
 @cache
 def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
-    """The library made of `<name>.cpp` with `sizes` defined; None where it cannot be had, which is logged once.
+    """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
+    cannot be had, which is logged once.
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
@@ -43,11 +45,18 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
     try:
         if not library.is_file():
             _compile(compiler, source, defines, library)
-        return ctypes.CDLL(str(library))
+        kernel = ctypes.CDLL(str(library))
+        kernel.forward.restype = kernel.backward.restype = None
+        return kernel
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.info(f"{name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
         return None
+
+
+def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
+    """The address of a contiguous tensor, for a kernel; the caller keeps the tensor alive."""
+    return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
 def _folder() -> Path:

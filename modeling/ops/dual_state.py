@@ -29,7 +29,7 @@ import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
 from lalm.modeling.ops.chunks import from_chunks, to_chunks
-from lalm.modeling.ops.cpp import load_kernel
+from lalm.modeling.ops.cpp import load_kernel, pointer
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import (
     SequenceLayout,
@@ -232,10 +232,6 @@ class _CppGradients(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
 
 
-def _pointer(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 class _CppDual(torch.autograd.Function):
     """The kernels of dual_state.cpp, once for every direction; gates, skip and starts have a first axis for it."""
 
@@ -247,7 +243,7 @@ class _CppDual(torch.autograd.Function):
         o = v.new_zeros(v.shape)
         final = v.new_empty(q.shape[0], q.shape[2], decay.shape[-1], q.shape[3], v.shape[3])
         for inputs in _CppDual.directions(*tensors):
-            kernel.forward(ctypes.byref(inputs), _pointer(o), _pointer(final))
+            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final))
         return o, final
 
     @staticmethod
@@ -260,7 +256,7 @@ class _CppDual(torch.autograd.Function):
             d_state = d_final.clone(memory_format=torch.contiguous_format)
             pointers = [x.data_ptr() for x in found[:3]] + [x[direction].data_ptr() for x in found[3:]]
             gradients = _CppGradients(*pointers, d_state.data_ptr())
-            ctx.kernel.backward(ctypes.byref(inputs), _pointer(do), ctypes.byref(gradients))
+            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), ctypes.byref(gradients))
         return None, *found, None if saved[7] is None else d_state, None, None
 
     @staticmethod
@@ -271,7 +267,7 @@ class _CppDual(torch.autograd.Function):
             begins = None if starts is None else starts[direction]
             tensors = (q, k, v, *gates, state, skip, begins)
             sizes = (*q.shape[:3], direction, torch.get_num_threads())
-            yield _CppInputs(*(_pointer(x) for x in tensors), *sizes)
+            yield _CppInputs(*(pointer(x) for x in tensors), *sizes)
 
 
 def cpp_kernel(q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool) -> ctypes.CDLL | None:
@@ -280,15 +276,11 @@ def cpp_kernel(q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: 
     if not fits or torch.compiler.is_compiling():
         return None
     sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    kernel = load_kernel("dual_state", **sizes)
-    if kernel is not None:
-        kernel.forward.argtypes = kernel.backward.argtypes = [ctypes.c_void_p] * 3
-        kernel.forward.restype = kernel.backward.restype = None
-    return kernel
+    return load_kernel("dual_state", **sizes)
 
 
 def cpp_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, causal=True
+    q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule=True, causal=True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` by the C++ kernel, in float32; not causal, in both directions at once."""
     kernel = cpp_kernel(q, v, g.shape[-1], use_delta_rule)
@@ -297,9 +289,10 @@ def cpp_dual(
             "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, no float64 and value heads "
             "of a multiple of 16 channels. Use linear_attn_implementation='auto'."
         )
-    coupling = leak + torch.eye(g.shape[-1], dtype=leak.dtype, device=leak.device)
+    if coupling is None:
+        coupling = torch.eye(g.shape[-1], dtype=torch.float32).expand(*g.shape, g.shape[-1])
     gates = [x if not causal else x[None] for x in (g.float().exp(), beta, read, coupling)]
-    tensors = [x.float().contiguous() for x in (q * scale, k, v, *gates)]
+    tensors = [x.float().contiguous() for x in (q if scale == 1 else q * scale, k, v, *gates)]
     state = None if state is None else state.float().contiguous()
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     starts = layout.starts()
@@ -307,6 +300,18 @@ def cpp_dual(
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     return _CppDual.apply(kernel, *tensors, state, skip, starts)
+
+
+def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule):
+    """`core` with the leak for the coupling, and with gates that let padding neither write, decay nor leak."""
+    leak = g.new_zeros(*g.shape, g.shape[-1])
+    if coupling is not None:
+        leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
+    if layout.mask is not None:
+        padding = ~layout.mask[:, :, None, None]
+        k, g, beta = (x.masked_fill(padding, 0) for x in (k, g, beta))
+        leak = leak.masked_fill(padding[..., None], 0)
+    return core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
 
 
 def _both_ways(
@@ -347,21 +352,15 @@ def _dual_state(
             )
     if not causal:
         refuse_states(initial_state, output_final_state)
-        core = partial(_both_ways, core) if core is not cpp_dual else core
     if core is cpp_dual:
         core = partial(cpp_dual, causal=causal)
+    else:
+        core = partial(_inert_padding, core if causal else partial(_both_ways, core))
     check_state(initial_state, (q.shape[0], q.shape[2], memories, q.shape[3], v.shape[3]))
     layout = layout or SequenceLayout()
     with torch.autocast(q.device.type, enabled=False):
-        leak = g.new_zeros(*shape, memories, memories)
-        if coupling is not None:
-            leak = coupling - torch.eye(memories, dtype=coupling.dtype, device=coupling.device)
-        if layout.mask is not None:
-            padding = ~layout.mask[:, :, None, None]
-            k, g, beta = (x.masked_fill(padding, 0) for x in (k, g, beta))
-            leak = leak.masked_fill(padding[..., None], 0)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        o, state = core(q, k, v, g, beta, read, leak, scale, initial_state, layout, delta)
+        o, state = core(q, k, v, g, beta, read, coupling, scale, initial_state, layout, delta)
         return o.to(v.dtype), state if output_final_state else None
 
 

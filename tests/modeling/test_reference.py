@@ -117,9 +117,9 @@ def test_short_convolution_is_a_depthwise_conv1d():
     conv = ShortConvolution(6, 4).double()
     torch.nn.init.normal_(conv.weight)
     x = torch.randn(2, 9, 6, dtype=torch.float64)
-    y, state = conv(x, None, SequenceLayout())
+    (first, second), state = conv((x[..., :2], x[..., 2:]), None, SequenceLayout())
     expected = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight[:, None], groups=6).mT
-    assert_close(y, F.silu(expected), "outputs")
+    assert_close(torch.cat([first, second], dim=-1), F.silu(expected), "outputs")
     assert torch.equal(state, x[:, -3:])
 
 
