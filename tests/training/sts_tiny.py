@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from lalm.linearize import linearize, student_config
+from lalm.modeling.modeling_lam import LamModel
 
 VOCABULARY = (
     "a the man woman child dog cat bird is are was plays eats reads runs sings near under over red blue small big "
@@ -65,4 +65,4 @@ def teacher(width: int = 32, layers: int = 2, words: list[str] = WORDS) -> Sente
 def student() -> SentenceTransformer:
     """LAM with the weights of `teacher()`."""
     model = bert()
-    return sentence_transformer(linearize(model, student_config(model)))
+    return sentence_transformer(LamModel.from_softmax_encoder(model))
