@@ -123,6 +123,15 @@ def test_short_convolution_is_a_depthwise_conv1d():
     assert torch.equal(state, x[:, -3:])
 
 
+@pytest.mark.parametrize(("width", "sides"), [(3, (1, 1)), (4, (2, 1)), (5, (2, 2))])
+def test_short_convolution_of_an_encoder_is_centred(width, sides):
+    conv = ShortConvolution(6, width, causal=False, activation=False).double()
+    torch.nn.init.normal_(conv.weight)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    expected = F.conv1d(F.pad(x.mT, sides), conv.weight[:, None], groups=6).mT
+    assert_close(conv((x,), None, SequenceLayout())[0][0], expected, "outputs")
+
+
 def feature(name, x, **kwargs):
     maps = FeatureMap(name, x.shape[-1], **kwargs)
     if hasattr(maps, "map"):

@@ -192,17 +192,24 @@ def test_frozen_weights_and_autograd_grad():
 
 
 class Sublayers(torch.nn.Module):
-    """The second one checkpoints inside."""
+    """One weight under three names. The second function checkpoints inside."""
 
     def __init__(self, linear):
         super().__init__()
         self.linear = linear
+        self.weight = self.same_weight = linear.weight
+        self.kinds = []
 
     def sublayers(self, factor):
-        def g(x):
-            return checkpoint(lambda x: self.linear(x).tanh() * factor, x, use_reentrant=False)
+        def f(x):
+            added = self.linear(x)
+            self.kinds.append(added.dtype)
+            return added
 
-        return [(self.linear, g)]
+        def inner(x):
+            return (x @ self.weight @ self.same_weight).tanh() * factor
+
+        return [(f, lambda x: checkpoint(inner, x, use_reentrant=False))]
 
 
 def test_functions_that_share_a_weight():
@@ -217,6 +224,14 @@ def test_functions_that_share_a_weight():
     )
     for actual, gradient in zip(found, expected, strict=True):
         assert_close(actual, gradient)
+
+
+def test_the_recomputation_is_under_the_same_autocast():
+    x, layers = torch.randn(1, 3, 4, requires_grad=True), torch.nn.ModuleList([Sublayers(torch.nn.Linear(4, 4))])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run_reversible(x, layers, {"factor": 1.0}, False)
+    y.sum().backward()
+    assert layers[0].kinds == [torch.bfloat16] * 2
 
 
 def written_by(reader, encoder=None):
