@@ -183,7 +183,7 @@ class LalmConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "max_position_embeddings", "conv_size", "num_key_value_heads"):  # fmt: skip
+                     "conv_size", "num_key_value_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
@@ -230,6 +230,11 @@ class LalmConfig(PreTrainedConfig):
             raise ValueError(f"{self.model_type} has no bidirectional form: leave is_causal=True.")
 
     def validate_positions(self) -> None:
+        if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
+            raise ValueError(
+                "max_position_embeddings, the size of the table of learned positions, must be at least 1, got "
+                f"{self.max_position_embeddings}."
+            )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"Sinusoidal positions need an even hidden_size, got {self.hidden_size}.")
         if self.position_embedding_type == "rope":

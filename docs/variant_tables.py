@@ -21,8 +21,11 @@ WIDTH, VOCABULARY, TOKENS = 1024, 32000, 2048
 
 
 def config_of(variant, **changes):
-    """The defaults of a variant at a common width."""
-    return variant.config(**{"hidden_size": WIDTH, "vocab_size": VOCABULARY} | changes)
+    """The defaults of a variant at a common width, causal."""
+    common = {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "is_causal": True, "num_key_value_heads": None}
+    if WIDTH % variant.config().num_attention_heads:
+        common["num_attention_heads"] = 16
+    return variant.config(**common | changes)
 
 
 def parameters(variant) -> tuple[int, int]:

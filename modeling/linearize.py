@@ -35,8 +35,10 @@ def student_config(teacher: PreTrainedModel, **changes) -> LamConfig:
     """
     _bert_parts(teacher)
     theirs = teacher.config
-    fields = {name: getattr(theirs, name) for name in (*_SHARED, "pad_token_id", "max_position_embeddings")}
+    fields = {name: getattr(theirs, name) for name in (*_SHARED, "pad_token_id")}
     fields["norm_eps"] = theirs.layer_norm_eps
+    if changes.get("position_embedding_type") == "learned":
+        fields["max_position_embeddings"] = theirs.max_position_embeddings
     return LamConfig(**(fields | changes))
 
 

@@ -83,7 +83,10 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, bl
     values = {"vocab_size": len(tokenizer), **special_token_ids(tokenizer)}
     if "max_position_embeddings" in names:
         positions = getattr(config_class(), "max_position_embeddings", None) or 0
-        values["max_position_embeddings"] = max(positions, block_size)
+        if positions >= 0:  # below 0 there is no limit
+            values["max_position_embeddings"] = max(positions, block_size)
+    if "is_causal" in names:
+        values["is_causal"] = True  # LAM is an encoder unless told otherwise
     # stock defaults (Llama: 1 and 2) would name ordinary tokens of this tokenizer
     absent: dict[str, Any] = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
     try:

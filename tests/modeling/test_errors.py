@@ -50,7 +50,7 @@ BAD_FIELDS = [
     ({"vocab_size": "many"}, "vocab_size"),
     ({"conv_size": 0}, "conv_size"),
     ({"intermediate_size": 0}, "intermediate_size"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    ({"position_embedding_type": "learned", "max_position_embeddings": 0}, "max_position_embeddings"),
     ({"dropout": 1.5}, "dropout"),
     ({"attention_dropout": -0.1}, "attention_dropout"),
     ({"hidden_act": "sillu"}, "hidden_act.*silu"),
