@@ -12,7 +12,6 @@ import logging
 import sys
 
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
 from lalm.training.arguments import parse_arguments
@@ -24,22 +23,11 @@ from lalm.training.model_builder import build_model
 from lalm.training.model_card import model_card
 from lalm.training.packing import PackingCollator
 from lalm.training.run_data import prepare_data
-from lalm.training.run_results import EVALUATION_KEYS, read_json, summary_lines, training_figures, write_json
+from lalm.training.run_logging import set_up_logging
+from lalm.training.run_results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")
-
-
-def set_up_logging(training) -> None:
-    """Log warnings and our own messages on the main process, errors on the others."""
-    # a handler of our own: one on the root logger would print the messages of the Hub client twice
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO if training.should_log else logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(training.get_process_log_level() if training.log_level != "passive" else 30)
-    logging.getLogger("transformers.lalm").setLevel(logger.level)  # which implementation of an op runs
 
 
 def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer:
@@ -86,7 +74,8 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
         earlier = read_json(trainer.args.folder / "train_results.json")
         figures |= {key: earlier[key] for key in ("tokens_per_second", "train_seconds") if key in earlier}
     results |= figures
-    save_results(trainer, "train", figures)
+    if trainer.is_world_process_zero():
+        save_results(trainer.args.folder, "train", figures)
 
 
 def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results: dict) -> None:
@@ -95,16 +84,8 @@ def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results:
     figures = {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
     figures |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
     results |= figures
-    save_results(trainer, prefix, figures)
-
-
-def save_results(trainer: ClmTrainer, name: str, figures: dict) -> None:
-    """Write `<name>_results.json` and add to `all_results.json`."""
     if trainer.is_world_process_zero():
-        folder = trainer.args.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}_results.json", figures)
-        write_json(folder / "all_results.json", read_json(folder / "all_results.json") | figures)
+        save_results(trainer.args.folder, prefix, figures)
 
 
 def report(trainer: ClmTrainer, results: dict) -> None:

@@ -4,13 +4,12 @@
 import json
 import os
 from pathlib import Path
-
-from lalm.training.clm_trainer import ClmTrainer
+from typing import Any
 
 EVALUATION_KEYS = ("loss", "perplexity", "accuracy", "tokens_scored")
 
 
-def training_figures(trainer: ClmTrainer) -> dict[str, float]:
+def training_figures(trainer: Any) -> dict[str, float]:
     """Return steps, tokens, speed and last loss of the training, and the evaluation before its first step."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -22,7 +21,7 @@ def training_figures(trainer: ClmTrainer) -> dict[str, float]:
     }
     if losses:
         figures |= {"first_loss": losses[0], "final_loss": losses[-1]}
-    before = next((entry for entry in history if entry["step"] == 0 and "eval_loss" in entry), {})
+    before: dict = next((entry for entry in history if entry["step"] == 0 and "eval_loss" in entry), {})
     figures |= {f"before_{key}": before[f"eval_{key}"] for key in EVALUATION_KEYS if f"eval_{key}" in before}
     return figures
 
@@ -40,6 +39,13 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def save_results(folder: Path, name: str, figures: dict) -> None:
+    """Write `<name>_results.json` and add to `all_results.json`; for one process only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}_results.json", figures)
+    write_json(folder / "all_results.json", read_json(folder / "all_results.json") | figures)
 
 
 def summary_lines(results: dict) -> list[str]:

@@ -80,6 +80,7 @@ class StsModelArguments:
     )
     overrides: dict[str, Any] = field(default_factory=dict, init=False)  # config_overrides, read by parse_arguments
     ridge_texts: int = _option(768, "Texts on which a new student's output projections are fitted; 0: not fitted.")
+    model_max_length: int = _option(8192, "Tokens of a text that a new student reads; the rest is cut.")
     freeze: list[str] | None = _option(
         None, "Weights whose names contain one of these are not trained: embed_tokens embed_norm ..."
     )
@@ -91,6 +92,7 @@ class StsModelArguments:
     def __post_init__(self):
         _check_choices(self)
         _check_range(self, ("ridge_texts",), 0)
+        _check_range(self, ("model_max_length",), 1)
 
 
 @dataclass
@@ -179,7 +181,9 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "max_train_samples", "max_seq_length", "seed",
     )  # fmt: skip
 
-    output_dir: str | None = _option("lalm-sts", "Folder of the checkpoints, results, plots and model card.")
+    output_dir: str | None = _option(
+        None, "Folder of the checkpoints, results, plots and model card. Default: lalm-sts-<stage>, lalm-sts-eval."
+    )
     stage: str | None = _option(None, "Training stage: distill, relational or finetune. Without one: --eval_only.")
     eval_only: bool = _option(False, "Score the validation and test splits, and train nothing.")
     embedding_weight: float | None = _option(None, "Weight of the distance to the teacher's vectors.")
@@ -217,6 +221,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     logging_steps: float = _option(10, "Log every so many steps.")
     eval_strategy: str = _option("steps", "When dev is scored: steps, epoch or no.")
     eval_steps: float | None = _option(0.1, "Score dev every so many steps, or below 1 their share of all steps.")
+    eval_on_start: bool = _option(True, "Score dev before the first step too.")
     save_total_limit: int | None = _option(2, "Checkpoints kept.")
     load_best_model_at_end: bool = _option(True, "End with the weights of the best dev score.")
     metric_for_best_model: str | None = _option("eval_sts-dev_pearson_cosine", "What 'best' is.")
@@ -238,11 +243,12 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         if self.eval_strategy == "no":
             if self.early_stopping_patience:
                 raise ValueError("--early_stopping_patience needs evaluations; drop --eval_strategy no")
-            self.load_best_model_at_end = False
+            self.load_best_model_at_end = self.eval_on_start = False
         if self.load_best_model_at_end:
             # the best weights are those of a checkpoint
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         self._check_stage()
+        self.output_dir = self.output_dir or f"lalm-sts-{self.stage or 'eval'}"
         super().__post_init__()
         self.do_train, self.do_eval = self.stage is not None, True
 

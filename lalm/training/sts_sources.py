@@ -275,3 +275,16 @@ def collect_kinds(data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mappi
     if not found.parts:
         raise UserError("--mixture names no kind that there is data for")
     return found
+
+
+def collect(stage: str, data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mapping[str, Any]) -> TrainingData:
+    """Return what a stage is trained on.
+
+    Args:
+        hub: cache_dir and token for data sets of the Hub.
+
+    Raises:
+        UserError: data that cannot be read (names file, row and column), or of which nothing is left.
+    """
+    collectors = {"distill": collect_texts, "relational": collect_relational, "finetune": collect_kinds}
+    return collectors[stage](data, stsb, seed, hub)

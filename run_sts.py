@@ -1,0 +1,147 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Evaluate sentence encoders on STS-B and train them in stages.
+
+    python run_sts.py --model_name_or_path checkpoints/lam-minilm-l6 --eval_only
+    accelerate launch run_sts.py recipes/lam_distill.yaml --output_dir runs/lam_distill
+    accelerate launch run_sts.py recipes/lam_finetune.yaml --model_name_or_path runs/lam_distill
+
+The first argument may be a YAML or JSON recipe; flags win over it. Without --data_dir STS-B comes from the Hub, and
+without a network a small built-in set of pairs is used. The same command again resumes.
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import EarlyStoppingCallback, set_seed
+
+import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
+from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
+from lalm.training.errors import exit_on_user_error
+from lalm.training.loss_curve import write_loss_curve
+from lalm.training.run_logging import set_up_logging
+from lalm.training.run_results import read_json, save_results
+from lalm.training.sts_arguments import parse_sts_arguments
+from lalm.training.sts_card import describe, flat_figures, sts_card, sts_training_figures
+from lalm.training.sts_data import StsSplits, load_stsb
+from lalm.training.sts_evaluation import evaluate_model
+from lalm.training.sts_sources import TrainingData, collect
+from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
+from lalm.training.sts_teacher import load_teacher
+from lalm.training.sts_trainer import StsTrainer, dev_evaluator
+from lalm.training.tracking import check_trackers
+
+logger = logging.getLogger("lalm.training")
+
+DEFAULT_MODEL = Path(__file__).resolve().parent / "checkpoints" / "lam-minilm-l6"
+
+
+def build_trainer(stage: Stage, found: TrainingData, splits: StsSplits, arguments: Arguments, argv, results):
+    """Return the Trainer of a stage."""
+    training = arguments[2]
+    describe(stage.model, arguments, found.notes)
+
+    def write_card(trainer: StsTrainer) -> None:
+        card = sts_card(stage.model, arguments, found.notes, splits.source, results, argv)
+        (training.folder / "README.md").write_text(card, encoding="utf-8")
+
+    patience = training.early_stopping_patience
+    return StsTrainer(
+        model=stage.model,
+        args=training,
+        train_dataset=stage.train_dataset,
+        loss=stage.loss,
+        shares=stage.shares,
+        evaluator=dev_evaluator(splits["validation"], training),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+        write_card=write_card,
+    )
+
+
+def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict) -> None:
+    """Train (or resume), save the model, and gather the figures."""
+    earlier = read_json(trainer.args.folder / "train_results.json")
+    if checkpoint and (is_finished(checkpoint, trainer.args) or earlier.get("stopped_early")):
+        logger.info("%s is the end of the training: nothing is left to train", checkpoint)
+        trainer.restore(checkpoint)
+    else:
+        earlier = {}
+        trainer.args.eval_on_start &= checkpoint is None  # a resumed run has that evaluation in its history
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if dtype != "auto":
+        trainer.accelerator.unwrap_model(trainer.model).to(getattr(torch, dtype))
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    shutil.rmtree(trainer.args.folder / "eval", ignore_errors=True)  # made for a file that we do not want
+    results |= sts_training_figures(trainer) | earlier
+    if trainer.is_world_process_zero():
+        save_results(trainer.args.folder, "train", results)
+
+
+def evaluate(model: SentenceTransformer, splits: StsSplits, names: list[str], arguments: Arguments, results) -> None:
+    """Score splits, print the table, draw the plots and keep the figures."""
+    model_arguments, _, training = arguments
+    baseline = model_arguments.baseline
+    second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
+    found = evaluate_model(
+        model.eval(), {name: splits[name] for name in names}, second, training.folder, training.folder.name,
+        baseline or "", training.per_device_eval_batch_size, seed=training.seed,
+    )  # fmt: skip
+    results |= flat_figures(found)
+    for name in names:
+        save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: found[name]}))
+
+
+def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
+    """Train one stage, evaluate its model and write the card."""
+    model_arguments, data, training = arguments
+    record = run_record(*arguments)
+    checkpoint = check_output_dir(record, training)
+    set_seed(training.seed)
+    splits = load_stsb(data.data_dir)
+    hub = {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
+    found = collect(str(training.stage), data, splits, training.seed, hub)
+    for name, note in found.notes.items():
+        logger.info("%s: %s", name, note)
+    stage = build_stage(arguments, found)
+    trainer = build_trainer(stage, found, splits, arguments, argv, results)
+    if trainer.is_world_process_zero():
+        claim_output_dir(record, training)
+    trainer.accelerator.wait_for_everyone()
+    train(trainer, checkpoint, model_arguments.save_dtype, results)
+    if trainer.is_world_process_zero():
+        evaluate(stage.model, splits, ["validation", "test"][: 1 + training.do_test], arguments, results)
+        write_loss_curve(trainer.state.log_history, training.folder / "loss_curve.png", training.folder.name, "")
+        trainer.create_model_card()
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run what the command line asks for and return the figures."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = model_arguments, data, training = parse_sts_arguments(argv)
+    set_up_logging(training)
+    check_trackers(training.trackers)
+    results: dict = {}
+    if training.stage:
+        run_stage(arguments, argv, results)
+    else:
+        splits = load_stsb(data.data_dir, ("validation", "test"))
+        name = model_arguments.model_name_or_path or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
+        device = "cpu" if training.use_cpu else None
+        if name:
+            model = load_model(name, model_arguments, device, "--model_name_or_path")
+        else:
+            model = load_teacher(model_arguments.teacher, device=device, cache_dir=model_arguments.cache_dir)
+        logger.info("%s on %s", name or model_arguments.teacher, splits.source)
+        evaluate(model, splits, ["validation", "test"], arguments, results)
+    print(f"results are in {training.folder}")
+    return results
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
