@@ -4,17 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 import run_clm
+from lalm.modeling.linearize import student_config
+from lalm.modeling.modeling_lam import LamModel
 from lalm.training.arguments import parse_arguments
 from lalm.training.errors import exit_on_user_error
 from lalm.training.model_builder import new_config
+from lalm.training.sts_arguments import parse_sts_arguments
+from lalm.training.sts_sources import Source
 from lalm.training.tokenizer import train_tokenizer
+from tests.training import sts_tiny
 
 ROOT = Path(run_clm.__file__).parent
+CHAIN = ("distill", "relational", "finetune")
 TINY_LLAMA = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,intermediate_size=24"
 
 
@@ -114,7 +122,11 @@ def test_accelerate_launch_with_a_recipe(texts, tmp_path):
     assert "accelerate launch run_clm.py recipe.json" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+STAGES = [path for path in RECIPES if "stage" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in STAGES], ids=lambda path: path.name)
 def test_every_recipe_parses_and_its_model_can_be_built(path):
     model, data, training = parse_arguments([str(path)])
     config = new_config(model, train_tokenizer(["a b"], 300), data.block_size)
@@ -123,3 +135,27 @@ def test_every_recipe_parses_and_its_model_can_be_built(path):
         assert getattr(config, key) == value
     assert training.do_train
     assert training.do_test
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)
+def test_every_recipe_of_run_sts_parses_and_fits_a_student(path):
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    model, data, training = parse_sts_arguments([str(path)])
+    assert training.stage == recipe["stage"]
+    assert (training.stage == "distill") == (model.model_name_or_path is None)
+    student = LamModel.from_softmax_encoder(bert := sts_tiny.bert(), student_config(bert, **model.overrides))
+    for key, value in model.overrides.items():
+        assert getattr(student.config, key) == value
+    for part in model.freeze or []:
+        assert any(part in name for name, _ in student.named_parameters()), part
+    for kind in ("train", "nli", "qa", "paraphrase", "triplet"):
+        files = getattr(data, f"{kind}_file") or []
+        assert all(Source.parse(name, kind) for name in files)
+        assert not files or kind == "train" or kind in data.shares, f"{kind} has files and no share of the batches"
+
+
+def test_the_stages_hand_their_models_on():
+    recipes = [yaml.safe_load((ROOT / "recipes" / f"lam_{stage}.yaml").read_text("utf-8")) for stage in CHAIN]
+    assert [recipe["stage"] for recipe in recipes] == list(CHAIN)
+    for earlier, later in pairwise(recipes):
+        assert later["model_name_or_path"] == earlier["output_dir"]
