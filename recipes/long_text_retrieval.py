@@ -1,0 +1,87 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Find whole Wikipedia articles by their title, and by a sentence of their second half, at several lengths of reading.
+
+    python recipes/long_text_retrieval.py checkpoints/lam-minilm-l6 sentence-transformers/all-MiniLM-L6-v2 \\
+        --articles data/wikipedia-en/articles.jsonl.gz --tokens 256 4096
+
+Only articles of 1,000 words and more take part. Each model reads as much of an article as --tokens and its own limit
+let it; recall@1 and @10 are the shares of queries whose article is the nearest, or among the ten nearest, by cosine.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+import lalm  # noqa: F401  registers our models
+from lalm.training.errors import UserError, exit_on_user_error
+from lalm.training.sts_evaluation import encode
+from lalm.training.sts_stages import backbone
+
+FEWEST_WORDS = 1000
+
+
+def read_articles(path: Path, most: int | None) -> list[dict[str, str]]:
+    """Return title, body (without the title in front) and a sentence of the second half of long articles."""
+    source = random.Random(0)
+    found = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            body = row["text"].removeprefix(row["title"]).strip()
+            if len(body.split()) < FEWEST_WORDS:
+                continue
+            late = re.split(r"(?<=[.!?])\s+", body[len(body) // 2 :])[1:]
+            late = [sentence for sentence in late if 8 <= len(sentence.split()) <= 40]
+            if late:
+                found.append({"title": row["title"], "body": body, "sentence": source.choice(late)})
+    if not found:
+        raise UserError(f"{path} holds no article of {FEWEST_WORDS} words")
+    return found if most is None else source.sample(found, min(most, len(found)))
+
+
+def recalls(queries: np.ndarray, articles: np.ndarray) -> tuple[float, float]:
+    """Return recall@1 and recall@10 of unit vectors `[N, D]`, row i of one belonging to row i of the other."""
+    similarity = queries @ articles.T
+    rank = (similarity > similarity.diagonal()[:, None]).sum(axis=1)
+    return float((rank < 1).mean()), float((rank < 10).mean())
+
+
+def readable(model: SentenceTransformer) -> int | None:
+    """Return how many tokens a model can read, None if there is no limit."""
+    positions = getattr(backbone(model).config, "max_position_embeddings", -1)
+    return positions if positions > 0 else None
+
+
+def main() -> None:
+    """Encode, rank, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="folders or Hub names")
+    parser.add_argument("--articles", type=Path, required=True, help="JSON lines, gzip: title, text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 4096])
+    parser.add_argument("--max_articles", type=int)
+    arguments = parser.parse_args()
+    articles = read_articles(arguments.articles, arguments.max_articles)
+    print(
+        f"{len(articles):,} articles\n\n| model | tokens read | query | recall@1 | recall@10 |\n|---|---|---|---|---|"
+    )
+    for name in arguments.models:
+        model = SentenceTransformer(name, device="cpu")
+        limit = readable(model)
+        model.max_seq_length = 128
+        queries = {kind: encode(model, [row[kind] for row in articles]) for kind in ("title", "sentence")}
+        for tokens in arguments.tokens:
+            model.max_seq_length = min(tokens, limit or tokens)
+            vectors = encode(model, [row["body"] for row in articles], batch_size=8)
+            for kind, asked in queries.items():
+                first, ten = recalls(asked, vectors)
+                print(f"| {name} | {model.max_seq_length:,} | {kind} | {first:.3f} | {ten:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
