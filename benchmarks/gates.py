@@ -1,0 +1,64 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The correctness checks that stand before every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from benchmarks.registry import GateError
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| over max |expected|; NaN stays NaN, which passes no comparison."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def near(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raises:
+    GateError: other shapes, or a relative error over `tolerance`; the message names `what`.
+    """
+    if actual.shape != expected.shape:
+        raise GateError(f"{what}: {tuple(actual.shape)} is not {tuple(expected.shape)}")
+    error = relative_error(actual, expected)
+    if not error <= tolerance:
+        raise GateError(f"{what}: relative error {error:.1e} over {tolerance:.0e}")
+
+
+def all_near(what: str, actual: Tensors, expected: Tensors, tolerance: float) -> None:
+    """`near` for tensors by name.
+
+    Raises:
+        GateError: as `near`, or other names.
+    """
+    if actual.keys() != expected.keys():
+        raise GateError(f"{what}: {sorted(actual.keys() ^ expected.keys())} on one side only")
+    for name in expected:
+        near(f"{what} {name}", actual[name], expected[name], tolerance)
+
+
+def gradients(function: Callable[..., torch.Tensor], inputs: Tensors, d_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every floating input of `function(**inputs)`, for the cotangent `d_out`."""
+    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    out = function(**leaves)
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(out, list(wanted.values()), d_out.to(out.dtype))
+    return {"output": out.detach()} | {f"d_{name}": x for name, x in zip(wanted, found, strict=True)}
+
+
+def parameter_gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss and its gradient by every parameter that it depends on."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    return {"loss": loss.detach()} | found
+
+
+def prefix(tensors: Tensors, length: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The first `length` tokens of `[B, T, ...]`."""
+    return {name: x[:, :length] for name, x in tensors.items() if names is None or name in names}

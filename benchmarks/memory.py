@@ -1,0 +1,81 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Peak memory of one thing in a process of its own: `python -m benchmarks.memory train_step gla 512 2048`.
+
+What counts is the high-water mark of resident memory (VmHWM) over what was resident before: it sees the buffers of
+matrix libraries and C++ kernels and what the allocator does not give back, which torch's profiler does not. It must be
+a fresh process, as memory that was freed before would be used again unseen; and it is not `ru_maxrss`, which a child
+inherits from the parent that started it. A first run over few tokens comes before, so that weights, optimizer and
+libraries are no part of the figure. Threads are all cores, as only bytes matter.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_WARM_UP = 64  # tokens
+
+
+def measured_apart(job: str, name: str, *lengths: int) -> dict[str, float]:
+    """MiB that the job of that name takes at each length (ascending), from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", job, name, *map(str, lengths)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def resident() -> tuple[int, int]:
+    """Bytes resident now, and the most there ever were. (Where there is no /proc, the latter twice.)"""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return most, most
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
+    return sizes["VmRSS"], sizes["VmHWM"]
+
+
+def train_step(name: str) -> Callable[[int], Any]:
+    """Runs a train step of a language model over so many tokens."""
+    from benchmarks import models
+
+    model = models.build(name)
+    return lambda length: models.train_step(model, models.tokens(length))()
+
+
+def encode(name: str) -> Callable[[int], Any]:
+    """Runs a sentence encoder over a text of so many tokens."""
+    from benchmarks import cases_encoder
+
+    encoder = cases_encoder.encoder(name)
+    return lambda length: cases_encoder.encode(encoder, *cases_encoder.batch(1, length))
+
+
+def peaks(run: Callable[[int], Any], lengths: list[int]) -> dict[int, float]:
+    """MiB by length, ascending, so that each may set the mark anew."""
+    run(_WARM_UP)
+    found = {}
+    for length in sorted(lengths):
+        gc.collect()
+        before, _ = resident()
+        run(length)
+        found[length] = max(0, resident()[1] - before) / 2**20
+    return found
+
+
+def main() -> None:
+    job, name, *lengths = sys.argv[1:]
+    run = {"train_step": train_step, "encode": encode}[job](name)
+    print(json.dumps(peaks(run, list(map(int, lengths)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Runs cases and prints how ours stands to each baseline.
+
+    python -m benchmarks.run                             # everything that fits into 20 minutes on two quiet cores
+    python -m benchmarks.run --case 'ops_*' --only gla   # some cases, one of ours
+    python -m benchmarks.run --list
+
+The exit code is 1 if a gate failed or a case broke, else 0: a missed target is a result, not an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from benchmarks import cases_encoder, cases_gpu, cases_models, cases_ops, cases_startup  # noqa: F401  they register
+from benchmarks.machine import describe
+from benchmarks.registry import CASES, Case, Contest, GateError, Ratio, select
+from benchmarks.timing import Spread, alternate, spread
+
+Line = dict[str, Any]
+_HEAD = ("case", "ours", "against", "shape", "ours", "against", "ratio [quartiles]", "target", "")
+_WIDTHS = (16, 22, 20, 24, 9, 9, 22, 8, 0)
+_BAD = ("gate failed", "broke")
+
+
+def check(contest: Contest) -> dict[str, str]:
+    """Run the gates; the reasons of those that failed, by contestant."""
+    failed = {}
+    for name, contestant in contest.contestants.items():
+        try:
+            if contestant.gate:
+                contestant.gate()
+        except GateError as error:
+            failed[name] = str(error)
+    return failed
+
+
+def figure(ratio: Ratio, contest: Contest, samples: dict[str, list[float]]) -> Line:
+    """What a line reports: samples in turn make one ratio each, whose median counts."""
+    factor = 1000 if contest.unit == "ms" else 1
+    ours, baseline = samples[ratio.ours], samples[ratio.baseline]
+    ratios = spread(ratio.value(a, b) for a, b in zip(ours, baseline, strict=True))
+    return {
+        "status": "measured",
+        "ours_value": spread(factor * x for x in ours)._asdict(),
+        "baseline_value": spread(factor * x for x in baseline)._asdict(),
+        "ratio": ratios._asdict(),
+        "met": ratio.is_met(ratios.median),
+    }
+
+
+def measure(case: Case, only: str = "*", haste: float = 1.0) -> tuple[list[Line], dict[str, Any]]:
+    """The lines of a case, and what its contestants were and took. `haste` divides the budget."""
+    contest = case.build().only(only)
+    failed = check(contest)
+    runs = {name: contestant.run for name, contestant in contest.contestants.items() if name not in failed}
+    least = case.least_rounds if haste == 1 else 1
+    samples = alternate(runs, case.budget / haste, least, case.warm_up) if len(runs) > 1 else {}
+    lines = []
+    for ratio in contest.ratios:
+        reasons = [f"{name}: {failed[name]}" for name in (ratio.ours, ratio.baseline) if name in failed]
+        result = {"status": "gate failed", "reason": "; ".join(reasons)} if reasons else {}
+        goal = {"target": ratio.target, "at_most": ratio.at_most, "goal": ratio.goal}
+        named = {"ours": ratio.ours, "baseline": ratio.baseline, "shape": ratio.shape}
+        kind = {"dtype": contest.dtype, "unit": contest.unit}
+        lines.append({"case": case.name} | named | kind | goal | (result or figure(ratio, contest, samples)))
+    details = {
+        name: {"facts": contestant.facts, "samples": samples.get(name, []), "gate": failed.get(name, "passed")}
+        for name, contestant in contest.contestants.items()
+    }
+    return lines, details
+
+
+def attempt(case: Case, only: str, haste: float) -> tuple[list[Line], dict[str, Any]]:
+    """`measure`, or one line that says why there is nothing to measure."""
+    missing = {"case": case.name, "ours": case.what}
+    if case.needs == "cuda" and not torch.cuda.is_available():
+        return [missing | {"status": "no GPU"}], {}
+    try:
+        return measure(case, only, haste)
+    except ImportError as error:
+        return [missing | {"status": "not installed", "reason": str(error)}], {}
+    except Exception as error:
+        traceback.print_exc()
+        return [missing | {"status": "broke", "reason": f"{type(error).__name__}: {error}"}], {}
+
+
+def row(line: Line) -> str:
+    """A line of the table."""
+    if line["status"] != "measured":
+        named = "  ".join(line[key] for key in ("ours", "baseline", "shape") if key in line)
+        return f"{line['case']:{_WIDTHS[0]}}  {named}: {line['status']} {line.get('reason', '')}".rstrip()
+    values = [f"{_digits(line[key]['median'])} {line['unit']}" for key in ("ours_value", "baseline_value")]
+    ratio = Spread(**line["ratio"])
+    shown = f"{ratio.median:.2f}x [{ratio.q1:.2f}, {ratio.q3:.2f}]"
+    verdict = "met" if line["met"] else "missed"
+    return _columns(line["case"], line["ours"], line["baseline"], line["shape"], *values, shown, line["goal"], verdict)
+
+
+def _columns(*cells: str) -> str:
+    return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def summary(lines: list[Line]) -> str:
+    """How many lines came out how."""
+    words = ["met" if line.get("met") else "missed" if "met" in line else line["status"] for line in lines]
+    return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """All or nothing: a run that is stopped leaves the cases that it finished."""
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="these only; shell patterns")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="lines of ours that match")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no long cases: to see that all runs")
+    parser.add_argument("--full", action="store_true", help="the cases too that do not fit into 20 minutes")
+    parser.add_argument("--threads", type=int, default=1, help="of the timed work (1)")
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.cases = select(arguments.case, arguments.full, arguments.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = parse(argv)
+    if arguments.list:
+        print("\n".join(f"{name:{_WIDTHS[0]}}  {case.what}{' (--full)' * case.extra}" for name, case in CASES.items()))
+        return 0
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    machine = describe()
+    command = "python -m benchmarks.run " + shlex.join(sys.argv[1:] if argv is None else argv)
+    report: dict[str, Any] = {"command": command.strip(), "machine": machine, "lines": [], "cases": {}}
+    print(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, "
+          f"transformers {machine['versions']['transformers']}, {machine['date']}, load {machine['load']:.1f}, "
+          f"large products {machine['matrix_product_gflops']} GFLOP/s\n\n{_columns(*_HEAD)}")  # fmt: skip
+    start = time.monotonic()
+    for case in arguments.cases:
+        began = time.monotonic()
+        torch.manual_seed(0)
+        lines, details = attempt(case, arguments.only, 10.0 if arguments.quick else 1.0)
+        print("\n".join(map(row, lines)), flush=True)
+        report["lines"] += lines
+        report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "contestants": details}
+        if arguments.json:
+            write(arguments.json, report)
+    print(f"\n{summary(report['lines'])}; {time.monotonic() - start:.0f} s")
+    return int(any(line["status"] in _BAD for line in report["lines"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Samples taken in turn, and their medians and quartiles."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Runs = dict[str, Callable[[], float | None]]
+MOST_ROUNDS = 25
+
+
+class Spread(NamedTuple):
+    """Median, first and third quartile, and the number of samples."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Quartiles interpolate between neighbours, so that two samples have some too."""
+    values = list(values)
+    q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
+    return Spread(median, q1, q3, len(values))
+
+
+def sample(run: Callable[[], float | None]) -> float:
+    """What one call returns, or how many seconds it takes; without the garbage collector in between."""
+    gc.collect()
+    gc.disable()
+    try:
+        _wait()
+        start = time.perf_counter()
+        value = run()
+        _wait()
+        return time.perf_counter() - start if value is None else value
+    finally:
+        gc.enable()
+
+
+def alternate(runs: Runs, budget: float, least_rounds: int = 3, warm_up: bool = True) -> dict[str, list[float]]:
+    """Run A B C, A B C, ...: what disturbs the machine for a while disturbs all alike.
+
+    Args:
+        budget: seconds. After `least_rounds` a round begins only if one as long as the last fits.
+        warm_up: a first round that is not counted.
+
+    Returns:
+        the samples of every run, as many of each.
+    """
+    if warm_up:
+        for run in runs.values():
+            sample(run)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start = last = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        now = time.perf_counter()
+        if number >= least_rounds and now - start + (now - last) > budget:
+            break
+        last = now
+        for name, run in runs.items():
+            samples[name].append(sample(run))
+    return samples
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
