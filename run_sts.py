@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
-from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
+from lalm.training.checkpoints import check_output_dir, check_results_dir, claim_output_dir, run_record
 from lalm.training.errors import exit_on_user_error
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.run_logging import set_up_logging
@@ -31,7 +31,7 @@ from lalm.training.sts_evaluation import evaluate_model
 from lalm.training.sts_sources import TrainingData, collect
 from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
 from lalm.training.sts_teacher import load_teacher
-from lalm.training.sts_trainer import StsTrainer, dev_evaluator
+from lalm.training.sts_trainer import StsTrainer, dev_evaluator, is_over
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")
@@ -63,12 +63,12 @@ def build_trainer(stage: Stage, found: TrainingData, splits: StsSplits, argument
 
 def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict) -> None:
     """Train (or resume), save the model, and gather the figures."""
-    earlier = read_json(trainer.args.folder / "train_results.json")
-    if checkpoint and (is_finished(checkpoint, trainer.args) or earlier.get("stopped_early")):
+    earlier = {}
+    if checkpoint and is_over(checkpoint, trainer.args):
         logger.info("%s is the end of the training: nothing is left to train", checkpoint)
         trainer.restore(checkpoint)
+        earlier = read_json(trainer.args.folder / "train_results.json")
     else:
-        earlier = {}
         trainer.args.eval_on_start &= checkpoint is None  # a resumed run has that evaluation in its history
         trainer.train(resume_from_checkpoint=checkpoint)
     if dtype != "auto":
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
     if training.stage:
         run_stage(arguments, argv, results)
     else:
+        check_results_dir(training.folder, model_arguments.model_name_or_path)
         splits = load_stsb(data.data_dir, ("validation", "test"))
         name = model_arguments.model_name_or_path or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
         device = "cpu" if training.use_cpu else None

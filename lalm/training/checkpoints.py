@@ -171,8 +171,24 @@ def check_output_dir(record: dict, training: Any) -> str | None:
     return str(checkpoint) if checkpoint else None
 
 
+def check_results_dir(folder: Path, model: str | None) -> None:
+    """Check a folder that an evaluation alone would write its figures into.
+
+    Raises:
+        UserError: it is a file, or holds a run whose figures are not those of the folder `model`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir: {folder} is a file")
+    is_its_own = model is not None and Path(model).expanduser().resolve() == folder.resolve()
+    if read_record(folder) is not None and not is_its_own:
+        raise UserError(
+            f"--output_dir: {folder} holds a run, whose figures would be overwritten by those of another model; name "
+            f"another folder"
+        )
+
+
 def claim_output_dir(record: dict, training: Any) -> None:
-    """Make the output folder this run's; with --start_over the earlier checkpoints go now, not before.
+    """Make the output folder this run's; with --start_over the earlier checkpoints and results go now, not before.
 
     By now text and model are known to be good, so no mistake in the arguments costs an earlier run.
     """
@@ -184,4 +200,6 @@ def claim_output_dir(record: dict, training: Any) -> None:
     if training.start_over:
         for stale in checkpoints_of(folder):
             shutil.rmtree(stale)
+        for figures in folder.glob("*_results.json"):
+            figures.unlink()
     write_record(folder, record)

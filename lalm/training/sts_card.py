@@ -21,7 +21,7 @@ OURS = """## Figures
 {figures}
 
 Cosine of the vectors against {source}; percentile bootstrap over the pairs, which does not cover the training seed. \
-The best checkpoint is chosen on validation{test}.
+{choice}{test}.
 
 ## Data
 
@@ -127,22 +127,28 @@ def figures_table(results: Mapping[str, Any]) -> str:
     return "\n".join(rows) if len(rows) > 2 else "This run was not evaluated."
 
 
-def training_facts(arguments: Arguments, results: Mapping[str, Any]) -> str:
+def training_facts(arguments: Arguments, notes: Mapping[str, str], results: Mapping[str, Any]) -> str:
     """List the settings of the training."""
-    model, _, training = arguments
+    model, data, training = arguments
     terms = {term: weight for term, weight in training.loss_weights.items() if weight}
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    saved = "float32" if model.save_dtype == "auto" else model.save_dtype
+    mixture = ", ".join(f"{kind} {share:g}" for kind, share in data.shares.items() if kind in notes)
+    penalties = {"orthogonal": training.orthogonal_weight, "retention": training.retention_weight or 0}
     facts = {
         "stage": training.stage,
         "start": model.model_name_or_path or f"`{model.teacher}`, made linear",
         "teacher": f"`{model.teacher}`" if terms else None,
         "loss": ", ".join(f"{weight:g} x {term}" for term, weight in terms.items()) or None,
+        "mixture": mixture if training.stage == "finetune" else None,
+        "penalties": ", ".join(f"{weight:g} x {name}" for name, weight in penalties.items() if weight) or None,
+        "not trained": ", ".join(f"`{part}`" for part in model.freeze or []) or None,
         "steps": f"{results['steps']:,}" if "steps" in results else None,
         "rows a step": str(per_step),
         "learning rate": f"{training.learning_rate:g}, {schedule}, warm-up {training.warmup_steps:g}",
         "longest training text": f"{training.max_seq_length} tokens",
-        "precision": "bfloat16 autocast" if training.bf16 else "float32",
+        "precision": f"{'bfloat16 autocast' if training.bf16 else 'float32'}, saved as {saved}",
         "seed": str(training.seed),
         "hardware": hardware(),
         "Pearson on validation before training": _number(results, "before_pearson"),
@@ -171,13 +177,15 @@ def sts_card(
         argv: the command line after the script's name.
     """
     training: StsTrainingArguments = arguments[2]
+    best = training.load_best_model_at_end
     ours = OURS.format(
         figures=figures_table(results),
         source=source,
+        choice="The best checkpoint is chosen on validation" if best else "The last step's weights are kept",
         test=", test is scored once at the end" if training.do_test else "",
         data="\n".join(f"- {name}: {note}" for name, note in notes.items()),
         command=command_line(argv, training.script),
-        training=training_facts(arguments, results),
+        training=training_facts(arguments, notes, results),
     )
     text = generate_model_card(model)
     head, mark, rest = text.partition("## Model Details")

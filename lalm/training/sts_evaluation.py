@@ -41,7 +41,10 @@ def encode(model: "SentenceTransformer", texts: Sequence[str], batch_size: int =
     broken = ~np.isfinite(vectors).all(axis=1)
     if broken.any():
         text = unique[int(broken.argmax())]
-        raise UserError(f"the model's embedding of {text[:60]!r} holds NaN or infinity ({broken.sum()} texts in all)")
+        raise UserError(
+            f"the model's embedding of {text[:60]!r} holds NaN or infinity ({broken.sum()} texts in all): its weights "
+            f"are broken; if a training has made them so, lower its --learning_rate"
+        )
     place = {text: row for row, text in enumerate(unique)}
     return vectors[[place[text] for text in texts]]
 

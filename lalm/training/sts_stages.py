@@ -30,6 +30,7 @@ from torch import nn
 
 from lalm.modeling.linearize import fit_output_projections, student_config
 from lalm.modeling.modeling_lam import LamModel
+from lalm.training.checkpoints import checkpoints_of, read_record
 from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.sts_arguments import StsDataArguments, StsModelArguments, StsTrainingArguments
 from lalm.training.sts_losses import (
@@ -70,8 +71,9 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
         UserError: there is none; a folder of a run that has not ended says so.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "modules.json").is_file() and any(folder.glob("checkpoint-*")):
-        raise UserError(f"{flag}: the run in {folder} has not ended, so there is no model; run its command again")
+    if read_record(folder) is not None and not (folder / "train_results.json").is_file():
+        checkpoint = next((f", or take its {path}" for path in checkpoints_of(folder)), "")
+        raise UserError(f"{flag}: the run in {folder} has not ended; run its command again to resume it{checkpoint}")
     try:
         return SentenceTransformer(
             str(folder) if folder.exists() else name,
@@ -83,7 +85,9 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
     except Exception as error:
         if is_disk_full(error):
             raise
-        raise UserError(f"{flag}: cannot load '{name}': {one_line(error)}") from None
+        absent = f"there is no folder {name} (the --output_dir of an earlier stage?), and the Hub gives no such model"
+        reason = f"cannot load {folder}" if folder.exists() else absent
+        raise UserError(f"{flag}: {reason}: {one_line(error)}") from None
 
 
 def build_student(

@@ -5,6 +5,7 @@ import random
 import pytest
 
 import run_clm
+from tests.training.sts_world import StsWorld
 
 SIZES = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24"
 TINY_MODELS = {
@@ -57,3 +58,16 @@ def tiny_run(texts, tmp_path):
         return run_clm.main([*argv, *flags])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sts_world(tmp_path_factory) -> StsWorld:
+    """A folder for runs of run_sts.py."""
+    return StsWorld(tmp_path_factory.mktemp("sts"))
+
+
+@pytest.fixture(scope="session")
+def chain(sts_world) -> dict[str, dict]:
+    """The results of the three stages, one after the other, in folders of their names; the last saves in bfloat16."""
+    dtypes = {"distill": "float32", "relational": "float32", "finetune": "bfloat16"}
+    return {stage: sts_world.run(stage, "--save_dtype", dtype, output=stage) for stage, dtype in dtypes.items()}
