@@ -1,1 +1,129 @@
-"""."""
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Training on a GPU: 24 layers x 1,024 in bfloat16 against fla's own models and Llama, and the dual-state kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lalm
+from benchmarks import gates
+from benchmarks.cases_ops import OPS, Inputs, output_of
+from benchmarks.models import LLAMA, facts, train_step
+from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from lalm.convert import config_to_fla, state_dict_to_fla
+
+SIZES: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
+# With what fla's classes of the same name are called and can represent (lalm/convert.py).
+VARIANTS: dict[str, tuple[type[lalm.LalmConfig], str, dict[str, Any]]] = {
+    "gla": (lalm.GLAConfig, "GLA", {}),
+    "retnet": (lalm.RetNetConfig, "RetNet", {}),
+    "delta_net": (lalm.DeltaNetConfig, "DeltaNet", {}),
+    "gated_delta_net": (lalm.DeltaNetConfig, "GatedDeltaNet", {"use_decay_gate": True}),
+}
+TOKENS = 16384  # of a step; a batch of shorter texts has as many
+BFLOAT16 = 3e-2
+
+
+def ours_and_theirs(name: str, device: str = "cuda", **changes: Any) -> tuple[Any, Any]:
+    """Our model on fla's kernels and fla's own, of the same weights."""
+    import fla.models
+
+    config_class, prefix, fields = VARIANTS[name]
+    ours = AutoModelForCausalLM.from_config(
+        config_class(**SIZES | fields | {"linear_attn_implementation": "fla"} | changes), dtype=torch.bfloat16
+    )
+    theirs_config = {key: value for key, value in config_to_fla(ours.config).items() if key != "model_type"}
+    theirs = getattr(fla.models, f"{prefix}ForCausalLM")(getattr(fla.models, f"{prefix}Config")(**theirs_config))
+    theirs.load_state_dict(state_dict_to_fla(ours.state_dict(), ours.config))
+    return ours.to(device), theirs.to(device, torch.bfloat16)
+
+
+def llama(device: str = "cuda", **changes: Any) -> Any:
+    config = LlamaConfig(**SIZES | {"intermediate_size": 2816, "attn_implementation": "sdpa"} | changes)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, torch.bfloat16)
+
+
+def with_flash(step: Any) -> None:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        step()
+
+
+def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
+    """Gate: equal weights give equal losses, and gradients of the embeddings of one direction."""
+    found, expected = (
+        gates.parameter_gradients(model, model(input_ids=ids, labels=ids, use_cache=False).loss)
+        for model in (ours, theirs)
+    )
+    gates.near("loss", found["loss"], expected["loss"], BFLOAT16)
+    a, b = found["model.embed_tokens.weight"].float(), expected["model.embeddings.weight"].float()
+    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    if not cosine > 0.99:
+        raise GateError(f"gradient of the embeddings: cosine {cosine:.4f}")
+
+
+def training(length: int, against_llama: float) -> Contest:
+    """Every variant on fla's kernels, fla's own models, and Llama with flash attention."""
+    ids = torch.randint(SIZES["vocab_size"], (TOKENS // length, length), device="cuda")
+    softmax = llama(max_position_embeddings=length)
+    contestants = {LLAMA: Contestant(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
+    ratios, shape = [], f"[{TOKENS // length}, {length}] train step"
+    for name in VARIANTS:
+        ours, theirs = ours_and_theirs(name)
+        gate = partial(same_loss, ours, theirs, ids[:1, :512])
+        contestants[name] = Contestant(train_step(ours, ids), gate, facts(ours, TOKENS))
+        contestants[f"fla {name}"] = Contestant(train_step(theirs, ids), None, facts(theirs, TOKENS))
+        ratios += [Ratio(name, f"fla {name}", shape, 0.97), Ratio(name, LLAMA, shape, against_llama)]
+    return Contest(contestants, ratios, "bfloat16")
+
+
+def dual_state(length: int = 4096) -> Contest:
+    """The dual-state delta rule beside fla's gated delta rule, which does half of its work."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    def on_gpu(x: Inputs) -> Inputs:
+        kept = {"g", "read", "coupling"}
+        return {key: tensor.cuda().to(torch.float32 if key in kept else torch.bfloat16) for key, tensor in x.items()}
+
+    def step(function: Any, leaves: Inputs) -> None:
+        out = function(**leaves)
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    def right(function: Any, x: Inputs) -> None:
+        first = gates.prefix(x, 256)
+        exact = {key: tensor.float() for key, tensor in first.items()}
+        expected = output_of(OPS["dual_state"].recurrent, **exact)
+        gates.near("output", function(**first).float(), expected, BFLOAT16)
+
+    x, y = (on_gpu(OPS[name].inputs(length)) for name in ("dual_state", "gated_delta"))
+    ours = partial(output_of, OPS["dual_state"].form(x))
+    theirs = partial(output_of, chunk_gated_delta_rule)
+    leaves = [{key: tensor.clone().requires_grad_() for key, tensor in inputs.items()} for inputs in (x, y)]
+    contestants = {
+        "fla gated delta": Contestant(partial(step, theirs, leaves[1])),
+        "dual_state": Contestant(partial(step, ours, leaves[0]), partial(right, ours, x)),
+    }
+    ratio = Ratio("dual_state", "fla gated delta", f"[1, {length}, 8, 64] fwd+bwd", 2.5, at_most=True)
+    return Contest(contestants, [ratio], "bfloat16")
+
+
+for _length, _target in ((2048, 1.0), (16384, 1.5)):
+    register(
+        f"gpu_train_{_length}",
+        f"24 x 1,024, bfloat16, T = {_length}: >= .97x fla's models, >= {_target:g}x Llama with flash attention",
+        partial(training, _length, _target),
+        budget=60,
+        needs="cuda",
+    )
+register(
+    "gpu_dual_state",
+    "dual-state kernel, T = 4,096, bfloat16: <= 2.5x the time of fla's gated delta rule",
+    dual_state,
+    budget=5,
+    needs="cuda",
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 from torch.nn import functional as F
@@ -64,39 +65,37 @@ def for_dual_state(length: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A rule: its specification, its fast forms, its inputs, and the targets at LENGTHS."""
+    """A rule, its inputs, and its targets at LENGTHS. Its forms in `module` are called recurrent_<rule> (the
+    specification), chunk_<rule> and perhaps cpp_<rule>."""
 
-    recurrent: Callable
-    chunk: Callable
+    module: ModuleType
+    rule: str
     inputs: Callable[[int], Inputs]
     targets: tuple[float, float]
-    cpp: Callable | None = None
+
+    @property
+    def recurrent(self) -> Callable:
+        return getattr(self.module, f"recurrent_{self.rule}")
 
     def form(self, x: Inputs) -> Callable:
         """What `linear_attn_implementation="auto"` takes for these tensors."""
-        cpp = self.cpp
-        if self.cpp is dual_state.cpp_dual_state_delta and not dual_state.cpp_kernel(x["q"], x["v"], 2, True):
-            cpp = None
-        return choose("a benchmark", "auto", x["q"], recurrent=self.recurrent, chunk=self.chunk, cpp=cpp)
+        cpp = getattr(self.module, f"cpp_{self.rule}", None)
+        if cpp:
+            try:
+                cpp(**gates.prefix(x, 8))
+            except RuntimeError:  # no compiler, or not for these tensors
+                cpp = None
+        chunk = getattr(self.module, f"chunk_{self.rule}")
+        return choose("a benchmark", "auto", x["q"], recurrent=self.recurrent, chunk=chunk, cpp=cpp)
 
 
 OPS = {
-    "linear": Op(
-        linear_attention.recurrent_linear_attention, linear_attention.chunk_linear_attention, for_linear, (5, 20)
-    ),
-    "retention": Op(retention.recurrent_retention, retention.chunk_retention, qkv, (5, 20)),
-    "gla": Op(gla.recurrent_gla, gla.chunk_gla, for_gla, (3, 10)),
-    "delta": Op(delta_rule.recurrent_delta_rule, delta_rule.chunk_delta_rule, for_delta, (2.5, 8)),
-    "gated_delta": Op(
-        delta_rule.recurrent_gated_delta_rule, delta_rule.chunk_gated_delta_rule, for_gated_delta, (2.5, 8)
-    ),
-    "dual_state": Op(
-        dual_state.recurrent_dual_state_delta,
-        dual_state.chunk_dual_state_delta,
-        for_dual_state,
-        (1.2, 4),
-        dual_state.cpp_dual_state_delta,
-    ),
+    "linear": Op(linear_attention, "linear_attention", for_linear, (5, 20)),
+    "retention": Op(retention, "retention", qkv, (5, 20)),
+    "gla": Op(gla, "gla", for_gla, (3, 10)),
+    "delta": Op(delta_rule, "delta_rule", for_delta, (2.5, 8)),
+    "gated_delta": Op(delta_rule, "gated_delta_rule", for_gated_delta, (2.5, 8)),
+    "dual_state": Op(dual_state, "dual_state_delta", for_dual_state, (1.2, 4)),
 }
 
 
@@ -105,12 +104,12 @@ def output_of(function: Callable, **x: torch.Tensor) -> torch.Tensor:
 
 
 def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callable[[], None]:
-    """One forward and the gradients of all inputs, for one fixed cotangent of ones."""
+    """One forward and the gradients of all inputs, for one cotangent."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
+    d_out = torch.randn_like(x["v"])
 
     def run() -> None:
-        out = function(**leaves)
-        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        torch.autograd.grad(function(**leaves), list(leaves.values()), d_out)
 
     return run
 
@@ -160,14 +159,13 @@ def against_transformers(length: int) -> Contest:
         with torch.no_grad():
             function(**x)
 
-    contestants, ratios = {}, []
+    contestants, kinds = {}, ("fwd", "fwd+bwd")
     for who, function in (("ours", ours), ("transformers", theirs)):
-        gate = partial(follows, function, partial(output_of, op.recurrent), x)
+        gate = cache(partial(follows, function, partial(output_of, op.recurrent), x))
         contestants[f"{who} fwd"] = Contestant(partial(forward, function), gate)
         contestants[f"{who} fwd+bwd"] = Contestant(forward_backward(function, x), gate)
-    for what in ("fwd", "fwd+bwd"):
-        ratios.append(Ratio(f"ours {what}", f"transformers {what}", f"[1, {length}, {HEADS}, {SIZE}]", 2))
-    return Contest(contestants, ratios)
+    shape = f"[1, {length}, {HEADS}, {SIZE}]"
+    return Contest(contestants, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
 
 
 for _length, _budget in zip(LENGTHS, (8, 20), strict=True):

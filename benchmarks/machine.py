@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "hardware": hardware(),
-        "matrix_product_gflops": {str(dtype)[6:]: matrix_product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)},
+        "matrix_product_gflops": {
+            str(dtype)[6:]: matrix_product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)
+        },
     }
 
 
@@ -69,13 +71,8 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: distribution.version for distribution in distributions() if (name := distribution.name)}
+    return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def _git(*arguments: str) -> str | None:

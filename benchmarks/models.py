@@ -37,7 +37,8 @@ VARIANTS: dict[str, tuple[type[lalm.LalmConfig], dict[str, Any]]] = {
 }
 LLAMA = "llama"
 CHECKED = 160  # tokens of the gates: more than two chunks
-TOLERANCE = 5e-3  # of gradients through six layers in float32
+# float32. Most are within 2e-5; the norms of RetNet's fresh, tiny outputs make 3e-3 of the same rounding.
+TOLERANCE = 5e-3
 
 
 def config_of(name: str, **changes) -> Any:
@@ -58,13 +59,12 @@ def build(name: str, **changes) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def tokens(length: int, batch: int = 1) -> torch.Tensor:
-    """Ids `[B, T]`; a shorter text is the beginning of a longer one."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(SIZES["vocab_size"], (length, batch), generator=generator).T.contiguous()
+def tokens(length: int, vocabulary: int = SIZES["vocab_size"]) -> torch.Tensor:
+    """Ids `[1, T]`; a shorter text is the beginning of a longer one."""
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
 
 
-def facts(model: torch.nn.Module, count: int) -> dict[str, int]:
+def facts(model: Any, count: int) -> dict[str, int]:
     """Parameters, those that multiply every token (all but the embeddings), and tokens of a sample."""
     total = sum(x.numel() for x in model.parameters())
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
@@ -139,7 +139,7 @@ def specification(model: Any) -> Iterator[None]:
 @cache
 def trains_exactly(model: Any) -> None:
     """Gate: loss and gradients of every parameter are those of the recurrent specification."""
-    ids = tokens(CHECKED)
+    ids = tokens(CHECKED, model.config.vocab_size)
 
     def loss() -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -154,13 +154,12 @@ def trains_exactly(model: Any) -> None:
 @torch.no_grad()
 def decodes_exactly(model: Any) -> None:
     """Gate: the logits of a text in one piece, and of its last tokens one by one, are the specification's."""
-    ids = tokens(CHECKED)
+    ids = tokens(CHECKED, model.config.vocab_size)
     head = CHECKED - 8
     cache = DynamicCache(config=model.config)
     model.eval()
-    logits = [model(input_ids=ids[:, :head], past_key_values=cache, use_cache=True).logits]
-    for token in ids[:, head:].split(1, dim=1):
-        logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+    pieces = ids.split([head] + [1] * (CHECKED - head), dim=1)
+    logits = [model(input_ids=piece, past_key_values=cache, use_cache=True).logits for piece in pieces]
     with specification(model):
         expected = model(input_ids=ids, use_cache=False).logits
     gates.near("logits", torch.cat(logits, dim=1), expected, TOLERANCE)

@@ -17,16 +17,20 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from benchmarks import cases_encoder, cases_gpu, cases_models, cases_ops, cases_startup  # noqa: F401  they register
 from benchmarks.machine import describe
 from benchmarks.registry import CASES, Case, Contest, GateError, Ratio, select
 from benchmarks.timing import Spread, alternate, spread
+
+for _module in ("ops", "models", "encoder", "startup", "gpu"):  # they register, in the order of the table
+    import_module(f"benchmarks.cases_{_module}")
 
 Line = dict[str, Any]
 _HEAD = ("case", "ours", "against", "shape", "ours", "against", "ratio [quartiles]", "target", "")
@@ -36,14 +40,18 @@ _BAD = ("gate failed", "broke")
 
 def check(contest: Contest) -> dict[str, str]:
     """Run the gates; the reasons of those that failed, by contestant."""
-    failed = {}
-    for name, contestant in contest.contestants.items():
-        try:
-            if contestant.gate:
-                contestant.gate()
-        except GateError as error:
-            failed[name] = str(error)
-    return failed
+    reasons = {name: failure(contestant.gate) for name, contestant in contest.contestants.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def failure(gate: Callable[[], None] | None) -> str:
+    """Why a gate fails, nothing if it does not."""
+    try:
+        if gate:
+            gate()
+    except GateError as error:
+        return str(error)
+    return ""
 
 
 def figure(ratio: Ratio, contest: Contest, samples: dict[str, list[float]]) -> Line:
@@ -154,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     machine = describe()
     command = "python -m benchmarks.run " + shlex.join(sys.argv[1:] if argv is None else argv)
     report: dict[str, Any] = {"command": command.strip(), "machine": machine, "lines": [], "cases": {}}

@@ -1,0 +1,95 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Draws the models of a results file over the length of the text: time, memory, tokens/s, share of the machine.
+
+python -m benchmarks.plot benchmarks/results/NAME.json --output docs/speed.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import spread
+
+Points = dict[str, list[tuple[int, float]]]
+Contestants = dict[str, dict[str, Any]]
+BASELINES = ("llama",)  # drawn in black
+
+
+def contestants(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str, Any], float]]:
+    """(name, facts, median sample in s or MiB) of all that ran in the cases whose names begin so."""
+    found = []
+    for name, case in report["cases"].items():
+        if name.startswith(prefix):
+            who: Contestants = case["contestants"]
+            found += [(key, one["facts"], spread(one["samples"]).median) for key, one in who.items() if one["samples"]]
+    return found
+
+
+def by_length(report: dict[str, Any], prefix: str, value: Any) -> Points:
+    """`value(facts, median)` over the tokens, by the first word of the contestant."""
+    points: Points = {}
+    for name, facts, median in contestants(report, prefix):
+        points.setdefault(name.split()[0], []).append((facts["tokens"], value(facts, median)))
+    return {name: sorted(pairs) for name, pairs in points.items()}
+
+
+def panels(report: dict[str, Any]) -> dict[str, Points]:
+    """What is drawn, by the label of its axis. Work is counted as 6 operations a weight and token."""
+    rate = report["machine"]["matrix_product_gflops"]["float32"] * 1e9
+    return {
+        "train step, s": by_length(report, "train_", lambda facts, median: median),
+        "train, tokens/s": by_length(report, "train_", lambda facts, median: facts["tokens"] / median),
+        "prefill, tokens/s": by_length(report, "prefill_", lambda facts, median: facts["tokens"] / median),
+        "peak memory of a train step, MiB": by_length(report, "memory", lambda facts, median: median),
+        "share of the rate of large matrix products": by_length(
+            report,
+            "train_",
+            lambda facts, median: 6 * facts["matrix_parameters"] * facts["tokens"] / median / rate,
+        ),
+    }
+
+
+def draw(report: dict[str, Any], path: Path) -> list[str]:
+    """Write the picture; returns the labels of its panels, none if the report has nothing to draw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = {label: points for label, points in panels(report).items() if points}
+    if not drawn:
+        return []
+    figure = Figure(figsize=(4.6 * len(drawn), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (label, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for name, pairs in points.items():
+            axes.plot(*zip(*pairs, strict=True), "o-", label=name, color="black" if name in BASELINES else None)
+        axes.set(xlabel="tokens", title=label, xscale="log", ylim=(0, None))
+        if label.endswith((", s", "MiB")):
+            axes.set(yscale="log", ylim=(None, None))
+        ticks = sorted({length for pairs in points.values() for length, _ in pairs})
+        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.get_axes()[0].legend(fontsize="small")
+    machine = report["machine"]
+    figure.suptitle(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), {machine['date'][:10]}")
+    figure.savefig(path, dpi=110)
+    return list(drawn)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, help="the JSON of python -m benchmarks.run --json")
+    parser.add_argument("--output", type=Path, default=Path("speed.png"), help="the picture")
+    arguments = parser.parse_args(argv)
+    drawn = draw(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.output)
+    if not drawn:
+        parser.error(f"{arguments.results} has no train, prefill or memory case to draw")
+    print(f"{arguments.output}: {', '.join(drawn)}")
+
+
+if __name__ == "__main__":
+    main()
