@@ -26,7 +26,13 @@ from lalm.modeling.modeling_heads import (
 )
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear_attention import chunk_linear_attention, fla_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.linear_attention import (
+    chunk_linear_attention,
+    cpp_linear_attention,
+    fla_linear_attention,
+    recurrent_linear_attention,
+)
+from lalm.modeling.ops.recurrence import if_compiled
 
 
 class BasedMixer(Mixer):
@@ -39,6 +45,7 @@ class BasedMixer(Mixer):
         self.feature_map = FeatureMap("taylor", self.key_dim)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        q, k = self.feature_map(q), self.feature_map(k)
         op = choose(
             "linear_attention",
             self.config.linear_attn_implementation,
@@ -46,10 +53,11 @@ class BasedMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
+            cpp=if_compiled(cpp_linear_attention, q, self.value_dim + 1, 0),
         )
         return op(
-            self.feature_map(q),
-            self.feature_map(k),
+            q,
+            k,
             v,
             scale=1.0,
             initial_state=state,

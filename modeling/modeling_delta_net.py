@@ -25,6 +25,8 @@ from lalm.modeling.modeling_heads import (
 from lalm.modeling.ops.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
+    cpp_delta_rule,
+    cpp_gated_delta_rule,
     fla_delta_rule,
     fla_gated_delta_rule,
     recurrent_delta_rule,
@@ -32,6 +34,7 @@ from lalm.modeling.ops.delta_rule import (
 )
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.recurrence import if_compiled
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
 _TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0
@@ -91,6 +94,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_delta_rule,
                 chunk=chunk_delta_rule,
                 fla=fla_delta_rule,
+                cpp=if_compiled(cpp_delta_rule, q, self.value_dim, 0, delta=True),
             )
             gates: tuple[torch.Tensor, ...] = (beta,)
         else:
@@ -101,6 +105,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_gated_delta_rule,
                 chunk=chunk_gated_delta_rule,
                 fla=fla_gated_delta_rule,
+                cpp=if_compiled(cpp_gated_delta_rule, q, self.value_dim, 1, delta=True),
             )
             gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
         o, state = op(

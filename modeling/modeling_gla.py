@@ -19,7 +19,8 @@ from lalm.modeling.modeling_heads import (
 )
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.gla import chunk_gla, fla_gla, recurrent_gla
+from lalm.modeling.ops.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
+from lalm.modeling.ops.recurrence import if_compiled
 
 
 class GLAMixer(Mixer):
@@ -45,6 +46,7 @@ class GLAMixer(Mixer):
             recurrent=recurrent_gla,
             chunk=chunk_gla,
             fla=fla_gla,
+            cpp=if_compiled(cpp_gla, q, self.value_dim, self.key_dim),
         )
         o, state = op(
             q,

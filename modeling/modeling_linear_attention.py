@@ -19,7 +19,13 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.linear_attention import chunk_linear_attention, fla_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.linear_attention import (
+    chunk_linear_attention,
+    cpp_linear_attention,
+    fla_linear_attention,
+    recurrent_linear_attention,
+)
+from lalm.modeling.ops.recurrence import if_compiled
 
 
 class LinearAttentionMixer(Mixer):
@@ -35,6 +41,7 @@ class LinearAttentionMixer(Mixer):
         self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps) if config.output_norm else None
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        q, k = self.q_map(q), (self.k_map or self.q_map)(k)
         op = choose(
             "linear_attention",
             self.config.linear_attn_implementation,
@@ -42,10 +49,11 @@ class LinearAttentionMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
+            cpp=if_compiled(cpp_linear_attention, q, self.value_dim + self.normalize, 0),
         )
         o, state = op(
-            self.q_map(q),
-            (self.k_map or self.q_map)(k),
+            q,
+            k,
             v,
             # The paper has no scale. Without a normaliser the field's 1 / sqrt(K) keeps the output's size in check.
             scale=1.0 if self.normalize else None,

@@ -15,7 +15,8 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.retention import chunk_retention, fla_retention, recurrent_retention
+from lalm.modeling.ops.recurrence import if_compiled
+from lalm.modeling.ops.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
 
 
 class RetNetMixer(Mixer):
@@ -33,6 +34,7 @@ class RetNetMixer(Mixer):
             recurrent=recurrent_retention,
             chunk=chunk_retention,
             fla=fla_retention,
+            cpp=if_compiled(cpp_retention, q, self.value_dim, 1),
         )
         o, state = op(
             q,

@@ -35,7 +35,6 @@ VARIATIONS: dict[str, list[str]] = {
     "one memory (decay .999)": ["num_memories=1", "decay_init=[0.999]", "use_flux=false", "use_leak=false"],
     "no delta rule": ["use_delta_rule=false"],
     "no leak": ["use_leak=false"],
-    "constant decays": ["use_adaptive_decay=false"],
     "causal": ["is_causal=true"],
     NO_MIXER: [],
 }

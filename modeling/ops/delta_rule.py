@@ -26,6 +26,7 @@ from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.recurrence import cpp_delta
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,6 +313,25 @@ def fla_delta_rule(
     )
 
 
+def cpp_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_delta_rule` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    return _delta_rule(
+        cpp_delta, q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
+    )
+
+
 def recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -378,4 +398,24 @@ def fla_gated_delta_rule(
     """`recurrent_gated_delta_rule` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _delta_rule(
         fla_delta, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
+    )
+
+
+def cpp_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_gated_delta_rule` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    return _delta_rule(
+        cpp_delta, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
     )

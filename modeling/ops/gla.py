@@ -14,6 +14,7 @@ from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_state
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
@@ -116,3 +117,20 @@ def fla_gla(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_gla` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _gla(fla_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal))
+
+
+def cpp_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_gla` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    return _gla(cpp_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal))

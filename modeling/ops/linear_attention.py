@@ -19,6 +19,7 @@ from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_state
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def apply_linear_attention(
@@ -141,5 +142,27 @@ def fla_linear_attention(
     """`recurrent_linear_attention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return apply_linear_attention(
         fla_diagonal,
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
+    )
+
+
+def cpp_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_linear_attention` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    return apply_linear_attention(
+        cpp_diagonal,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )

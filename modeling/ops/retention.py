@@ -16,6 +16,7 @@ from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype,
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear_attention import apply_linear_attention
+from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def retention_log_decay(
@@ -123,6 +124,22 @@ def fla_retention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_retention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
     return _retention(fla_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+
+
+def cpp_retention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_retention` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    return _retention(cpp_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
 
 
 def _parallel(q, k, v, g, scale, state, layout):

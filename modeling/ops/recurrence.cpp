@@ -1,0 +1,409 @@
+// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+// Diagonal recurrences and the delta rule token by token, for one CPU core per head:
+//     S <- diag(a) S      u = beta (v - S^T k), or v where DELTA is 0      S <- S + k u^T      o = scale S^T q
+//
+// A state of KEY x BLOCK floats stays in the first-level cache and is passed over once a token, so that stepping runs
+// at the speed of the vector units and needs neither chunks nor solves. The columns of a state never mix, hence blocks.
+// The backward pass keeps no states: gradients of states run backwards (dk, dv), then states forwards (dq and the rest
+// of dk), and the gradient of a log decay g = log a follows from these. For G = dL/dS after a token, <G, S> changes at a
+// token by what reads and writes there, q dq - v dv (delta rule) or, row by row, q dq - k dk; its exact value is taken
+// every ANCHOR tokens.
+//
+// Compiled for one KEY, VALUE, DECAY (0 none, 1 a number a head, 2 a number a key row) and DELTA.
+// Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], beta [B, T, H], states
+// [B, H, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
+// with skip != 0 is padding and does nothing else.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int ROWS = (KEY + LANES - 1) / LANES * LANES;  // rows beyond KEY stay zero
+constexpr int ANCHOR = 256;
+constexpr int CACHE = 40960;  // bytes of a state: most of a first-level cache
+static_assert(VALUE % LANES == 0, "VALUE must be a multiple of 16");
+static_assert(!(DELTA && DECAY == 2), "the delta rule has one decay a head");
+
+constexpr int parts_of(int wanted) {
+  return VALUE / LANES % wanted == 0 && (wanted == 1 || ROWS * wanted * LANES * 4 <= CACHE) ? wanted
+                                                                                                 : parts_of(wanted - 1);
+}
+constexpr int PARTS = parts_of(5);
+constexpr int BLOCK = PARTS * LANES;
+constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
+typedef float loose __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
+
+struct Row {  // BLOCK columns
+  vec part[PARTS];
+};
+struct State {
+  Row row[ROWS];
+};
+struct Column {  // a number for each row
+  alignas(64) float at[ROWS];
+};
+
+#define EACH_PART(p) _Pragma("GCC unroll 8") for (int p = 0; p < PARTS; ++p)
+
+inline Row load(const float* x) {
+  Row row;
+  EACH_PART(p) row.part[p] = *reinterpret_cast<const loose*>(x + p * LANES);
+  return row;
+}
+
+inline void store(float* x, const Row& row) {
+  EACH_PART(p) *reinterpret_cast<loose*>(x + p * LANES) = row.part[p];
+}
+
+inline Row operator*(float a, Row x) {
+  EACH_PART(p) x.part[p] *= a;
+  return x;
+}
+
+inline vec dot(const Row& x, const Row& y) {  // still to be summed over the lanes
+  vec total = x.part[0] * y.part[0];
+  for (int p = 1; p < PARTS; ++p) total += x.part[p] * y.part[p];
+  return total;
+}
+
+inline float sum(vec x) {
+  float total = 0;
+  for (int j = 0; j < LANES; ++j) total += x[j];
+  return total;
+}
+
+inline vec pairs(vec a, vec b) {
+  return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+inline vec quads(vec a, vec b) {
+  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+inline vec eights(vec a, vec b) {
+  return SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+         SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+}
+inline vec halves(vec a, vec b) {
+  return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// The sums over the lanes of 16 vectors.
+inline vec sums(const vec (&x)[LANES]) {
+  vec e[2];
+  for (int j = 0; j < 2; ++j) {
+    const vec* y = x + 8 * j;
+    e[j] = eights(quads(pairs(y[0], y[1]), pairs(y[2], y[3])), quads(pairs(y[4], y[5]), pairs(y[6], y[7])));
+  }
+  return halves(e[0], e[1]);
+}
+
+void load_state(State& state, const float* from, int column) {
+  std::memset(&state, 0, sizeof(State));
+  for (int i = 0; from && i < KEY; ++i) state.row[i] = load(from + i * VALUE + column);
+}
+
+void store_state(const State& state, float* to, int column) {
+  for (int i = 0; i < KEY; ++i) store(to + i * VALUE + column, state.row[i]);
+}
+
+inline void load_column(Column& column, const float* x, float scale = 1) {
+  for (int i = 0; i < KEY; ++i) column.at[i] = scale * x[i];
+  for (int i = KEY; i < ROWS; ++i) column.at[i] = 0;
+}
+
+inline void add_to(float* x, int first, vec values, float scale) {
+  if (first + LANES <= KEY) {
+    *reinterpret_cast<loose*>(x + first) += scale * values;
+  } else {
+    for (int i = first; i < KEY; ++i) x[i] += scale * values[i - first];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Inputs {
+  const float *q, *k, *v, *decay, *beta, *state;
+  const uint8_t *skip, *starts;
+  double scale;
+  int64_t batch, length, heads, threads;
+};
+
+struct Gradients {
+  float *q, *k, *v, *g, *beta;  // zeros at first
+  float* state;                 // [B, H, KEY, VALUE]: in, that of the last state; out, of the first
+};
+}
+
+namespace {
+
+// The tokens of a row that are no padding.
+struct Tokens {
+  std::vector<int64_t> at;
+  std::vector<char> begins;
+
+  Tokens(const Inputs& x, int64_t b) {
+    bool begun = false;
+    for (int64_t t = b * x.length; t < (b + 1) * x.length; ++t) {
+      begun |= x.starts && x.starts[t];
+      if (x.skip && x.skip[t]) continue;
+      at.push_back(t);
+      begins.push_back(begun);
+      begun = false;
+    }
+    last_begins = begun;
+  }
+  bool last_begins;  // a document began on padding at the end: the row ends with an empty state
+};
+
+// What a token does to the rows of a state.
+struct Token {
+  Column k, q, a, ak;
+  float decay, beta;
+
+  Token() { std::memset(this, 0, sizeof(Token)); }
+
+  void load(const Inputs& x, int64_t n) {
+    load_column(k, x.k + n * KEY);
+    load_column(q, x.q + n * KEY, float(x.scale));
+    decay = DECAY == 1 ? x.decay[n] : 1;
+    beta = DELTA ? x.beta[n] : 1;
+    if (DECAY == 2) load_column(a, x.decay + n * KEY);
+    for (int i = 0; DELTA && i < ROWS; ++i) ak.at[i] = decay * k.at[i];
+  }
+
+  // decays, and nothing else
+  void rest() {
+    std::memset(&k, 0, sizeof(Column));
+    std::memset(&ak, 0, sizeof(Column));
+    decay = 1;
+    for (int i = 0; DECAY == 2 && i < ROWS; ++i) a.at[i] = 1;
+  }
+
+  inline vec decayed(vec x, int i) const { return DECAY == 0 ? x : (DECAY == 1 ? decay : a.at[i]) * x; }
+};
+
+inline Row joined(Row (&sums)[CHAINS]) {
+  for (int c = 1; c < CHAINS; ++c) EACH_PART(p) sums[0].part[p] += sums[c].part[p];
+  return sums[0];
+}
+
+// In the order of `advance`, so that a text read in pieces gives the same to the last bit.
+Row find(const State& state, const Column& ak) {
+  Row found[CHAINS] = {};
+  for (int i = 0; i < ROWS; ++i) EACH_PART(p) found[i % CHAINS].part[p] += ak.at[i] * state.row[i].part[p];
+  return joined(found);
+}
+
+// state <- the state after the token, whose write is u; o = the read; found = what the next token's k finds.
+inline void advance(State& state, const Token& now, const Token& next, const Row& u, Row& o, Row& found) {
+  Row reads[CHAINS] = {}, finds[CHAINS] = {};
+  for (int i = 0; i < ROWS; i += CHAINS)
+    _Pragma("GCC unroll 4") for (int c = 0; c < CHAINS; ++c) EACH_PART(p) {
+      vec& cell = state.row[i + c].part[p];
+      const vec x = now.decayed(cell, i + c) + now.k.at[i + c] * u.part[p];
+      cell = x;
+      reads[c].part[p] += now.q.at[i + c] * x;
+      if (DELTA) finds[c].part[p] += next.ak.at[i + c] * x;
+    }
+  o = joined(reads);
+  found = joined(finds);
+}
+
+// grad <- what the token `later`, whose error has the gradient d_error, leaves of it for the state before.
+void pass_on(State& grad, const Token& later, const Row& d_error) {
+  for (int i = 0; i < ROWS; ++i) EACH_PART(p) {
+    vec x = later.decayed(grad.row[i].part[p], i);
+    if (DELTA) x -= later.ak.at[i] * d_error.part[p];
+    grad.row[i].part[p] = x;
+  }
+}
+
+// The gradient runs back over `later` and then over the token: d_u = that of its write; d_k gets its key's.
+inline void retreat(State& grad, const Token& later, const Row& d_error, const Token& now, const Row& d_o, const Row& u,
+                    float* d_k, Row& d_u) {
+  Row total[CHAINS] = {};
+  for (int first = 0; first < ROWS; first += LANES) {
+    vec keys[LANES];
+    _Pragma("GCC unroll 16") for (int j = 0; j < LANES; ++j) {
+      const int i = first + j;
+      keys[j] = vec{};
+      EACH_PART(p) {
+        vec& cell = grad.row[i].part[p];
+        vec x = later.decayed(cell, i) + now.q.at[i] * d_o.part[p];
+        if (DELTA) x -= later.ak.at[i] * d_error.part[p];
+        cell = x;
+        total[j % CHAINS].part[p] += now.k.at[i] * x;
+        keys[j] += x * u.part[p];
+      }
+    }
+    add_to(d_k, first, sums(keys), 1);
+  }
+  d_u = joined(total);
+}
+
+// As `advance`, for the gradients of q, and of k by what it found.
+inline void follow(State& state, const Token& now, const Row& u, const Row& d_o, const Row& d_error, float scale,
+                   float* d_q, float* d_k) {
+  constexpr int HALF = DELTA ? LANES / 2 : LANES;
+  for (int first = 0; first < ROWS; first += LANES) {
+    vec queries[LANES], found[LANES];
+    for (int part = 0; part < LANES; part += HALF) {
+      _Pragma("GCC unroll 16") for (int j = part; j < part + HALF; ++j) {
+        const int i = first + j;
+        queries[j] = found[j] = vec{};
+        EACH_PART(p) {
+          vec& cell = state.row[i].part[p];
+          if (DELTA) found[j] += cell * d_error.part[p];
+          const vec x = now.decayed(cell, i) + now.k.at[i] * u.part[p];
+          cell = x;
+          queries[j] += x * d_o.part[p];
+        }
+      }
+    }
+    add_to(d_q, first, sums(queries), scale);
+    if (DELTA) add_to(d_k, first, sums(found), -now.decay);
+  }
+}
+
+void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
+                    const std::vector<double>& ends) {
+  constexpr int WIDTH = DECAY == 2 ? KEY : 1;
+  const int64_t count = tokens.at.size();
+  double running[WIDTH] = {};
+  for (int64_t s = count - 1; s >= 0; --s) {
+    const int64_t n = tokens.at[s] * x.heads + h;
+    if (s == count - 1 || s % ANCHOR == ANCHOR - 1) std::copy_n(&ends[s / ANCHOR * WIDTH], WIDTH, running);
+    for (int i = 0; i < KEY; ++i) {
+      double change = double(x.q[n * KEY + i]) * d.q[n * KEY + i];
+      if (!DELTA) change -= double(x.k[n * KEY + i]) * d.k[n * KEY + i];
+      running[DECAY == 2 ? i : 0] += change;
+    }
+    for (int j = 0; DELTA && j < VALUE; ++j) running[0] -= double(x.v[n * VALUE + j]) * d.v[n * VALUE + j];
+    if (tokens.begins[s] || (s == 0 && !x.state)) std::fill_n(running, WIDTH, 0.0);  // no state to decay
+    for (int i = 0; i < WIDTH; ++i) d.g[n * WIDTH + i] = float(running[i]);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Writes the reads to o (not those of padding), the last states to final_state and, if it is not null, v - S^T k of the
+// delta rule to errors.
+void forward(const Inputs* in, float* o, float* final_state, float* errors) {
+  const Inputs x = *in;
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t task = 0; task < x.batch * x.heads; ++task) {
+    const int64_t h = task % x.heads;
+    const Tokens tokens(x, task / x.heads);
+    const int64_t count = tokens.at.size();
+    const State empty = {};
+    State state;
+    Token both[2], none;
+    Row read, found;
+    for (int column = 0; column < VALUE; column += BLOCK) {
+      load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
+      if (count) both[0].load(x, tokens.at[0] * x.heads + h);
+      if (DELTA) found = find(state, both[0].ak);
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t n = tokens.at[s] * x.heads + h;
+        const Token& now = both[s % 2];
+        if (s + 1 < count) both[(s + 1) % 2].load(x, tokens.at[s + 1] * x.heads + h);
+        if (tokens.begins[s]) {
+          state = empty;
+          found = Row{};
+        }
+        Row u = load(x.v + n * VALUE + column);
+        if (DELTA) {
+          EACH_PART(p) u.part[p] -= found.part[p];
+          if (errors) store(errors + n * VALUE + column, u);
+          u = now.beta * u;
+        }
+        advance(state, now, s + 1 < count ? both[(s + 1) % 2] : none, u, read, found);
+        store(o + n * VALUE + column, read);
+      }
+      if (tokens.last_begins) state = empty;
+      store_state(state, final_state + task * KEY * VALUE, column);
+    }
+  }
+}
+
+void backward(const Inputs* in, const float* d_o, const float* errors, const Gradients* out) {
+  const Inputs x = *in;
+  const Gradients d = *out;
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t task = 0; task < x.batch * x.heads; ++task) {
+    const int64_t h = task % x.heads;
+    const Tokens tokens(x, task / x.heads);
+    const int64_t count = tokens.at.size(), anchors = (count + ANCHOR - 1) / ANCHOR;
+    constexpr int WIDTH = DECAY == 2 ? KEY : 1;
+    std::vector<State> leaving(DECAY ? anchors : 0);
+    std::vector<double> ends(anchors * WIDTH);
+    const State empty = {};
+    State state;
+    Token both[2];
+    for (int column = 0; column < VALUE; column += BLOCK) {
+      load_state(state, d.state + task * KEY * VALUE, column);
+      if (tokens.last_begins) state = empty;
+      Row d_error = {}, d_u;
+      both[count % 2].rest();
+      for (int64_t s = count - 1; s >= 0; --s) {
+        const int64_t n = tokens.at[s] * x.heads + h;
+        Token &now = both[s % 2], &later = both[(s + 1) % 2];
+        now.load(x, n);
+        if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) {
+          pass_on(state, later, d_error);
+          later.rest();
+          leaving[s / ANCHOR] = state;
+        }
+        const Row error = load((DELTA ? errors : x.v) + n * VALUE + column);
+        retreat(state, later, d_error, now, load(d_o + n * VALUE + column), now.beta * error, d.k + n * KEY, d_u);
+        if (DELTA) {
+          d.beta[n] += sum(dot(d_u, error));
+          d_error = now.beta * d_u;
+          d_u = d_error;
+        }
+        store(d.v + n * VALUE + column, d_u);
+        if (tokens.begins[s]) {
+          state = empty;
+          now.rest();
+        }
+      }
+      pass_on(state, both[0], d_error);
+      store_state(state, d.state + task * KEY * VALUE, column);
+
+      load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t n = tokens.at[s] * x.heads + h;
+        Token& now = both[0];
+        now.load(x, n);
+        if (tokens.begins[s]) state = empty;
+        const Row u = now.beta * load((DELTA ? errors : x.v) + n * VALUE + column);
+        d_error = load(d.v + n * VALUE + column);
+        follow(state, now, u, load(d_o + n * VALUE + column), d_error, float(x.scale), d.q + n * KEY, d.k + n * KEY);
+        if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
+          for (int i = 0; i < KEY; ++i)
+            ends[s / ANCHOR * WIDTH + i % WIDTH] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));
+      }
+    }
+    if (DECAY) decay_gradient(x, d, tokens, h, ends);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,147 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Diagonal recurrences and the delta rule by a C++ kernel that keeps the state of a head in the cache of a core.
+
+`cpp_diagonal` and `cpp_delta` are the float32 forms of `recurrent_diagonal` and `recurrent_delta` on a CPU. Their time
+and memory grow linearly; for the backward pass they keep the inputs and, of the delta rule, the errors v - S^T k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from lalm.modeling.ops.cpp import load_kernel, pointer
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.layout import SequenceLayout
+
+_NUMBERS = (("scale", ctypes.c_double), *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")))
+_TENSORS = ("q", "k", "v", "decay", "beta", "state", "skip", "starts")
+# Values a head: the kernel works in registers of this many.
+_LANES = 16
+# A head of fewer numbers is not worth a compilation.
+_SMALLEST_STATE = 512
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in _TENSORS), *_NUMBERS]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "beta", "state")]
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _inputs(q, k, v, decay, beta, state, skip, starts, scale) -> _Inputs:
+    """The kernel's arguments; valid while the tensors live."""
+    tensors = (_address(x) for x in (q, k, v, decay, beta, state, skip, starts))
+    return _Inputs(*tensors, scale, *q.shape[:3], torch.get_num_threads())
+
+
+class _CppRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, scale, g, q, k, v, beta, state, skip, starts):
+        decay = None if g is None else g.exp()
+        tensors = (q, k, v, decay, beta, state, skip, starts)
+        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
+        final = v.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        errors = torch.empty_like(v) if beta is not None and any(ctx.needs_input_grad) else None
+        kernel.forward(ctypes.byref(_inputs(*tensors, scale)), pointer(o), pointer(final), pointer(errors))
+        ctx.kernel, ctx.scale = kernel, scale
+        ctx.save_for_backward(*tensors, errors)
+        return o, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, d_final):
+        *tensors, errors = ctx.saved_tensors
+        found = [None if x is None else torch.zeros_like(x) for x in tensors[:5]]
+        do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
+        gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
+        inputs = _inputs(*tensors, ctx.scale)
+        ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(errors), ctypes.byref(gradients))
+        dq, dk, dv, dg, d_beta = found
+        return None, None, dg, dq, dk, dv, d_beta, None if tensors[5] is None else d_state, None, None
+
+
+def cpp_kernel(q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False) -> ctypes.CDLL | None:
+    """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
+
+    Args:
+        value_size: V, with the column of a normaliser.
+        gate_size: numbers of a token's log decay in a head: 0, 1 or K.
+        delta: for the delta rule.
+    """
+    fits = q.device.type == "cpu" and q.dtype != torch.float64 and q.shape[-1] * value_size >= _SMALLEST_STATE
+    if not fits or torch.compiler.is_compiling():
+        return None
+    sizes = {
+        "KEY": q.shape[-1],
+        "VALUE": -(-value_size // _LANES) * _LANES,
+        "DECAY": min(gate_size, 2),
+        "DELTA": int(delta),
+    }
+    return load_kernel("recurrence", **sizes)
+
+
+def if_compiled(
+    form: Callable, q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False
+) -> Callable | None:
+    """`form`, a function on top of `cpp_diagonal` or `cpp_delta`, where `cpp_kernel` has a kernel for it."""
+    return form if cpp_kernel(q, value_size, gate_size, delta) else None
+
+
+def _run(kernel, q, k, v, g, beta, scale, state, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    value_size = v.shape[-1]
+    if missing := -value_size % _LANES:
+        v = F.pad(v, (0, missing))
+        state = None if state is None else F.pad(state, (0, missing))
+    q, k, v, g, beta, state = (None if x is None else x.float().contiguous() for x in (q, k, v, g, beta, state))
+    skip = None if layout.mask is None else (~layout.mask).contiguous()
+    starts = layout.starts()
+    starts = None if starts is None else starts.contiguous()
+    o, final = _CppRecurrence.apply(kernel, scale, g, q, k, v, beta, state, skip, starts)
+    return (o[..., :value_size], final[..., :value_size]) if missing else (o, final)
+
+
+def _needed(kernel: ctypes.CDLL | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+    if kernel is None or compute_dtype(*tensors) == torch.float64:
+        raise RuntimeError(
+            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, float32 or less, and heads "
+            f"with a state of at least {_SMALLEST_STATE} numbers. Use linear_attn_implementation='auto'."
+        )
+    return kernel
+
+
+def cpp_diagonal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_diagonal` in C++; same arguments."""
+    kernel = _needed(cpp_kernel(q, v.shape[-1], 0 if g is None else g.shape[-1]), q, k, v, g, state)
+    return _run(kernel, q, k, v, g, None, scale, state, layout or SequenceLayout())
+
+
+def cpp_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_delta` in C++; same arguments."""
+    kernel = _needed(cpp_kernel(q, v.shape[-1], 0 if g is None else 1, delta=True), q, k, v, g, beta, state)
+    return _run(kernel, q, k, v, None if g is None else g[..., None], beta, scale, state, layout)

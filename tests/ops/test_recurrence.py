@@ -1,0 +1,208 @@
+"""The C++ form of the diagonal recurrences and of the delta rule against their definitions in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lalm.modeling.ops import cpp, recurrence
+from lalm.modeling.ops.delta_rule import cpp_gated_delta_rule, recurrent_delta
+from lalm.modeling.ops.diagonal_recurrence import recurrent_diagonal
+from lalm.modeling.ops.gla import cpp_gla, recurrent_gla
+from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.recurrence import cpp_delta, cpp_diagonal, cpp_kernel, if_compiled
+
+KINDS = ("linear", "retention", "gla", "delta", "gated delta")
+BATCH, HEADS = 2, 3
+# powers of two and beside them, rows and columns that fill no register, several blocks of columns, a key as of Taylor
+SIZES = [(32, 32), (64, 64), (17, 65), (40, 16), (128, 128), (16, 96), (153, 17)]
+pytestmark = pytest.mark.skipif(
+    cpp_kernel(torch.zeros(1, 1, 1, 32), 32, 0) is None, reason="no C++ compiler on this machine"
+)
+
+
+@dataclasses.dataclass
+class Case:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    beta: torch.Tensor | None
+    state: torch.Tensor | None
+
+    def run(self, form: str, dtype, layout, weights=None):
+        """o, final state and, given weights of the two, the gradients of all inputs."""
+        inputs = [None if x is None else x.to(dtype).requires_grad_(weights is not None) for x in vars(self).values()]
+        q, k, v, g, beta, state = inputs
+        if beta is None:
+            core = {"cpp": cpp_diagonal, "recurrent": recurrent_diagonal}[form]
+            o, final = core(q, k, v, g, 0.3, state, layout)
+        else:
+            core = {"cpp": cpp_delta, "recurrent": recurrent_delta}[form]
+            k, g = layout.freeze(k, None if g is None else g[..., None])
+            o, final = core(q, k, v, None if g is None else g[..., 0], beta, 0.3, state, layout)
+        if weights is None:
+            return [o, final]
+        ((o * weights[0].to(dtype)).sum() + (final * weights[1].to(dtype)).sum()).backward()
+        return [o.detach(), final.detach(), *(x.grad for x in inputs if x is not None)]
+
+
+def make(kind: str, key: int, value: int, length: int, state=True, decay=0.5, seed=0) -> Case:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(BATCH, length, HEADS, size) for size in (key, key, value))
+    gate = {"retention": (1,), "gla": (key,), "gated delta": ()}.get(kind)
+    g = None if gate is None else -decay * torch.rand(BATCH, length, HEADS, *gate)
+    beta = torch.rand(BATCH, length, HEADS) if "delta" in kind else None
+    first = torch.randn(BATCH, HEADS, key, value) if state else None
+    return Case(q, k / k.norm(dim=-1, keepdim=True), v, g, beta, first)
+
+
+def compare(case: Case, layout=None, tolerance=2e-6):
+    """C++ in float32 against the definition in float64, values and all gradients, relative to the largest number."""
+    layout = layout or SequenceLayout()
+    read, final = torch.randn_like(case.v), torch.randn(BATCH, HEADS, case.q.shape[-1], case.v.shape[-1])
+    real = torch.ones(case.v.shape[:2], dtype=torch.bool) if layout.mask is None else layout.mask
+    read *= real[:, :, None, None]  # what stands on padding is unspecified
+    expected = case.run("recurrent", torch.float64, layout, (read, final))
+    found = case.run("cpp", torch.float32, layout, (read, final))
+    for x in (expected, found):
+        x[0] = x[0] * real[:, :, None, None]
+    assert len(found) == len(expected)
+    for index, (ours, exact) in enumerate(zip(found, expected, strict=True)):
+        assert ours.dtype == torch.float32
+        error = (ours - exact).abs().max() / exact.abs().max().clamp(min=1e-3)
+        assert error < tolerance, (index, float(error))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind, sizes):
+    compare(make(kind, *sizes, length=37))
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 600])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_around_the_anchors_of_the_decay_gradient(kind, length):
+    compare(make(kind, 32, 32, length, state=length % 2 == 0), tolerance=4e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 20.0, 200.0])
+@pytest.mark.parametrize("kind", ["retention", "gla", "gated delta"])
+def test_any_decay_is_safe(kind, decay):
+    # Under strong decay the gate's gradient is what is left of reads and writes that nearly cancel.
+    compare(make(kind, 32, 32, 300, decay=decay), tolerance=1e-5)
+
+
+def masks(length: int) -> torch.Tensor:
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
+    mask[0, :7] = False
+    mask[1, -9:] = False
+    mask[0, 20:23] = False
+    return mask
+
+
+def documents(length: int) -> torch.Tensor:
+    segments = torch.zeros(BATCH, length, dtype=torch.long)
+    segments[0, 21:] = 1
+    segments[0, 41:] = 2
+    segments[1, 30:] = 1
+    segments[1, length - 4 :] = 2  # begins on padding, where there is padding
+    return segments
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SequenceLayout(mask=masks(70)),
+        SequenceLayout(segments=documents(70)),
+        SequenceLayout(mask=masks(70), segments=documents(70)),
+    ],
+    ids=["padding", "documents", "both"],
+)
+def test_padding_and_documents(kind, layout, state):
+    compare(make(kind, 32, 48, 70, state), layout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_padding_passes_its_state_on(kind):
+    case, mask = make(kind, 32, 32, 12), torch.ones(BATCH, 12, dtype=torch.bool)
+    mask[1] = False
+    compare(case, SequenceLayout(mask=mask))
+    _, final = case.run("cpp", torch.float32, SequenceLayout(mask=mask))
+    assert torch.equal(final[1], case.state[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_equal_the_whole_and_threads_change_nothing(kind):
+    case = make(kind, 32, 32, 50)
+    whole, last = case.run("cpp", torch.float32, SequenceLayout())
+    state, pieces = case.state, []
+    for start, stop in ((0, 1), (1, 30), (30, 50)):
+        part = {name: x[:, start:stop] for name, x in vars(case).items() if x is not None and name != "state"}
+        o, state = Case(**{"g": None, "beta": None} | part, state=state).run("cpp", torch.float32, SequenceLayout())
+        pieces.append(o)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(state, last)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 2)
+        assert torch.equal(case.run("cpp", torch.float32, SequenceLayout())[0], whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_views_and_half_precision_are_accepted():
+    case = make("gla", 32, 32, 20)
+    strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in vars(case).items() if x is not None}
+    expected = case.run("cpp", torch.float32, SequenceLayout())
+    assert torch.equal(Case(**{"beta": None} | strided).run("cpp", torch.float32, SequenceLayout())[0], expected[0])
+    q, k, v = (x.bfloat16() for x in (case.q, case.k, case.v))
+    o, state = cpp_gla(q, k, v, case.g, output_final_state=True)
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    exact, _ = recurrent_gla(q.float(), k.float(), v.float(), case.g)
+    assert (o.float() - exact).abs().max() < 2e-2 * exact.abs().max()
+
+
+def test_a_gradient_of_a_part_of_the_inputs():
+    case = make("gated delta", 32, 32, 20)
+    v = case.v.clone().requires_grad_()
+    o, _ = cpp_gated_delta_rule(case.q, case.k, v, case.g, case.beta)
+    o.sum().backward()
+    expected = case.v.clone().requires_grad_()
+    recurrent, _ = recurrent_delta(case.q, case.k, expected, case.g, case.beta, 32**-0.5, None, SequenceLayout())
+    recurrent.sum().backward()
+    torch.testing.assert_close(v.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_kernel_the_other_forms_run(monkeypatch):
+    q = torch.zeros(1, 1, 1, 32)
+    assert if_compiled(cpp_gla, q, 32, 32) is cpp_gla
+    assert if_compiled(cpp_gla, q.double(), 32, 32) is None
+    assert if_compiled(cpp_gla, q[..., :4], 8, 4) is None  # too small to be worth it
+    monkeypatch.setenv("LALM_CPP", "0")
+    cpp.load_kernel.cache_clear()
+    try:
+        assert if_compiled(cpp_gla, q, 32, 32) is None
+        with pytest.raises(RuntimeError, match="linear_attn_implementation='auto'"):
+            cpp_gla(q, q, q, q)
+    finally:
+        cpp.load_kernel.cache_clear()
+
+
+def test_float64_is_refused_rather_than_rounded():
+    q = torch.zeros(1, 1, 1, 32)
+    with pytest.raises(RuntimeError, match="float32"):
+        cpp_gla(q, q, q.double(), q)
+
+
+def test_memory_of_the_backward_pass_grows_with_the_inputs_only():
+    """Nothing of size T x K x V is kept: what autograd saves are the inputs and, of the delta rule, the errors."""
+    case = make("gated delta", 32, 32, 40)
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.g, case.beta)]
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        cpp_delta(*inputs, 1.0, None, SequenceLayout())
+    assert sum(x.numel() for x in saved) <= 2 * sum(x.numel() for x in inputs)
+    assert recurrence._SMALLEST_STATE <= 32 * 32
