@@ -178,7 +178,8 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     must_match: ClassVar[tuple[str, ...]] = (
         "stage", "model_name_or_path", "teacher", "overrides", "ridge_texts", "freeze", "data_dir", "train_file",
         "train_weights", "nli_file", "qa_file", "paraphrase_file", "triplet_file", "shares", "mine_negatives",
-        "max_train_samples", "max_seq_length", "seed",
+        "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples", "max_seq_length",
+        "seed",
     )  # fmt: skip
 
     output_dir: str | None = _option(

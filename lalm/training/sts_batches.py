@@ -11,6 +11,8 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset
 
+from lalm.training.errors import UserError
+
 # batches that are sorted by length together
 POOL = 32
 # English is at about 4.5 characters a token; fewer here, so that a batch rarely holds more tokens than it may
@@ -90,6 +92,8 @@ class LengthSampler(DefaultBatchSampler):
         self.curriculum, self.cycles, self.most = curriculum, cycles, most
         self.epoch = 0
         self._plan: tuple[int, list[np.ndarray]] | None = None
+        if not len(self):
+            raise UserError("the training data make no whole batch; lower --per_device_train_batch_size")
 
     def plan(self) -> list[np.ndarray]:
         """The batches of this epoch in their order."""
@@ -160,7 +164,7 @@ class MixtureSampler(MultiDatasetDefaultBatchSampler):
         self.shares = np.array(shares, dtype=float) / sum(shares)
         self.epoch = 0
         if any(not len(sampler) for sampler in batch_samplers):
-            raise ValueError("a data set has no whole batch; lower the batch size")
+            raise UserError("a kind of data has no whole batch; lower --per_device_train_batch_size")
 
     def __iter__(self) -> Iterator[list[int]]:
         source = np.random.default_rng([self.seed or 0, self.epoch])

@@ -43,7 +43,7 @@ from lalm.training.sts_losses import (
     fit_projection,
 )
 from lalm.training.sts_sources import TrainingData
-from lalm.training.sts_teacher import TeacherVectors, default_cache, load_teacher, teacher_vectors
+from lalm.training.sts_teacher import TeacherVectors, default_cache, load_teacher, local_copy, teacher_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
         raise UserError(f"{flag}: the run in {folder} has not ended; run its command again to resume it{checkpoint}")
     try:
         return SentenceTransformer(
-            str(folder) if folder.exists() else name,
+            str(folder) if folder.exists() else local_copy(name) or name,
             device=device,
             trust_remote_code=arguments.trust_remote_code,
             token=arguments.token,

