@@ -22,7 +22,7 @@ help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
 	@echo "make test    run the tests"
 	@echo "make check   linter, formatter, type checker, structure linter for model files"
-	@echo "make bench   run the benchmarks"
+	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"
 	@echo "make clean   remove $(VENV) and the tools' caches; runs/ stays"
 	@echo "PYTHON=...   the Python (3.10 or newer) that makes $(VENV); now: $(PYTHON)"
 
@@ -58,7 +58,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@if [ -d benchmarks ]; then $(BIN)/python -m benchmarks.run; else echo "There are no benchmarks yet."; fi
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -72,6 +73,9 @@ def peaks(run: Callable[[int], Any], lengths: list[int]) -> dict[int, float]:
 
 
 def main() -> None:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
     job, name, *lengths = sys.argv[1:]
     run = {"train_step": train_step, "encode": encode}[job](name)
     print(json.dumps(peaks(run, list(map(int, lengths)))))

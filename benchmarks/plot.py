@@ -14,18 +14,18 @@ from typing import Any
 from benchmarks.timing import spread
 
 Points = dict[str, list[tuple[int, float]]]
-Contestants = dict[str, dict[str, Any]]
 BASELINES = ("llama",)  # drawn in black
 
 
 def contestants(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str, Any], float]]:
-    """(name, facts, median sample in s or MiB) of all that ran in the cases whose names begin so."""
-    found = []
-    for name, case in report["cases"].items():
-        if name.startswith(prefix):
-            who: Contestants = case["contestants"]
-            found += [(key, one["facts"], spread(one["samples"]).median) for key, one in who.items() if one["samples"]]
-    return found
+    """(name, facts, median sample in s or MiB) of all models that ran in the cases whose names begin so."""
+    cases = [case["contestants"].items() for name, case in report["cases"].items() if name.startswith(prefix)]
+    return [
+        (name, one["facts"], spread(one["samples"]).median)
+        for case in cases
+        for name, one in case
+        if one["samples"] and "tokens" in one["facts"]
+    ]
 
 
 def by_length(report: dict[str, Any], prefix: str, value: Any) -> Points:
@@ -65,9 +65,8 @@ def draw(report: dict[str, Any], path: Path) -> list[str]:
     for axes, (label, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         for name, pairs in points.items():
             axes.plot(*zip(*pairs, strict=True), "o-", label=name, color="black" if name in BASELINES else None)
-        axes.set(xlabel="tokens", title=label, xscale="log", ylim=(0, None))
-        if label.endswith((", s", "MiB")):
-            axes.set(yscale="log", ylim=(None, None))
+        axes.set(xlabel="tokens", title=label, xscale="log")
+        axes.set(**{"yscale": "log"} if label.endswith((", s", "MiB")) else {"ylim": (0, None)})
         ticks = sorted({length for pairs in points.values() for length, _ in pairs})
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
         axes.minorticks_off()

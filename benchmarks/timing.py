@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -32,15 +33,21 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def sample(run: Callable[[], float | None]) -> float:
-    """What one call returns, or how many seconds it takes; without the garbage collector in between."""
+    """What one call returns, or how many seconds it takes."""
+    _wait()
+    start = time.perf_counter()
+    value = run()
+    _wait()
+    return time.perf_counter() - start if value is None else value
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now and not inside."""
     gc.collect()
     gc.disable()
     try:
-        _wait()
-        start = time.perf_counter()
-        value = run()
-        _wait()
-        return time.perf_counter() - start if value is None else value
+        yield
     finally:
         gc.enable()
 
@@ -65,8 +72,9 @@ def alternate(runs: Runs, budget: float, least_rounds: int = 3, warm_up: bool = 
         if number >= least_rounds and now - start + (now - last) > budget:
             break
         last = now
-        for name, run in runs.items():
-            samples[name].append(sample(run))
+        with no_garbage_collection():
+            for name, run in runs.items():
+                samples[name].append(sample(run))
     return samples
 
 
