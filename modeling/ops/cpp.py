@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """C++ kernels for the CPU, compiled by the machine's own compiler when first used and kept in its cache folder.
 
-A kernel is one source file without dependencies, compiled for fixed sizes in about a second. Where there is no
+A kernel is one source file (and `kernel.h`), compiled for fixed sizes in about a second. Where there is no
 compiler, or the source is absent (a checkpoint loaded as remote code), the forms in plain torch run instead.
 """
 
@@ -40,7 +40,12 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
         logger.info(f"{name}: no C++ kernel ({'no compiler' if not compiler else 'switched off or no source'}).")
         return None
     defines = [f"-D{key}={value}" for key, value in sorted(sizes.items())]
-    text = source.read_bytes() + " ".join([compiler, *_FLAGS, *defines, platform.processor(), _cpu_flags()]).encode()
+    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.h")))
+    text = (
+        headers
+        + source.read_bytes()
+        + " ".join([compiler, *_FLAGS, *defines, platform.processor(), _cpu_flags()]).encode()
+    )
     library = _folder() / f"{name}-{hashlib.sha256(text).hexdigest()[:20]}.so"
     try:
         if not library.is_file():

@@ -14,101 +14,28 @@
 // [B, H, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
 // with skip != 0 is padding and does nothing else.
 
+#include "kernel.h"
+
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int ROWS = (KEY + LANES - 1) / LANES * LANES;  // rows beyond KEY stay zero
+constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, VALUE), BLOCK = PARTS * LANES;
+constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
 constexpr int ANCHOR = 256;
-constexpr int CACHE = 40960;  // bytes of a state: most of a first-level cache
 static_assert(VALUE % LANES == 0, "VALUE must be a multiple of 16");
 static_assert(!(DELTA && DECAY == 2), "the delta rule has one decay a head");
 
-constexpr int parts_of(int wanted) {
-  return VALUE / LANES % wanted == 0 && (wanted == 1 || ROWS * wanted * LANES * 4 <= CACHE) ? wanted
-                                                                                                 : parts_of(wanted - 1);
-}
-constexpr int PARTS = parts_of(5);
-constexpr int BLOCK = PARTS * LANES;
-constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
-
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
-typedef float loose __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
-#endif
-
-struct Row {  // BLOCK columns
-  vec part[PARTS];
-};
+typedef RowOf<PARTS> Row;
+typedef ColumnOf<KEY> Column;
 struct State {
   Row row[ROWS];
 };
-struct Column {  // a number for each row
-  alignas(64) float at[ROWS];
-};
-
-#define EACH_PART(p) _Pragma("GCC unroll 8") for (int p = 0; p < PARTS; ++p)
 
 inline Row load(const float* x) {
   Row row;
-  EACH_PART(p) row.part[p] = *reinterpret_cast<const loose*>(x + p * LANES);
+  load(row, x);
   return row;
-}
-
-inline void store(float* x, const Row& row) {
-  EACH_PART(p) *reinterpret_cast<loose*>(x + p * LANES) = row.part[p];
-}
-
-inline Row operator*(float a, Row x) {
-  EACH_PART(p) x.part[p] *= a;
-  return x;
-}
-
-inline vec dot(const Row& x, const Row& y) {  // still to be summed over the lanes
-  vec total = x.part[0] * y.part[0];
-  for (int p = 1; p < PARTS; ++p) total += x.part[p] * y.part[p];
-  return total;
-}
-
-inline float sum(vec x) {
-  float total = 0;
-  for (int j = 0; j < LANES; ++j) total += x[j];
-  return total;
-}
-
-inline vec pairs(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-inline vec quads(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-inline vec eights(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-         SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-}
-inline vec halves(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-
-// The sums over the lanes of 16 vectors.
-inline vec sums(const vec (&x)[LANES]) {
-  vec e[2];
-  for (int j = 0; j < 2; ++j) {
-    const vec* y = x + 8 * j;
-    e[j] = eights(quads(pairs(y[0], y[1]), pairs(y[2], y[3])), quads(pairs(y[4], y[5]), pairs(y[6], y[7])));
-  }
-  return halves(e[0], e[1]);
 }
 
 void load_state(State& state, const float* from, int column) {
@@ -118,19 +45,6 @@ void load_state(State& state, const float* from, int column) {
 
 void store_state(const State& state, float* to, int column) {
   for (int i = 0; i < KEY; ++i) store(to + i * VALUE + column, state.row[i]);
-}
-
-inline void load_column(Column& column, const float* x, float scale = 1) {
-  for (int i = 0; i < KEY; ++i) column.at[i] = scale * x[i];
-  for (int i = KEY; i < ROWS; ++i) column.at[i] = 0;
-}
-
-inline void add_to(float* x, int first, vec values, float scale) {
-  if (first + LANES <= KEY) {
-    *reinterpret_cast<loose*>(x + first) += scale * values;
-  } else {
-    for (int i = first; i < KEY; ++i) x[i] += scale * values[i - first];
-  }
 }
 
 }  // namespace
@@ -152,25 +66,6 @@ struct Gradients {
 
 namespace {
 
-// The tokens of a row that are no padding.
-struct Tokens {
-  std::vector<int64_t> at;
-  std::vector<char> begins;
-
-  Tokens(const Inputs& x, int64_t b) {
-    bool begun = false;
-    for (int64_t t = b * x.length; t < (b + 1) * x.length; ++t) {
-      begun |= x.starts && x.starts[t];
-      if (x.skip && x.skip[t]) continue;
-      at.push_back(t);
-      begins.push_back(begun);
-      begun = false;
-    }
-    last_begins = begun;
-  }
-  bool last_begins;  // a document began on padding at the end: the row ends with an empty state
-};
-
 // What a token does to the rows of a state.
 struct Token {
   Column k, q, a, ak;
@@ -179,29 +74,24 @@ struct Token {
   Token() { std::memset(this, 0, sizeof(Token)); }
 
   void load(const Inputs& x, int64_t n) {
-    load_column(k, x.k + n * KEY);
-    load_column(q, x.q + n * KEY, float(x.scale));
+    k.load(x.k + n * KEY);
+    q.load(x.q + n * KEY, float(x.scale));
     decay = DECAY == 1 ? x.decay[n] : 1;
     beta = DELTA ? x.beta[n] : 1;
-    if (DECAY == 2) load_column(a, x.decay + n * KEY);
+    if (DECAY == 2) a.load(x.decay + n * KEY);
     for (int i = 0; DELTA && i < ROWS; ++i) ak.at[i] = decay * k.at[i];
   }
 
   // decays, and nothing else
   void rest() {
-    std::memset(&k, 0, sizeof(Column));
-    std::memset(&ak, 0, sizeof(Column));
+    k.clear();
+    ak.clear();
     decay = 1;
     for (int i = 0; DECAY == 2 && i < ROWS; ++i) a.at[i] = 1;
   }
 
   inline vec decayed(vec x, int i) const { return DECAY == 0 ? x : (DECAY == 1 ? decay : a.at[i]) * x; }
 };
-
-inline Row joined(Row (&sums)[CHAINS]) {
-  for (int c = 1; c < CHAINS; ++c) EACH_PART(p) sums[0].part[p] += sums[c].part[p];
-  return sums[0];
-}
 
 // In the order of `advance`, so that a text read in pieces gives the same to the last bit.
 Row find(const State& state, const Column& ak) {
@@ -252,7 +142,7 @@ inline void retreat(State& grad, const Token& later, const Row& d_error, const T
         keys[j] += x * u.part[p];
       }
     }
-    add_to(d_k, first, sums(keys), 1);
+    add_to<KEY>(d_k, first, sums(keys));
   }
   d_u = joined(total);
 }
@@ -276,15 +166,15 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
         }
       }
     }
-    add_to(d_q, first, sums(queries), scale);
-    if (DELTA) add_to(d_k, first, sums(found), -now.decay);
+    add_to<KEY>(d_q, first, sums(queries), scale);
+    if (DELTA) add_to<KEY>(d_k, first, sums(found), -now.decay);
   }
 }
 
 void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
                     const std::vector<double>& ends) {
   constexpr int WIDTH = DECAY == 2 ? KEY : 1;
-  const int64_t count = tokens.at.size();
+  const int64_t count = tokens.count();
   double running[WIDTH] = {};
   for (int64_t s = count - 1; s >= 0; --s) {
     const int64_t n = tokens.at[s] * x.heads + h;
@@ -311,8 +201,8 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
   for (int64_t task = 0; task < x.batch * x.heads; ++task) {
     const int64_t h = task % x.heads;
-    const Tokens tokens(x, task / x.heads);
-    const int64_t count = tokens.at.size();
+    const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
+    const int64_t count = tokens.count();
     const State empty = {};
     State state;
     Token both[2], none;
@@ -338,7 +228,7 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
         advance(state, now, s + 1 < count ? both[(s + 1) % 2] : none, u, read, found);
         store(o + n * VALUE + column, read);
       }
-      if (tokens.last_begins) state = empty;
+      if (tokens.ends_empty) state = empty;
       store_state(state, final_state + task * KEY * VALUE, column);
     }
   }
@@ -350,8 +240,8 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
   for (int64_t task = 0; task < x.batch * x.heads; ++task) {
     const int64_t h = task % x.heads;
-    const Tokens tokens(x, task / x.heads);
-    const int64_t count = tokens.at.size(), anchors = (count + ANCHOR - 1) / ANCHOR;
+    const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
+    const int64_t count = tokens.count(), anchors = (count + ANCHOR - 1) / ANCHOR;
     constexpr int WIDTH = DECAY == 2 ? KEY : 1;
     std::vector<State> leaving(DECAY ? anchors : 0);
     std::vector<double> ends(anchors * WIDTH);
@@ -360,7 +250,7 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
     Token both[2];
     for (int column = 0; column < VALUE; column += BLOCK) {
       load_state(state, d.state + task * KEY * VALUE, column);
-      if (tokens.last_begins) state = empty;
+      if (tokens.ends_empty) state = empty;
       Row d_error = {}, d_u;
       both[count % 2].rest();
       for (int64_t s = count - 1; s >= 0; --s) {
