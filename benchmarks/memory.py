@@ -4,8 +4,8 @@
 What counts is the high-water mark of resident memory (VmHWM) over what was resident before: it sees the buffers of
 matrix libraries and C++ kernels and what the allocator does not give back, which torch's profiler does not. It must be
 a fresh process, as memory that was freed before would be used again unseen; and it is not `ru_maxrss`, which a child
-inherits from the parent that started it. A first run over few tokens comes before, so that weights, optimizer and
-libraries are no part of the figure. Threads are all cores, as only bytes matter.
+inherits from the parent that started it. A first run over few tokens comes before, so that weights, the optimizer's
+averages and libraries are no part of the figure. Threads are all cores, as only bytes matter.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def encode(name: str) -> Callable[[int], Any]:
 
 
 def peaks(run: Callable[[int], Any], lengths: list[int]) -> dict[int, float]:
-    """MiB by length, ascending, so that each may set the mark anew."""
+    """MiB by length over what the first run left, ascending, so that each sets the mark anew."""
     run(_WARM_UP)
+    gc.collect()
+    start, _ = resident()
     found = {}
     for length in sorted(lengths):
-        gc.collect()
-        before, _ = resident()
         run(length)
-        found[length] = max(0, resident()[1] - before) / 2**20
+        found[length] = max(0, resident()[1] - start) / 2**20
     return found
 
 

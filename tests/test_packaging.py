@@ -28,6 +28,8 @@ PACKAGE_DATA = {
     "lalm/py.typed",
     "lalm/training/sts_default_pairs.tsv",
     "lalm/modeling/ops/dual_state.cpp",
+    "lalm/modeling/ops/kernel.h",
+    "lalm/modeling/ops/recurrence.cpp",
     "lalm/modeling/ops/short_conv.cpp",
 }
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")

@@ -279,14 +279,17 @@ STS_ARGUMENT_CLASSES = (StsModelArguments, StsDataArguments, StsTrainingArgument
 
 
 def reconcile(recipe: dict, given: set[str]) -> dict:
-    """Drop from the recipe what the flags replace as a whole: the weights of other files, a new student's config."""
+    """Drop from the recipe what the flags replace as a whole: the weights of other files, a new student's config.
+
+    An evaluation alone makes no student and must not write into the folder of the recipe's training.
+    """
     dropped: set[str] = set()
     if "train_file" in given:
         dropped.add("train_weights")
     if "model_name_or_path" in given:
         dropped.add("config_overrides")
     if "eval_only" in given:
-        dropped.add("stage")
+        dropped |= {"stage", "output_dir", "config_overrides"}
     return {key: value for key, value in recipe.items() if key not in dropped}
 
 

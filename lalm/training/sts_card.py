@@ -108,7 +108,8 @@ def sts_training_figures(trainer: Any) -> dict[str, Any]:
     if before:
         figures["before_pearson"] = before[METRIC]
     if trainer.state.best_metric is not None:
-        figures |= {"best_pearson": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
+        chosen_by = str(trainer.args.metric_for_best_model).removeprefix("eval_sts-dev_").removesuffix("_cosine")
+        figures |= {f"best_{chosen_by}": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
     return figures
 
 

@@ -90,6 +90,17 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
         raise UserError(f"{flag}: {reason}: {one_line(error)}") from None
 
 
+def is_encoder(model: SentenceTransformer) -> bool:
+    """Tell whether a sentence transformer begins with a model of transformers, rather than with static vectors."""
+    return hasattr(model[0], "auto_model")
+
+
+def positions_of(model: SentenceTransformer) -> int | None:
+    """The number of positions that an encoder has; None without a limit."""
+    positions = getattr(backbone(model).config, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None
+
+
 def build_student(
     arguments: StsModelArguments, teacher: SentenceTransformer, texts: Sequence[str], max_length: int
 ) -> SentenceTransformer:
@@ -98,7 +109,10 @@ def build_student(
     Raises:
         UserError: the teacher is not of BERT's shape, or the config overrides do not fit it.
     """
+    if not is_encoder(teacher):
+        raise UserError("--teacher: it is no encoder that a student can be made of; give --model_name_or_path")
     encoder = copy.deepcopy(backbone(teacher)).float().eval()
+    max_length = min(max_length, positions_of(teacher) or max_length)
     try:
         student = LamModel.from_softmax_encoder(encoder, student_config(encoder, **arguments.overrides)).eval()
     except (ValueError, TypeError) as error:
@@ -137,6 +151,8 @@ def check_tokenizers(student: SentenceTransformer, teacher: SentenceTransformer)
         UserError: with what to do.
     """
     ours, theirs = student.tokenizer, teacher.tokenizer
+    if not is_encoder(teacher):
+        raise UserError("--teacher: it has no layers; set --layer_weight 0 and --teacher_vectors cached")
     if ours.get_vocab() != theirs.get_vocab() or ours(PROBE)["input_ids"] != theirs(PROBE)["input_ids"]:
         raise UserError(
             "--teacher: its tokenizer is not the student's, so that hidden states of the two cannot be compared token "
@@ -188,21 +204,30 @@ def with_teacher_vectors(rows: Dataset, teacher: SentenceTransformer, arguments:
     place: dict[str, int] = {}
     index = np.array([[place.setdefault(text, len(place)) for text in column] for column in columns]).T
     limit = teacher.max_seq_length
-    teacher.max_seq_length = min(limit or training.max_seq_length, training.max_seq_length)
     try:
+        if is_encoder(teacher):
+            teacher.max_seq_length = min(limit or training.max_seq_length, training.max_seq_length)
         with training.main_process_first(desc="teacher's vectors"):
             vectors = teacher_vectors(teacher, list(place), default_cache(model.cache_dir), data.teacher_precision)
     finally:
-        teacher.max_seq_length = limit
+        if is_encoder(teacher):
+            teacher.max_seq_length = limit
     rows = rows.add_column("row", list(range(len(rows))))
     return rows.with_transform(WithTeacherVectors(vectors, index))
 
 
 def penalties_of(model: SentenceTransformer, training: StsTrainingArguments) -> dict[str, tuple[float, nn.Module]]:
-    """The penalties on the weights that were asked for, by name, each with its weight."""
+    """The penalties on the weights that were asked for, by name, each with its weight.
+
+    Raises:
+        UserError: the model has no projections to hold orthogonal.
+    """
     found: dict[str, tuple[float, nn.Module]] = {}
     if training.orthogonal_weight:
-        found["orthogonal"] = (training.orthogonal_weight, OrthogonalRegulariser(model))
+        try:
+            found["orthogonal"] = (training.orthogonal_weight, OrthogonalRegulariser(model))
+        except ValueError as error:
+            raise UserError(f"--orthogonal_weight: {error}; set it to 0") from None
     if training.retention_weight:
         found["retention"] = (training.retention_weight, Retention(model))
     return found
@@ -220,7 +245,7 @@ def distillation_stage(
     live = teacher_is_live(data, training)
     if live or training.loss_weights["layers"]:
         check_tokenizers(model, teacher)
-        positions = getattr(backbone(teacher).config, "max_position_embeddings", None)
+        positions = positions_of(teacher)
         if positions and training.max_seq_length > positions:
             raise UserError(
                 f"--max_seq_length {training.max_seq_length} is above the teacher's {positions} positions; lower it, "
@@ -323,6 +348,8 @@ def build_stage(arguments: Arguments, found: TrainingData) -> Stage:
     name = model_arguments.model_name_or_path
     if name:
         model = load_model(name, model_arguments, device, "--model_name_or_path").float()
+        if not is_encoder(model):
+            raise UserError(f"--model_name_or_path: {name} is no encoder of transformers; only those are trained here")
     else:
         model = build_student(
             model_arguments, cast(SentenceTransformer, teacher), found.texts, training.max_seq_length

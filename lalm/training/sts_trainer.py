@@ -111,9 +111,16 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
             for name, stored in load_file(path).items():
                 weights[name].copy_(stored)
 
+    def _find_best(self, folder: Path) -> None:
+        # a run that was moved, or is resumed from elsewhere, has its best checkpoint beside the others
+        best = self.state.best_model_checkpoint
+        if best and (beside := folder / Path(best).name).is_dir():
+            self.state.best_model_checkpoint = str(beside)
+
     def _load_callback_state(self) -> None:
         # the Trainer leaves the count of an early stop out, or restores the callbacks with all flags of that moment
         super()._load_callback_state()
+        self._find_best(self.args.folder)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = worse_evaluations(self.state)
@@ -121,6 +128,7 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
     def restore(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint at which training is over."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._find_best(Path(checkpoint).parent)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
 

@@ -8,7 +8,8 @@ and memory grow linearly; for the backward pass they keep the inputs and, of the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch.nn import functional as F
@@ -17,8 +18,6 @@ from lalm.modeling.ops.cpp import load_kernel, pointer
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
 
-_NUMBERS = (("scale", ctypes.c_double), *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")))
-_TENSORS = ("q", "k", "v", "decay", "beta", "state", "skip", "starts")
 # Values a head: the kernel works in registers of this many.
 _LANES = 16
 # A head of fewer numbers is not worth a compilation.
@@ -26,7 +25,11 @@ _SMALLEST_STATE = 512
 
 
 class _Inputs(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in _TENSORS), *_NUMBERS]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "decay", "beta", "state", "skip", "starts")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")),
+    ]
 
 
 class _Gradients(ctypes.Structure):
@@ -37,10 +40,10 @@ def _address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _inputs(q, k, v, decay, beta, state, skip, starts, scale) -> _Inputs:
-    """The kernel's arguments; valid while the tensors live."""
-    tensors = (_address(x) for x in (q, k, v, decay, beta, state, skip, starts))
-    return _Inputs(*tensors, scale, *q.shape[:3], torch.get_num_threads())
+def _inputs(tensors: Sequence[torch.Tensor | None], scale: float) -> _Inputs:
+    """The kernel's arguments (q, k, v, decay, beta, state, skip, starts); valid while the tensors live."""
+    q = cast(torch.Tensor, tensors[0])
+    return _Inputs(*(_address(x) for x in tensors), scale, *q.shape[:3], torch.get_num_threads())
 
 
 class _CppRecurrence(torch.autograd.Function):
@@ -51,7 +54,7 @@ class _CppRecurrence(torch.autograd.Function):
         o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
         final = v.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         errors = torch.empty_like(v) if beta is not None and any(ctx.needs_input_grad) else None
-        kernel.forward(ctypes.byref(_inputs(*tensors, scale)), pointer(o), pointer(final), pointer(errors))
+        kernel.forward(ctypes.byref(_inputs(tensors, scale)), pointer(o), pointer(final), pointer(errors))
         ctx.kernel, ctx.scale = kernel, scale
         ctx.save_for_backward(*tensors, errors)
         return o, final
@@ -63,7 +66,7 @@ class _CppRecurrence(torch.autograd.Function):
         found = [None if x is None else torch.zeros_like(x) for x in tensors[:5]]
         do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
         gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
-        inputs = _inputs(*tensors, ctx.scale)
+        inputs = _inputs(tensors, ctx.scale)
         ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(errors), ctypes.byref(gradients))
         dq, dk, dv, dg, d_beta = found
         return None, None, dg, dq, dk, dv, d_beta, None if tensors[5] is None else d_state, None, None

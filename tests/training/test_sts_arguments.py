@@ -49,15 +49,16 @@ def test_the_best_of_the_evaluations_is_kept():
 def test_recipes_and_flags(recipe):
     path = recipe(
         stage="distill", train_file=["a.txt", "b.txt"], train_weights=[1, 0.5], config_overrides={"use_flux": False},
-        learning_rate="1e-3", mixture={"sts": 1, "nli": 0},
+        learning_rate="1e-3", output_dir="trained", mixture={"sts": 1, "nli": 0},
     )  # fmt: skip
     model, data, training = parse_sts_arguments([path, "--config_overrides", "use_leak=false"])
     assert model.overrides == {"use_flux": False, "use_leak": False}
     assert (data.train_weights, training.learning_rate, data.shares) == ([1, 0.5], 1e-3, {"sts": 1})
     model, data, _ = parse_sts_arguments([path, "--train_file", "c.txt", "--model_name_or_path", "x"])
     assert (data.train_file, data.train_weights, model.overrides) == (["c.txt"], None, {})
-    *_, training = parse_sts_arguments([path, "--eval_only", "--model_name_or_path", "x"])
-    assert training.stage is None
+    for flags in (["--eval_only"], ["--eval_only", "--model_name_or_path", "x"]):
+        model, _, training = parse_sts_arguments([path, *flags])
+        assert (training.stage, training.output_dir, model.overrides) == (None, "lalm-sts-eval", {})
     _, data, _ = parse_sts_arguments(["--mixture", "sts=0.5", "qa=.5"])
     assert data.shares == {"sts": 0.5, "qa": 0.5}
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 import run_sts
 from lalm.training import sts_evaluation
+from lalm.training.errors import UserError
 from lalm.training.sts_data import load_stsb
 from lalm.training.sts_evaluation import evaluate_split
 from tests.training import sts_tiny
@@ -27,6 +29,7 @@ import json, sys
 sys.modules["lalm"] = None
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 texts, out, *folders = json.loads(sys.argv[1])
 models = [SentenceTransformer(folder, device="cpu", trust_remote_code=True) for folder in folders]
 np.save(out, np.stack([model.encode(texts) for model in models]))
@@ -253,6 +256,15 @@ def test_the_best_checkpoint_is_kept(chain, sts_world):
     assert results["best_step"] < STEPS
     assert_same_weights(folder, folder / f"checkpoint-{results['best_step']}")
     assert results["eval_pearson"] == pytest.approx(max(scores(folder)[1:]), abs=1e-6)
+    # also where the run was moved before it is called again, or is resumed
+    moved = folder.rename(folder.with_name("best, moved"))
+    (moved / "model.safetensors").unlink()
+    assert sts_world.run("finetune", *flags, "--retention_weight", "0", output=moved.name) == results
+    assert_same_weights(moved, moved / f"checkpoint-{results['best_step']}")
+    (moved / "model.safetensors").unlink()
+    shutil.rmtree(moved / f"checkpoint-{STEPS}")
+    sts_world.run("finetune", *flags, "--retention_weight", "0", output=moved.name)
+    assert_same_weights(moved, moved / f"checkpoint-{results['best_step']}")
 
 
 def test_cached_and_live_vectors_of_a_teacher_teach_the_same(chain, sts_world):
@@ -278,6 +290,30 @@ def test_short_vectors_are_trained_along(chain, sts_world):
     assert losses(sts_world.folder / "matryoshka") != losses(sts_world.folder / "finetune")
     short = SentenceTransformer(sts_world.path("matryoshka"), device="cpu", truncate_dim=8)
     assert short.encode(TEXTS).shape == (len(TEXTS), 8)
+
+
+def test_texts_longer_than_the_teachers_positions(sts_world):
+    """Its vectors are those of the beginning; the student reads all."""
+    texts = [[" ".join(sts_tiny.WORDS * 3), text] for text in sts_tiny.sentences(16, 3)]
+    flags = ("--train_file", sts_world.write("long.tsv", texts), "--max_seq_length", "128", "--layer_weight", "0")
+    assert sts_world.run("distill", *flags, "--max_steps", "2", "--eval_steps", "2", output="long")["steps"] == 2
+
+
+def test_a_static_teacher_and_a_student_that_is_not_ours(chain, sts_world):
+    words = sts_tiny.tokenizer()._tokenizer
+    static = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=24)], device="cpu")
+    static.save(sts_world.path("static"))
+    flags = ("--teacher", sts_world.path("static"), "--max_steps", "2", "--eval_steps", "2")
+    results = sts_world.run("relational", *flags, "--layer_weight", "0", output="of static")
+    assert results["steps"] == 2
+    with pytest.raises(UserError, match="it has no layers; set --layer_weight 0 and --teacher_vectors cached"):
+        sts_world.run("relational", *flags, output="of static, layers")
+    with pytest.raises(UserError, match="no encoder that a student can be made of; give --model_name_or_path"):
+        sts_world.run("distill", *flags, output="made of static")
+    with pytest.raises(UserError, match="is no encoder of transformers"):
+        sts_world.run("finetune", "--model_name_or_path", sts_world.path("static"), output="static")
+    bert = ("--model_name_or_path", sts_world.path("teacher"), "--max_steps", "2", "--eval_steps", "2")
+    assert sts_world.run("finetune", *bert, output="bert")["steps"] == 2
 
 
 def test_negatives_are_mined(chain, sts_world, caplog):
@@ -311,7 +347,7 @@ def test_the_orthogonal_regulariser_acts_on_q_k_v(chain, sts_world):
     assert excess("orthogonal") < 0.7 * excess("distill")
 
 
-@pytest.mark.parametrize("flags", [("--bf16",), ("--eval_strategy", "no"), ("--curriculum", "phases")])
+@pytest.mark.parametrize("flags", [("--bf16",), ("--eval_strategy", "no"), ("--eval_strategy", "epoch")])
 def test_other_ways_to_train(chain, sts_world, flags):
     results = sts_world.run("distill", *flags, output="other" + "".join(flags))
     assert results["steps"] == STEPS
