@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
@@ -16,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
+from lalm.modeling.ops.cross_entropy import linear_cross_entropy
 
 
 class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
@@ -51,7 +53,8 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) are shifted by one and give the mean
         cross-entropy in nats, over `num_items_in_batch` tokens if that is passed. `logits_to_keep` limits the logits
-        to the last so many positions, or to the positions of an index tensor."""
+        to the last so many positions, or to the positions of an index tensor; the loss is over all positions even so,
+        and then made in pieces, so that training with `logits_to_keep=1` never holds all logits `[B, T, V]`."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -61,17 +64,37 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
+        logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None and in_pieces and type(self.lm_head) is nn.Linear and self._has_stock_loss():
+            loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        elif labels is not None:
+            every = self.lm_head(hidden_states) if in_pieces else logits
+            loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _has_stock_loss(self) -> bool:
+        return self.loss_function is ForCausalLMLoss
+
+    def _loss_in_pieces(
+        self, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
+    ) -> torch.Tensor:
+        """`ForCausalLMLoss` of the logits of `hidden_states [B, T, D]`, without these."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(hidden_states.device)
+        head = self.lm_head
+        return linear_cross_entropy(
+            hidden_states.flatten(0, -2), head.weight, head.bias, targets, num_items_in_batch, ignore_index
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from transformers import Trainer, TrainerState
 
+from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.arguments import ClmTrainingArguments
 from lalm.training.perplexity import TokenMetrics, score_tokens
 from lalm.training.run_trainer import RunTrainer
@@ -23,6 +24,12 @@ class ClmTrainer(RunTrainer, Trainer):
     def __init__(self, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs):
         kwargs |= {"compute_metrics": TokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
         super().__init__(write_card=write_card, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """As in Trainer; while training, our models make the loss in pieces and never hold all logits."""
+        if model.training and isinstance(self.accelerator.unwrap_model(model), LalmForCausalLM):
+            inputs = {**inputs, "logits_to_keep": 1}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
         """As in Trainer, but the loss is the sum over tokens divided by their number, not a mean of batch means."""
