@@ -62,31 +62,27 @@ def backbone_step(backbone: Any, ids: torch.Tensor) -> None:
     backbone.zero_grad()
 
 
-def decoding() -> Contest:
-    """Tokens after 8,192 others beside Llama's, and after 32,768 beside after 512."""
+def decoding(early: int, middle: int, late: int) -> Contest:
+    """Tokens after `middle` others beside Llama's, and after `late` beside after `early`."""
 
     @cache
     def filled(name: str, length: int) -> Any:
         return fill(build(name), tokens(length))
 
-    contestants, ratios = {}, []
+    def ready(name: str, length: int) -> None:
+        filled(name, length)  # not in the first sample
+        if name != LLAMA:
+            decodes_exactly(build(name))
+
+    contestants, ratios, shape = {}, [], f"{STEPS} tokens, one by one"
     for name in (LLAMA, *VARIANTS):
         model = build(name)
-        gate = None if name == LLAMA else partial(decodes_exactly, model)
-        for length in (8192,) if name == LLAMA else (512, 8192, 32768):
-            state = partial(filled, name, length)
-
-            def check(gate: Any = gate, state: Any = state) -> None:
-                state()  # not in the first sample
-                if gate:
-                    gate()
-
-            run = decode(model, state, STEPS)
-            contestants[f"{name} after {length}"] = Contestant(run, check, facts(model, STEPS))
+        for length in (middle,) if name == LLAMA else (early, middle, late):
+            run, gate = decode(model, partial(filled, name, length), STEPS), partial(ready, name, length)
+            contestants[f"{name} after {length}"] = Contestant(run, gate, facts(model, STEPS))
         if name != LLAMA:
-            shape = f"{STEPS} tokens, one by one"
-            ratios.append(Ratio(f"{name} after 8192", f"{LLAMA} after 8192", shape, 3))
-            ratios.append(Ratio(f"{name} after 32768", f"{name} after 512", shape, 1.1, at_most=True))
+            ratios.append(Ratio(f"{name} after {middle}", f"{LLAMA} after {middle}", shape, 3))
+            ratios.append(Ratio(f"{name} after {late}", f"{name} after {early}", shape, 1.1, at_most=True))
     return Contest(contestants, ratios)
 
 
@@ -203,7 +199,7 @@ for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.15, 2.0), (10, 20, 30), s
 register(
     "decode",
     f"decoding, {_MODEL}, after 8,192 tokens against Llama with its cache; after 32,768 against after 512",
-    decoding,
+    partial(decoding, 512, 8192, 32768),
     budget=40,
     long=True,
 )
