@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 import run_sts
@@ -29,6 +30,7 @@ import json, sys
 sys.modules["lalm"] = None
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 texts, out, *folders = json.loads(sys.argv[1])
 models = [SentenceTransformer(folder, device="cpu", trust_remote_code=True) for folder in folders]
@@ -239,32 +241,31 @@ def test_starting_over_forgets_the_earlier_run(chain, sts_world):
     assert not (folder / "checkpoint-3").exists()
 
 
-def test_the_best_checkpoint_is_kept(chain, sts_world):
-    """A rate far too high: the later, the worse."""
-    flags = (
-        "--learning_rate",
-        "0.1",
-        "--eval_steps",
-        "2",
-        "--retention_weight",
-        "0",
-        "--early_stopping_patience",
-        "0",
-    )
+class Scripted(BaseEvaluator):
+    """A dev score for each step; the fourth step has the best one."""
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
+        return {"sts-dev_pearson_cosine": {4: 0.9, 6: 0.5}.get(steps, 0.1)}
+
+
+def test_the_best_checkpoint_is_kept(chain, sts_world, monkeypatch):
+    monkeypatch.setattr(run_sts, "dev_evaluator", lambda *_: Scripted())
+    flags = ("--learning_rate", "1e-3", "--eval_steps", "2", "--save_total_limit", "2")
     results = sts_world.run("finetune", *flags, output="best")
     folder = sts_world.folder / "best"
-    assert results["best_step"] < STEPS
-    assert_same_weights(folder, folder / f"checkpoint-{results['best_step']}")
-    assert results["eval_pearson"] == pytest.approx(max(scores(folder)[1:]), abs=1e-6)
+    assert (results["best_step"], results["best_pearson"]) == (4, 0.9)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert_same_weights(folder, folder / "checkpoint-4")
     # also where the run was moved before it is called again, or is resumed
     moved = folder.rename(folder.with_name("best, moved"))
     (moved / "model.safetensors").unlink()
-    assert sts_world.run("finetune", *flags, "--retention_weight", "0", output=moved.name) == results
-    assert_same_weights(moved, moved / f"checkpoint-{results['best_step']}")
+    assert sts_world.run("finetune", *flags, output=moved.name) == results
+    assert_same_weights(moved, moved / "checkpoint-4")
     (moved / "model.safetensors").unlink()
-    shutil.rmtree(moved / f"checkpoint-{STEPS}")
-    sts_world.run("finetune", *flags, "--retention_weight", "0", output=moved.name)
-    assert_same_weights(moved, moved / f"checkpoint-{results['best_step']}")
+    shutil.rmtree(moved / "checkpoint-8")
+    assert sts_world.run("finetune", *flags, output=moved.name)["steps"] == STEPS
+    assert_same_weights(moved, moved / "checkpoint-4")
+    assert (moved / "checkpoint-8").is_dir()
 
 
 def test_cached_and_live_vectors_of_a_teacher_teach_the_same(chain, sts_world):
@@ -311,7 +312,7 @@ def test_a_static_teacher_and_a_student_that_is_not_ours(chain, sts_world):
     with pytest.raises(UserError, match="no encoder that a student can be made of; give --model_name_or_path"):
         sts_world.run("distill", *flags, output="made of static")
     with pytest.raises(UserError, match="is no encoder of transformers"):
-        sts_world.run("finetune", "--model_name_or_path", sts_world.path("static"), output="static")
+        sts_world.run("finetune", "--model_name_or_path", sts_world.path("static"), output="on static")
     bert = ("--model_name_or_path", sts_world.path("teacher"), "--max_steps", "2", "--eval_steps", "2")
     assert sts_world.run("finetune", *bert, output="bert")["steps"] == 2
 
