@@ -87,7 +87,7 @@ def test_a_models_loss_over_all_positions_where_few_logits_are_kept(pieces, keep
     ids = torch.randint(3, 61, (2, 12))
     labels = ids.masked_fill(torch.rand(2, 12) < 0.2, -100)
     if extra.get("shift"):
-        extra = {"shift_labels": F.pad(labels, (0, 1), value=-100)[:, 1:]}
+        extra = {"shift_labels": F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()}
     results = []
     for kept in (0, keep):
         out = model(ids, labels=labels, logits_to_keep=kept, **extra)
