@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.record_files import read_records
-from lalm.training.sts_arguments import StsDataArguments
+from lalm.training.sts_arguments import MIXTURE, StsDataArguments
 from lalm.training.sts_data import (
     PAIR_NAMES,
     StsSplits,
@@ -272,6 +272,9 @@ def collect_kinds(data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mappi
             logger.warning("no data of the kind %s: give --%s_file", kind, kind)
             continue
         found.parts[kind], found.notes[kind] = rows, note
+    for kind in set(MIXTURE) - set(data.shares):
+        if getattr(data, f"{kind}_file", None):
+            logger.warning("--%s_file is not used: --mixture has no share for it", kind)
     if not found.parts:
         raise UserError("--mixture names no kind that there is data for")
     return found

@@ -321,6 +321,7 @@ def test_negatives_are_mined(chain, sts_world, caplog):
     flags = ("--mixture", "paraphrase=1", "--mine_negatives", "2", "--mine_range_min", "0", "--mine_margin", "0")
     sts_world.run("finetune", *flags, output="mined")
     assert "triplets mined from 96 pairs" in caplog.text
+    assert "--nli_file is not used: --mixture has no share for it" in caplog.text
 
 
 def distance(one: Path, other: Path) -> float:
