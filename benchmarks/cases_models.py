@@ -40,13 +40,13 @@ def against_llama(job: Any, gate: Any, length: int, target: float, what: str) ->
     return Contest(contestants, [Ratio(name, LLAMA, f"[1, {length}] {what}", target) for name in VARIANTS])
 
 
-def against_shorter(short: int, long: int) -> Contest:
+def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Contest:
     """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
 
     The layers of a stack cost alike, and there is no head, whose share would hide what they cost.
     """
     contestants, ratios = {}, []
-    for name in VARIANTS:
+    for name in names:
         model = build(name, num_hidden_layers=3 if name == "based" else 1)
         for length in (short, long):
             run = partial(backbone_step, model.model, tokens(length))
@@ -178,6 +178,7 @@ def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
 
 
 _LENGTHS = (512, 2048, 8192)
+_KINDS = ("gla", "gated_delta_net", "based", "local_global", "lam")  # one of each recurrence
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
 for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (30, 60, 60), strict=True):
@@ -203,15 +204,17 @@ register(
     budget=40,
     long=True,
 )
-register(
-    "linear_time",
-    "train step of one layer, T = 32,768 against T = 4,096",
-    partial(against_shorter, 4096, 32768),
-    budget=60,
-    warm_up=False,
-    least_rounds=1,
-    long=True,
-)
+for _name, _variants, _extra in (("linear_time", _KINDS, False), ("linear_time_all", tuple(VARIANTS), True)):
+    register(
+        _name,
+        f"train step of one layer, T = 32,768 against T = 4,096: {', '.join(_variants)}",
+        partial(against_shorter, 4096, 32768, _variants),
+        budget=30,
+        warm_up=False,
+        least_rounds=1,
+        long=True,
+        extra=_extra,
+    )
 register(
     "memory",
     f"peak memory of a train step, {_MODEL}, against Llama on SDPA, T = {_LENGTHS[-1]}",
