@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import lalm
 from lalm import GLAConfig, GLAForCausalLM
 from lalm.training.arguments import parse_arguments
+from lalm.training.sts_arguments import parse_sts_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,7 @@ MAKE = sorted(
     {match for line in [*COMMANDS, README] for match in re.findall(r"\bmake (demo|test|check|bench|help)\b", line)}
 )
 RUN_CLM = [line for line in COMMANDS if "run_clm.py" in line]
+RUN_STS = [line for line in COMMANDS if "run_sts.py" in line]
 
 
 def test_the_two_commands_are_there():
@@ -58,6 +60,18 @@ def test_training_commands_parse(command, monkeypatch, tmp_path):
     assert data.dataset_name or data.train_file or words == ["--model_type", "lalm_retnet", *words[2:4]]
 
 
+@pytest.mark.parametrize("command", RUN_STS)
+def test_commands_of_the_sentence_encoders_parse(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    words = words[words.index("run_sts.py") + 1 :]
+    model, _, training = parse_sts_arguments([word.replace("runs/", f"{tmp_path}/") for word in words])
+    assert training.stage or training.eval_only
+    name = model.model_name_or_path
+    assert training.stage or (ROOT / name / "modules.json").is_file()
+    assert name is None or name.startswith((str(tmp_path), "checkpoints/")), name
+
+
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
     """A folder with a checkpoint in runs/demo, as `make demo` leaves it, but tiny and untrained."""
@@ -69,6 +83,7 @@ def demo_folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "runs/demo")
     sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     GLAForCausalLM(GLAConfig(**sizes, pad_token_id=0)).save_pretrained(folder / "runs/demo")
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     return folder
 
 

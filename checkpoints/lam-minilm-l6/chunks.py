@@ -1,0 +1,54 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Cutting a sequence into chunks, with the masks that keep documents apart in them.
+
+Shape suffixes: B batch, T time, H heads, N chunks, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+def to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, T, H, *] -> [B, H, N, C, *]`, the tail filled with zeros, which neither write nor decay."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk_size))
+    return x.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).to(dtype).contiguous()
+
+
+def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Undo `to_chunks`: the first `length` tokens `[B, T, H, *]`."""
+    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+
+
+class Borders(NamedTuple):
+    """Masks that keep documents apart; all are products of 0 and 1 over `[B, 1, N, ...]`."""
+
+    pair_BNCC: torch.Tensor  # query and key share a document
+    reads_BNC1: torch.Tensor  # the query's document began before this chunk
+    writes_BNC1: torch.Tensor  # the key's document goes on after this chunk
+    passes_BN1: torch.Tensor  # one document spans the whole chunk
+
+
+def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> Borders | None:
+    """The masks of documents `segments [B, T]` cut into chunks; None for one document a row."""
+    if segments is None:
+        return None
+    pad = -segments.shape[1] % chunk_size
+    segments = torch.cat([segments, segments[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, chunk_size))[:, None]
+    last = segments[..., -1:]
+    entering = torch.cat([segments[:, :, :1, :1], last[:, :, :-1]], dim=2)
+    # A document is contiguous, so equal ids of the first and the last token mean that all between are equal too.
+    return Borders(
+        (segments[..., :, None] == segments[..., None, :]).to(dtype),
+        (segments == entering)[..., None].to(dtype),
+        (segments == last)[..., None].to(dtype),
+        (entering == last).to(dtype),
+    )
+
+
+def suffix_sums(x: torch.Tensor) -> torch.Tensor:
+    """`[..., C, D]`: the sum over this and all later tokens of the chunk."""
+    return x.flip(-2).cumsum(-2).flip(-2)

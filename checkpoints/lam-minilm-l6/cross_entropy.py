@@ -1,0 +1,87 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Cross-entropy of a linear head, in pieces: logits `[N, V]` of a long batch never exist at once.
+
+    loss = sum_n (logsumexp_v(W h_n + b) - (W h_n + b)[target_n])      dL/dlogits = softmax - onehot
+
+The pieces' gradients are taken as the pieces are made, so the head costs the three products that it costs anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Logits that exist at once: 64 MiB in float32.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        needs = ctx.needs_input_grad
+        matrix = weight.to(dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        size = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            rows, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
+            logits = torch.nn.functional.linear(rows, matrix, None if bias is None else bias.to(dtype)).to(wide)
+            top = logits.logsumexp(-1, keepdim=True)
+            loss += (top - logits.gather(-1, target)).sum()
+            if not any(needs):
+                continue
+            d_logits = logits.sub_(top).exp_().scatter_add_(-1, target, -torch.ones_like(top))
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(dtype)
+            if d_hidden is not None:
+                d_hidden[start : start + size] = d_logits @ matrix
+            if d_weight is not None:
+                d_weight += d_logits.t() @ rows
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        return (
+            None if d_hidden is None else (d_hidden * d_loss).to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * d_loss).to(ctx.dtypes[0]),
+            None if d_bias is None else (d_bias * d_loss).to(ctx.dtypes[1]),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Mean cross-entropy in nats of the logits `hidden @ weight.T + bias`.
+
+    Args:
+        hidden: `[N, D]`.
+        weight, bias: of the head, `[V, D]` and `[V]` or None.
+        targets: int64 `[N]`; `ignore_index` does not count.
+        num_items_in_batch: divide by this instead of the number of targets that count.
+
+    Returns:
+        a scalar in float32, in float64 for float64 inputs. Products run in the type of autocast, if that is on, else
+        in that of `hidden`.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    counted = targets != ignore_index
+    hidden, targets = hidden[counted], targets[counted]
+    with torch.autocast(kind, enabled=False):
+        loss = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)
+    items = targets.numel() if num_items_in_batch is None else num_items_in_batch
+    return loss / (items.to(loss.device) if isinstance(items, torch.Tensor) else items)

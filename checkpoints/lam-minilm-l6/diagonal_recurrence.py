@@ -1,0 +1,279 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The recurrence behind classic linear attention, retention and GLA, evaluated step by step and in chunks.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t                (GLA, arXiv 2312.06635, eq. 3)
+
+Shape suffixes: B batch, T time, H heads, K key size, V value size, N chunks, C tokens of a chunk, D = K (a gate per
+channel) or 1 (a gate per head). Everything is computed in float32, in float64 for float64 inputs.
+
+Chunk form. With G the running sum of g inside a chunk, E its last row, and any reference R per chunk and channel,
+    q~_i = q_i exp(G_i - R),   k~_j = k_j exp(R - G_j)
+    o_i  = sum_{j <= i} (q~_i . k~_j) v_j + (exp(R) S_in)^T q~_i
+    S_out = exp(E) S_in + exp(E - R) sum_j k~_j v_j^T
+R = E / 2 keeps every exponent within half the decay of one chunk, so a chunk costs what ungated attention costs. Where
+that could overflow (`_MAX_DECAY`) the scores come from exponents that are never positive: see `_bounded_levels`. The
+backward pass keeps the inputs only and recomputes the chunk states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from .chunks import chunk_borders, from_chunks, suffix_sums, to_chunks
+from .layout import SequenceLayout
+
+# exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
+_MAX_DECAY = 60.0
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: the type of all arithmetic, states and accumulated gradients."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def recurrent_diagonal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Definition, by tokens: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H, D]` -> o, S `[B, H, K, V]`."""
+    layout = layout or SequenceLayout()
+    dtype = compute_dtype(q, k, v, g)
+    q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    k, g = layout.freeze(k, None if g is None else g.to(dtype))
+    starts_BT = layout.starts()
+    if state is None:
+        state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    state_BHKV = state.to(dtype)
+    outputs = []
+    for t in range(q.shape[1]):
+        if starts_BT is not None:
+            state_BHKV = state_BHKV.masked_fill(starts_BT[:, t, None, None, None], 0)
+        if g is not None:
+            state_BHKV = state_BHKV * g[:, t, :, :, None].exp()
+        state_BHKV = state_BHKV + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
+    return torch.stack(outputs, dim=1), state_BHKV
+
+
+def chunk_diagonal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout | None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_diagonal` in matrix products over chunks, with a backward pass that recomputes."""
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}.")
+    layout = layout or SequenceLayout()
+    k, g = layout.freeze(k, g)
+    chunk_size, factored = _plan(g, min(chunk_size, 1 << (q.shape[1] - 1).bit_length()))
+    return _ChunkDiagonal.apply(q, k, v, g, scale, state, layout.document_ids(), chunk_size, factored)
+
+
+@torch.no_grad()
+def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
+    """Size of the chunks, and whether their decays are mild enough to factor: in chunks as asked, else in quarters.
+
+    One look at the data. While compiling, which allows none, the bounded form serves every gate.
+    """
+    if g is None:
+        return chunk_size, True
+    if not torch.compiler.is_compiling():
+        for size in (chunk_size, chunk_size // 4):
+            if size and _strongest_decay(g, size) <= _MAX_DECAY:
+                return size, True
+    return chunk_size, False
+
+
+def _strongest_decay(g: torch.Tensor, size: int) -> float:
+    windows = F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % size)).unflatten(1, (-1, size))
+    return -windows.sum(2, dtype=compute_dtype(g)).min().item()
+
+
+def _scale_rows(factor: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """Multiply the key rows of `[B, H, N, K, V]` by `[B, H, N, D]`."""
+    return state if factor is None else state * factor[..., None]
+
+
+def _scan(
+    updates: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor | None, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S <- decay_n S + updates_n over the chunks; returns S before each step `[B, H, N, K, V]` and after the last."""
+    before = torch.empty_like(updates)
+    state = torch.zeros_like(updates[:, :, 0]) if state is None else state.to(updates.dtype)
+    order = range(updates.shape[2])
+    for n in reversed(order) if reverse else order:
+        before[:, :, n] = state
+        state = updates[:, :, n] + (state if decay is None else state * decay[:, :, n, :, None])
+    return before, state
+
+
+def _bounded_levels(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> Iterator[tuple]:
+    """Split the lower triangle into square blocks, [half, half] for half = C/2, ..., 1, each with exponents <= 0.
+
+    In a block every query lies in the second and every key in the first half of a window of 2 half tokens. With R = G
+    at the first query, G_i - R and R - G_j are plain sums of log decays: never positive, however strong the decay, and
+    summed directly, since a difference of large G would lose the small decays between them.
+    Yields half and, per window, the queries and keys `[..., half, K]` and their factors.
+    """
+    half = q.shape[-2] // 2
+    while half:
+        q_windows, k_windows, windows = (x.unflatten(-2, (-1, 2 * half)) for x in (q, k, g))
+        k_factor = suffix_sums(windows[..., 1 : half + 1, :]).exp()
+        q_factor = F.pad(windows[..., half + 1 :, :].cumsum(-2), (0, 0, 1, 0)).exp()
+        yield half, q_windows[..., half:, :], k_windows[..., :half, :], q_factor, k_factor
+        half //= 2
+
+
+def _level_blocks(scores: torch.Tensor, half: int) -> torch.Tensor:
+    """View of the blocks `[..., C / (2 half), half, half]` of `_bounded_levels` inside `scores [..., C, C]`."""
+    windows = scores.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
+    return windows.diagonal(dim1=-6, dim2=-3)[..., 1, :, 0, :, :].movedim(-1, -3)
+
+
+def _bounded_scores(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    scores = torch.diag_embed((q * k).sum(-1))
+    for half, q_block, k_block, q_factor, k_factor in _bounded_levels(q, k, g):
+        _level_blocks(scores, half).copy_((q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2))
+    return scores
+
+
+def _bounded_scores_backward(
+    d_scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    diagonal = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
+    dq, dk = diagonal * k, diagonal * q
+    for half, q_block, k_block, q_factor, k_factor in _bounded_levels(q, k, g):
+        block = _level_blocks(d_scores, half)
+        dq_view = dq.unflatten(-2, (-1, 2, half)).select(-3, 1)
+        dk_view = dk.unflatten(-2, (-1, 2, half)).select(-3, 0)
+        dq_view += (block @ (k_block * k_factor)) * q_factor
+        dk_view += (block.transpose(-1, -2) @ (q_block * q_factor)) * k_factor
+    return dq, dk
+
+
+class _Chunks:
+    """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
+
+    def __init__(self, q, k, v, g, state, segments, factored):
+        self.q, self.k, self.borders = q, k, chunk_borders(segments, q.shape[-2], q.dtype)
+        self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
+        if g is not None:
+            self._set_factors(g, factored)
+        self.q_scaled = q if self.q_factor is None else q * self.q_factor
+        self.k_scaled = k if self.k_factor is None else k * self.k_factor
+        if self.borders is None:
+            self.q_reads, self.k_writes = self.q_scaled, self.k_scaled
+        else:
+            self.q_reads = self.q_scaled * self.borders.reads_BNC1
+            self.k_writes = self.k_scaled * self.borders.writes_BNC1
+            passes = self.borders.passes_BN1
+            self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
+        updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
+        self.states, self.final = _scan(updates, self.decay, state)
+
+    def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
+        total = g.cumsum(-2)
+        end = total[..., -1, :]
+        self.decay = end.exp()
+        if factored:
+            self.q_factor = (total - end[..., None, :] / 2).exp()
+            self.k_factor = self.q_factor.reciprocal()
+            self.edge = (end / 2).exp()
+        else:
+            self.q_factor = total.exp()
+            self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
+            self.bounded = g
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
+        scores = scores.tril_()
+        return scores if self.borders is None else scores.mul_(self.borders.pair_BNCC)
+
+    def scores(self) -> torch.Tensor:
+        if self.bounded is None:
+            return self.mask(self.q_scaled @ self.k_scaled.transpose(-1, -2))
+        return self.mask(_bounded_scores(self.q, self.k, self.bounded))
+
+    def scores_backward(self, d_scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of q and k through the scores."""
+        if self.bounded is not None:
+            return _bounded_scores_backward(d_scores, self.q, self.k, self.bounded)
+        dq, dk = d_scores @ self.k_scaled, d_scores.transpose(-1, -2) @ self.q_scaled
+        if self.q_factor is None or self.k_factor is None:
+            return dq, dk
+        return dq.mul_(self.q_factor), dk.mul_(self.k_factor)
+
+    def state_backward(self, d_reads: torch.Tensor, d_writes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of q and k through what they read from and write to the state, in place."""
+        if self.q_factor is not None and self.k_factor is not None:
+            d_reads, d_writes = d_reads.mul_(self.q_factor), d_writes.mul_(self.k_factor)
+        if self.borders is not None:
+            d_reads, d_writes = d_reads.mul_(self.borders.reads_BNC1), d_writes.mul_(self.borders.writes_BNC1)
+        return d_reads, d_writes
+
+
+def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
+    dtype = compute_dtype(q, k, v, g)
+    q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
+    if scale != 1:
+        q_c = q_c * scale
+    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
+
+
+class _ChunkDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, state, segments, chunk_size, factored):
+        ctx.save_for_backward(q, k, v, g, state, segments)
+        ctx.scale, ctx.plan = scale, (chunk_size, factored)
+        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
+        o = chunks.scores() @ v_c
+        o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
+        return from_chunks(o, q.shape[1]), chunks.final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, d_final):
+        q, k, v, g, state, segments = ctx.saved_tensors
+        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
+        do = to_chunks(do, ctx.plan[0], q_c.dtype)
+        d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
+        d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
+        d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
+        dv = chunks.scores().transpose(-1, -2) @ do
+        dv += chunks.k_writes @ d_leaving_scaled
+        dq, dk = chunks.scores_backward(chunks.mask(do @ v_c.transpose(-1, -2)))
+        d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
+        d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
+        dq += d_reads
+        dk += d_writes
+        dg = None
+        if g is not None and ctx.needs_input_grad[3]:
+            dg = _gate_gradient(q_c * dq - k_c * dk, k_c * d_writes, chunks, d_leaving, g)
+        if ctx.scale != 1:
+            dq *= ctx.scale
+        length = q.shape[1]
+        dq, dk, dv = (from_chunks(x, length).to(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+        return dq, dk, dv, dg, None, None if state is None else d_state.to(state.dtype), None, None, None
+
+
+def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
+    """dL/dg. q_i enters by exp(G_i), k_j by exp(-G_j): dL/dG = q dq - k dk, token by token. What a chunk keeps of its
+    entering state and writes to its leaving one also depends on E = G of its last token."""
+    at_end = written.sum(-2) + chunks.decay * (chunks.states * d_leaving).sum(-1)
+    per_token[..., -1, :] += at_end
+    if g.shape[-1] == 1:
+        per_token = per_token.sum(-1, keepdim=True)
+    return from_chunks(suffix_sums(per_token), g.shape[1]).to(g.dtype)

@@ -1,0 +1,167 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Layers that several variants share. B batch, T time, D channels, W convolution width, H heads, K head size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_base import LalmConfig
+from .diagonal_recurrence import compute_dtype
+from .layout import SequenceLayout
+from .short_conv import cpp_short_conv
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm in the dtype of its weight, so that autocast neither rounds the mean square nor leaves the fused
+    kernel; the output has the dtype of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
+
+
+class MLP(nn.Module):
+    """`down(act(up x))`, or gated (SwiGLU, Shazeer, arXiv 2002.05202): `down(act(gate x) * up x)`."""
+
+    bias: ClassVar[bool] = False
+
+    def __init__(self, config: LalmConfig):
+        super().__init__()
+        width = config.intermediate_size
+        assert width is not None  # the configuration derives it
+        gated = config.mlp_type == "gated"
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=self.bias) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=self.bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=self.bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise convolution over the real tokens of each document, followed by SiLU unless `activation` is off.
+
+    Causal, or centred: over W // 2 earlier and (W - 1) // 2 later tokens. Neither padding nor a neighbouring document
+    is ever inside a window. The state of a causal one is the last W - 1 real inputs.
+    """
+
+    def __init__(self, channels: int, width: int, causal: bool = True, activation: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.activation = activation
+        self.after = 0 if causal else (width - 1) // 2
+
+    def forward(
+        self,
+        parts: Sequence[torch.Tensor],
+        state: torch.Tensor | None,
+        layout: SequenceLayout,
+        keeps_state: bool = True,
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """Convolve `parts` `[B, T, D_i]`, together all D channels, each into the same shape.
+
+        `state [B, W - 1, D]` is what came before, None for a fresh start. Returns the outputs and, with `keeps_state`,
+        the new state.
+        """
+        width = self.weight.shape[1]
+        before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
+        if state is None and not keeps_state:
+            pieces = zip(parts, self.weight.split(sizes), strict=True)
+            outputs = [cpp_short_conv(x, weight, before, self.activation, layout) for x, weight in pieces]
+            if all(output is not None for output in outputs):
+                return cast(Sequence[torch.Tensor], outputs), None
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+        length = x.shape[1]
+        x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
+        if state is None:
+            window = nn.functional.pad(x, (0, 0, before, self.after))
+        else:
+            window = layout.slide_over_padding(state.to(x.dtype), x)
+        segments = layout.segments_pads_first()
+        if segments is not None:
+            segments = torch.cat(
+                [segments[:, :1].expand(-1, before), segments, segments[:, -1:].expand(-1, self.after)], 1
+            )
+            own = segments[:, before : before + length]
+        y = window[:, before : before + length] * self.weight[:, before]
+        for offset in range(width):
+            if offset == before:
+                continue
+            neighbour = window[:, offset : offset + length]
+            if segments is not None:
+                neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
+            y = torch.addcmul(y, neighbour, self.weight[:, offset])
+        state = window[:, length:]
+        if segments is not None:
+            state = state * (segments[:, length:] == segments[:, -1:])[..., None]
+        y = layout.restore(nn.functional.silu(y) if self.activation else y)
+        return y.split(sizes, dim=-1), state
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Divide `x [B, T, H, K]` by its length over K; computed in float32 or wider, and left so."""
+    x = x.to(compute_dtype(x))
+    size = x.shape[-1]
+    # x / sqrt(|x|^2 + 1e-6) by the kernel that divides by the root of the mean square.
+    return nn.functional.rms_norm(x, (size,), x.new_full((size,), size**-0.5), 1e-6 / size)
+
+
+def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[B, T, 1, size]`, float32, of rotary embeddings (Su et al., arXiv 2104.09864), halves layout."""
+    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    angles = position_ids[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the channels of `x [B, T, H, K]` by their positions."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def sinusoidal_positions(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """`[B, T, size]` float32: the fixed table of Vaswani et al. (arXiv 1706.03762, 3.5), sines before cosines."""
+    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    angles = position_ids[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned or sinusoidal positions, added to the token embeddings."""
+
+    def __init__(self, config: LalmConfig):
+        super().__init__()
+        self.config = config
+        if config.position_embedding_type == "learned":
+            self.table = nn.Embedding(config.max_position_embeddings, config.embedding_size)
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions `[B, T]` -> `[B, T, D]`."""
+        if self.config.position_embedding_type == "sinusoidal":
+            return sinusoidal_positions(position_ids, self.config.embedding_size, self.config.rope_theta)
+        return look_up(self.table, position_ids, "position", "max_position_embeddings")
+
+
+def look_up(table: nn.Embedding, ids: torch.Tensor, what: str, field: str) -> torch.Tensor:
+    """`table(ids)`; on the CPU an id outside the table raises a ValueError that names `field`."""
+    if torch.compiler.is_compiling():
+        return table(ids)
+    try:
+        return table(ids)
+    except IndexError as error:
+        raise ValueError(
+            f"{what} ids run from {int(ids.min())} to {int(ids.max())}; {field} = {table.num_embeddings} allows 0 to "
+            f"{table.num_embeddings - 1}."
+        ) from error

@@ -1,0 +1,176 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Where padding is and where documents begin: the one description of a batch that every op and layer reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class SequenceLayout:
+    """Padding and document borders of a batch `[B, T]`. Both fields are None for a plain batch, which costs nothing.
+
+    Args:
+        mask: bool `[B, T]`, False on padding. Padding is inert: the state passes through it unchanged, whatever
+            stands there and wherever it stands; the output at a padded token is unspecified.
+        segments: int64 `[B, T]`. A change of id between neighbouring tokens starts a new document from an empty
+            state. An initial state belongs to the first document of a row, the final state to its last.
+        order: int64 `[B, T]`, for layers that look at neighbours: the permutation that moves each row's padding to
+            its front and keeps everything else in order; None where nothing has to move.
+    """
+
+    mask: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def to(self, *args, **kwargs) -> SequenceLayout:
+        """Every tensor by `Tensor.to`; accelerate calls this when the layers of a model lie on several devices."""
+        tensors = (self.mask, self.segments, self.order)
+        return SequenceLayout(*(None if tensor is None else tensor.to(*args, **kwargs) for tensor in tensors))
+
+    def pads_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply `order` along the time axis of `x [B, T, ...]`."""
+        return x if self.order is None else _gather_time(x, self.order)
+
+    def segments_pads_first(self) -> torch.Tensor | None:
+        """`document_ids` in that order; the padding at the front counts to the row's first document."""
+        segments = self.document_ids()
+        if segments is None or self.mask is None:
+            return segments
+        return self.pads_first(segments).masked_fill(~self.pads_first(self.mask), 0)
+
+    def slide_over_padding(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        """Join `past [B, S, ...]` and `current [B, T, ...]`, whose padding stands first, so that the past follows that
+        padding and nothing parts it from the real tokens. What fills the front is unspecified."""
+        joined = torch.cat([past, current], dim=1)
+        if self.mask is None:
+            return joined
+        padding = (~self.mask).sum(1, keepdim=True)
+        slots = torch.arange(joined.shape[1], device=joined.device)[None]
+        source = torch.where(slots < padding + past.shape[1], (slots - padding).clamp(min=0), slots)
+        return _gather_time(joined, source)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo `pads_first`."""
+        return x if self.order is None else _gather_time(x, self.order.argsort(1))
+
+    def freeze(self, k: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Zero `k [B, T, H, K]` and log decay `g [B, T, H, *]` on padding, so that it neither writes nor forgets."""
+        if self.mask is None:
+            return k, g
+        padding_BT11 = ~self.mask[:, :, None, None]
+        return k.masked_fill(padding_BT11, 0), None if g is None else g.masked_fill(padding_BT11, 0)
+
+    def document_ids(self) -> torch.Tensor | None:
+        """`segments` renumbered 0, 1, ... along each row, so that an id which comes back is a new document."""
+        starts = self.starts()
+        return None if starts is None else starts.cumsum(1)
+
+    def starts(self) -> torch.Tensor | None:
+        """bool `[B, T]`, True where a document begins inside the row (never at the row's first token)."""
+        if self.segments is None:
+            return None
+        return torch.diff(self.segments, dim=1, prepend=self.segments[:, :1]) != 0
+
+
+def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout | None = None) -> None:
+    """Raise ValueError unless q, k are `[B, T, H, K]`, v is `[B, T, H, V]` and the layout is `[B, T]`."""
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k and v must be [B, T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        )
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q [B, T, H, K] = {tuple(q.shape)}, got {tuple(k.shape)}.")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {tuple(q.shape[:3])}, got {tuple(v.shape)}.")
+    if q.shape[1] == 0:
+        raise ValueError("q, k and v hold no token (T = 0); pass at least one.")
+    for name in ("mask", "segments"):
+        value = getattr(layout, name, None)
+        if value is not None and value.shape != q.shape[:2]:
+            raise ValueError(f"layout.{name} must be [B, T] = {tuple(q.shape[:2])}, got {tuple(value.shape)}.")
+    if layout is not None and layout.mask is not None and layout.mask.dtype != torch.bool:
+        raise ValueError(f"layout.mask must be bool, got {layout.mask.dtype}; pass attention_mask.bool().")
+
+
+def check_state(state: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `state` is None or has `shape`."""
+    if state is not None and tuple(state.shape) != shape:
+        raise ValueError(f"initial_state must be {shape}, got {tuple(state.shape)}.")
+
+
+def segments_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Document ids `[1, T]` of `length` tokens packed with borders `cu_seqlens [N + 1]`; documents may be empty."""
+    positions = torch.arange(length, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)[None]
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: str = "cu_seqlens") -> None:
+    """Raise ValueError unless `cu_seqlens` is a valid list of borders of one packed row of `length` tokens."""
+    if batch != 1:
+        raise ValueError(f"{name} describes one packed row: flatten the batch to B = 1 first, got B = {batch}.")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"{name} must be a vector [N + 1] with N >= 1, got shape {tuple(cu_seqlens.shape)}.")
+    if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype is torch.bool:
+        raise ValueError(f"{name} must hold integers, got {cu_seqlens.dtype}.")
+    if torch.compiler.is_compiling():
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
+        raise ValueError(f"{name} must rise from 0 to T = {length}, got {borders}.")
+
+
+def per_document(
+    op: Callable,
+    tensors: tuple[torch.Tensor | None, ...],
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run `op` on one packed row `[1, T, ...]` so that each document has its own initial and final state `[N, ...]`.
+
+    Without states the row stays packed. With states, documents whose lengths round up to the same power of two lie
+    side by side in a padded batch, so that at most twice the tokens are computed.
+    """
+    first = next(tensor for tensor in tensors if tensor is not None)
+    length = first.shape[1]
+    check_cu_seqlens(cu_seqlens, first.shape[0], length)
+    segments = segments_of(cu_seqlens.to(first.device), length)
+    if initial_state is None and not output_final_state:
+        return op(*tensors, layout=SequenceLayout(segments=segments), **kwargs)
+    if initial_state is not None and initial_state.shape[0] != cu_seqlens.numel() - 1:
+        raise ValueError(
+            f"initial_state must have one row for each of the {cu_seqlens.numel() - 1} documents of cu_seqlens, got "
+            f"shape {tuple(initial_state.shape)}."
+        )
+    starts, lengths = cu_seqlens[:-1].to(first.device).long(), cu_seqlens.to(first.device).long().diff()
+    sizes = [int(length - 1).bit_length() if length else -1 for length in lengths.tolist()]
+    tokens, outputs, documents, states = [], [], [], []
+    for size in sorted(set(sizes)):
+        group = torch.tensor([i for i, other in enumerate(sizes) if other == size], device=first.device)
+        steps = torch.arange(max(int(lengths[group].max()), 1), device=first.device)
+        index, mask = (starts[group, None] + steps).clamp(max=length - 1), steps < lengths[group, None]
+        batch = [None if tensor is None else tensor[0][index] for tensor in tensors]
+        entering = None if initial_state is None else initial_state[group]
+        o, state = op(
+            *batch,
+            initial_state=entering,
+            output_final_state=output_final_state,
+            layout=SequenceLayout(mask=mask),
+            **kwargs,
+        )
+        tokens.append(index[mask])
+        outputs.append(o[mask])
+        documents.append(group)
+        states.append(state)
+    o = torch.cat(outputs)[torch.cat(tokens).argsort()][None]
+    return o, torch.cat(states)[torch.cat(documents).argsort()] if output_final_state else None

@@ -1,0 +1,182 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""What mixes tokens: the base of every linear mixer, and the softmax attention of hybrid models."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .configuration_base import LalmConfig
+from .cache import RecurrentLayer, previous_state
+from .layers import RMSNorm, ShortConvolution, rotate
+from .layout import SequenceLayout
+
+Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Mixer(nn.Module):
+    """Base of the linear mixers: projections, positions and cache; a subclass adds `attend`, its op and output.
+
+    Shapes: B batch, T tokens, H heads, K and V key and value size of a head, D = hidden_size.
+    """
+
+    layer_type: ClassVar[str] = RecurrentLayer._layer_type
+    rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
+    silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the convolution's SiLU where there is none
+    conv_activation: ClassVar[bool] = True  # whether the convolution ends in a SiLU
+    is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
+    projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
+    o_norm: RMSNorm | None
+    g_proj: nn.Linear | None
+
+    def __init__(self, config: LalmConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads = config.num_attention_heads
+        self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
+        key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=self.projection_bias)
+        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=self.projection_bias)
+        self.conv = None
+        if config.use_short_conv:
+            channels = 2 * key_size + value_size
+            self.conv = ShortConvolution(channels, config.conv_size, config.is_causal, self.conv_activation)
+        self.q_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.key_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: Tables,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
+        cache: Any = past_key_values
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.conv is not None:
+            state = previous_state(cache, self.layer_idx, "conv_states")
+            (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
+            if cache is not None:
+                cache.update_conv_state(state, self.layer_idx)
+        elif self.silu_without_conv:
+            q, k, v = (nn.functional.silu(x) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary and self.rotates:
+            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
+        state = previous_state(cache, self.layer_idx, "recurrent_states")
+        o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+        return self.o_proj(o.flatten(-2)), None
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        state: torch.Tensor | None,
+        output_final_state: bool,
+        layout: SequenceLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> the normed, gated output `[B, T, H, V]` and the state."""
+        raise NotImplementedError
+
+    def make_output_gate(self, gated: bool) -> None:
+        """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
+        hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
+        self.g_proj = nn.Linear(hidden_size, value_size, bias=False) if gated else None
+        self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
+
+    def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`norm(o) * swish(x W)` for the heads `o [B, T, H, V]` and the mixer's input x `[B, T, D]`."""
+        o = o if self.o_norm is None else self.o_norm(o)
+        return o if self.g_proj is None else o * nn.functional.silu(self.g_proj(hidden_states)).view_as(o)
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface."""
+
+    def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
+        super().__init__()
+        self.config, self.layer_idx, self.layer_type = config, layer_idx, layer_type
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, config.is_causal
+        key_heads = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // key_heads
+        self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
+        key_size = key_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: Tables,
+        masks: dict[str, torch.Tensor | None],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, T, D] -> [B, T, D]` and the attention weights `[B, H, T, S]` where the backend gives them."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
+        if self.sliding_window is not None:
+            q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            if self.sliding_window is not None and layout.mask is not None:
+                k, v = self._slide_cache(past_key_values.layers[self.layer_idx], k, v, layout)
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        o, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            masks[self.layer_type],
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        o = o.flatten(-2)
+        return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+
+    @staticmethod
+    def _slide_cache(
+        cached: Any, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move the keys and values `[B, H, S, K]` that a growing cache holds up to the real tokens of this piece, so
+        that its padding does not push real tokens out of the window. Returns k and v in their new place."""
+        if not isinstance(cached, DynamicLayer) or not cached.is_initialized:
+            return k, v
+        moved = []
+        for name, current in (("keys", k), ("values", v)):
+            past = getattr(cached, name).transpose(1, 2)
+            joined = layout.slide_over_padding(past, current.transpose(1, 2)).transpose(1, 2)
+            setattr(cached, name, joined[:, :, : past.shape[1]])
+            moved.append(joined[:, :, past.shape[1] :])
+        return moved[0], moved[1]

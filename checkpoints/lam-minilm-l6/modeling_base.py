@@ -1,0 +1,210 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
+
+import os
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_base import LalmConfig
+from .batch_layout import adopt_cache, build_layout, current_mask, is_fresh, positions, softmax_masks
+from .layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables
+from .mixers import Mixer, SoftmaxAttention, Tables
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm residual block: `x + mixer(norm x)`, then `x + mlp(norm x)`."""
+
+    mlp_class: ClassVar[type[nn.Module]] = MLP
+
+    def __init__(self, config: LalmConfig, mixer: nn.Module):
+        super().__init__()
+        norm = NORMS[config.norm_type]
+        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = self.mlp_class(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class LalmPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model class: initialisation, capabilities, recordable outputs."""
+
+    config: LalmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block", "LocalGlobalBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": Block, "attentions": OutputRecorder(SoftmaxAttention, index=1)}
+    _is_stateful = True
+    _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            # The bound torch gives a convolution of this width, whose every output sees `width` inputs.
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with
+        `push_to_hub=True`, where the upload is part of the stock save.)
+
+        Raises:
+            OSError: something cannot be written; the message names the folder and the reason.
+        """
+        save = super().save_pretrained
+        given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
+        plain = (
+            not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
+        )
+        try:
+            from lalm.hub import staged_save
+        except ImportError:  # running as remote code
+            plain = True
+        if plain:
+            save(save_directory, *args, **kwargs)
+            return
+        with staged_save(save_directory) as staging:
+            save(staging, *args, **kwargs)
+
+
+class LalmModel(LalmPreTrainedModel):
+    """Embeddings, blocks and final norm. A variant names its configuration and its mixer."""
+
+    mixer_class: ClassVar[type[Mixer]]
+    block_class: ClassVar[type[nn.Module]] = Block
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        added = config.position_embedding_type in ("learned", "sinusoidal")
+        self.embed_positions = PositionEmbedding(config) if added else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            self.block_class(config, self.make_mixer(config, i)) for i in range(config.num_hidden_layers)
+        )
+        self.norm = NORMS[config.norm_type](config.embedding_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def make_mixer(cls, config: LalmConfig, layer_idx: int) -> nn.Module:
+        """The mixer of one layer, as `config.layer_types` says."""
+        layer_type = config.layer_types[layer_idx]
+        if layer_type == Mixer.layer_type:
+            return cls.mixer_class(config, layer_idx)
+        return SoftmaxAttention(config, layer_idx, layer_type)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack over `input_ids [B, T]` (or `inputs_embeds [B, T, D]`).
+
+        Args:
+            attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
+            position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
+            past_key_values: a DynamicCache or StaticCache made from this model's configuration. Fill it with one
+                document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
+            seq_idx: `[B, T]`, packed documents by number.
+            cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
+
+        Raises:
+            ValueError: an input does not fit; the message names it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if input_ids is None:
+            hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
+        else:
+            hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
+        elif use_cache and past_key_values is None and self.makes_cache():
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config)
+        batch, length = hidden_states.shape[:2]
+        fresh = is_fresh(past_key_values)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = current_mask(attention_mask, batch, length, seen)
+        reorder = self.config.is_causal or self.mixer_class.is_windowed or bool(self.config.sliding_attention_layers)
+        layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
+        if position_ids is None:
+            position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
+        hidden_states = self.dropout(self.add_positions(hidden_states, position_ids))
+        masks = softmax_masks(self.config, hidden_states, attention_mask, past_key_values, layout)
+        hidden_states = self.run_layers(
+            hidden_states,
+            layout=layout,
+            rotary=self._rotary_tables(position_ids),
+            masks=masks,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.readout(hidden_states), past_key_values=past_key_values)
+
+    def makes_cache(self) -> bool:
+        """Whether a forward with `use_cache` makes a cache where none is given."""
+        return True
+
+    def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first block, from embeddings `[B, T, D]` and positions `[B, T]`."""
+        if self.embed_positions is None:
+            return hidden_states
+        return hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
+
+    def run_layers(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """`[B, T, D] -> [B, T, D]` through all blocks, each of which gets `kwargs`."""
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+    def readout(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the heads read, from what leaves the last block."""
+        return self.norm(hidden_states)
+
+    def _rotary_tables(self, position_ids: torch.Tensor) -> Tables:
+        """cos and sin by head size, empty unless positions are rotary."""
+        if self.config.position_embedding_type != "rope":
+            return {}
+        kinds = set(self.config.layer_types)
+        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds else set()
+        if kinds - {Mixer.layer_type}:
+            sizes.add(self.config.head_dim)
+        return {size: rotary_tables(position_ids, size, self.config.rope_theta) for size in sizes}
+
+
+__all__ = ["Block", "LalmModel", "LalmPreTrainedModel"]

@@ -1,0 +1,238 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The heads of every variant, written once; a variant names the backbone."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_base import LalmConfig
+from .modeling_base import LalmModel, LalmPreTrainedModel
+from .cross_entropy import linear_cross_entropy
+
+
+class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
+    """Language model: backbone and `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: ClassVar[type[LalmModel]]
+    lm_head_bias: ClassVar[bool] = False
+
+    def __init__(self, config: LalmConfig):
+        if not config.is_causal:
+            raise ValueError(
+                "A causal language model needs is_causal=True; AutoModelForMaskedLM takes is_causal=False."
+            )
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) are shifted by one and give the mean
+        cross-entropy in nats, over `num_items_in_batch` tokens if that is passed. `logits_to_keep` limits the logits
+        to the last so many positions, or to the positions of an index tensor; the loss is over all positions even so,
+        and then made in pieces, so that training with `logits_to_keep=1` never holds all logits `[B, T, V]`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None and in_pieces and type(self.lm_head) is nn.Linear and self._has_stock_loss():
+            loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        elif labels is not None:
+            every = self.lm_head(hidden_states) if in_pieces else logits
+            loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _has_stock_loss(self) -> bool:
+        return self.loss_function is ForCausalLMLoss
+
+    def _loss_in_pieces(
+        self, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
+    ) -> torch.Tensor:
+        """`ForCausalLMLoss` of the logits of `hidden_states [B, T, D]`, without these."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(hidden_states.device)
+        head = self.lm_head
+        return linear_cross_entropy(
+            hidden_states.flatten(0, -2), head.weight, head.bias, targets, num_items_in_batch, ignore_index
+        )
+
+
+class LalmForMaskedLM(LalmPreTrainedModel):
+    """Masked language model: a backbone that reads both sides, and `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: ClassVar[type[LalmModel]]
+    lm_head_bias: ClassVar[bool] = False
+
+    def __init__(self, config: LalmConfig):
+        if config.is_causal:
+            raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) stand at the tokens they name, unshifted."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LalmForSequenceClassification(LalmPreTrainedModel):
+    """One label (or regression target) a sequence, read at the last real token; of an encoder, at the mean of all."""
+
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.num_labels = len(config.id2label or ())
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.embedding_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """As `LalmModel.forward`. The last real token is the last with `attention_mask` 1; without a mask the last
+        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded.
+
+        Raises:
+            ValueError: a batch without `attention_mask` and without `pad_token_id`, where padding cannot be told.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        real = self._real_tokens(hidden_states, input_ids, attention_mask)
+        if self.config.is_causal:
+            last = (real * torch.arange(real.shape[1], device=real.device)).argmax(-1)
+            pooled = hidden_states[torch.arange(real.shape[0], device=real.device), last]
+        else:
+            weight = real[..., None].to(hidden_states.dtype)
+            pooled = (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        pooled_logits = self.score(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=pooled_logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _real_tokens(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+        """bool `[B, T]`, False on padding."""
+        batch, length = hidden_states.shape[:2]
+        if attention_mask is not None:
+            return attention_mask[:, -length:] != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            return input_ids != self.config.pad_token_id
+        if batch > 1:
+            raise ValueError(
+                "Cannot tell padding in this batch: pass attention_mask, or input_ids with config.pad_token_id set."
+            )
+        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+
+
+class LalmForTokenClassification(LalmPreTrainedModel):
+    """One label a token."""
+
+    model_class: ClassVar[type[LalmModel]]
+
+    def __init__(self, config: LalmConfig):
+        super().__init__(config)
+        self.num_labels = len(config.id2label or ())
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.embedding_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """As `LalmModel.forward`; `labels [B, T]`, -100 is ignored."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "LalmForCausalLM",
+    "LalmForMaskedLM",
+    "LalmForSequenceClassification",
+    "LalmForTokenClassification",
+]

@@ -1,0 +1,219 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""LAM: a post-norm encoder whose tokens are mixed by two memories a head, fast and slow (dual-state delta rule).
+
+Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
+than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of
+its own document only and has no SiLU; the leak cannot make the memories grow (ops/dual_state.py states the bound).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_lam import LamConfig
+from .layers import MLP, NORMS, RMSNorm, unit_length
+from .linearize import copy_weights, student_config
+from .mixers import Mixer
+from .modeling_base import Block, LalmModel
+from .modeling_heads import (
+    LalmForCausalLM,
+    LalmForMaskedLM,
+    LalmForSequenceClassification,
+    LalmForTokenClassification,
+)
+from .diagonal_recurrence import compute_dtype
+from .dispatch import choose
+from .dual_state import (
+    chunk_dual_state_delta,
+    cpp_dual_state_delta,
+    cpp_kernel,
+    recurrent_dual_state_delta,
+)
+
+# Share of the other memory that a fresh leak takes in, and the most that any takes.
+_LEAK_INIT, _LEAK_MAX = 0.01, 0.5
+
+
+class LamGates(nn.Module):
+    """The gates of every token: log decays, write strengths, read weights and coupling, for each direction of reading.
+
+    One projection makes them all. Axes of what it gives: directions, B, T, H, and memories.
+    """
+
+    def __init__(self, config: LamConfig):
+        super().__init__()
+        self.config = config
+        self.directions, self.heads = 1 if config.is_causal else 2, config.num_attention_heads
+        memories = config.num_memories
+        self.sizes = {
+            "beta": 1,
+            "read": memories if memories > 1 else 0,
+            "decay": memories * config.use_adaptive_decay,
+        }
+        self.sizes |= {"leak": memories * config.use_leak}
+        self.proj = nn.Linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
+        self.decay_bias = nn.Parameter(torch.empty(self.directions, self.heads, memories))
+        self.flux_weight, self.flux_bias = None, None
+        if config.use_flux:
+            self.flux_weight = nn.Parameter(torch.empty(self.heads, config.linear_key_dim, config.linear_value_dim))
+            self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decays as configured, write strengths one half, even flux, read weights 1, a leak of one in a hundred."""
+        decays = torch.tensor(self.config.decay_init)
+        init.copy_(self.decay_bias, (decays / (1 - decays)).log().expand_as(self.decay_bias))
+        init.normal_(self.proj.weight, std=self.config.initializer_range)
+        bias = {"beta": 0.0, "read": 1.0, "decay": 0.0, "leak": math.log(_LEAK_INIT / (_LEAK_MAX - _LEAK_INIT))}
+        start = torch.cat([torch.full((size,), bias[name]) for name, size in self.sizes.items()])
+        init.copy_(self.proj.bias, start.repeat(self.directions * self.heads))
+        if self.flux_weight is not None and self.flux_bias is not None:
+            init.normal_(self.flux_weight, std=self.config.initializer_range)
+            init.zeros_(self.flux_bias)
+
+    def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
+        x = self.proj(hidden_states)
+        x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
+        parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
+        decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
+        g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
+        beta = parts["beta"].sigmoid()
+        if self.flux_weight is not None and self.flux_bias is not None:
+            flux = torch.einsum("bthk,hkv,bthv->bth", k.to(v.dtype), self.flux_weight.to(v.dtype), v)
+            psi = (flux.to(x.dtype) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
+            beta = beta * torch.cat([psi, 1 - psi], dim=-1)
+        beta = beta.expand_as(g)
+        read = parts["read"] if self.sizes["read"] else torch.ones_like(g)
+        coupling = None
+        if self.sizes["leak"]:
+            taken = parts["leak"].sigmoid() * _LEAK_MAX
+            fast, slow = taken.unbind(-1)
+            coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
+        gates = {"g": g, "beta": beta, "read": read, "coupling": coupling}
+        if self.config.is_causal:
+            gates = {name: None if gate is None else gate[0] for name, gate in gates.items()}
+        return gates
+
+
+class LamMixer(Mixer):
+    """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
+
+    projection_bias, conv_activation = True, False
+
+    def __init__(self, config: LamConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.gates = LamGates(config)
+        value_size = self.num_heads * self.value_dim
+        self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
+        self.g_proj = nn.Linear(config.hidden_size, value_size) if config.use_output_gate else None
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        k = unit_length(k)
+        kernel = cpp_kernel(q, v, self.config.num_memories, self.config.use_delta_rule)
+        op = choose(
+            "dual_state_delta",
+            self.config.linear_attn_implementation,
+            q,
+            recurrent=recurrent_dual_state_delta,
+            chunk=chunk_dual_state_delta,
+            cpp=None if kernel is None else cpp_dual_state_delta,
+        )
+        o, state = op(
+            unit_length(q),
+            k,
+            v,
+            **self.gates(hidden_states, k, v),
+            scale=1.0,
+            initial_state=state,
+            output_final_state=output_final_state,
+            layout=layout,
+            causal=self.config.is_causal,
+            use_delta_rule=self.config.use_delta_rule,
+        )
+        o = o if self.o_norm is None else self.o_norm(o)
+        return o if self.g_proj is None else o * self.g_proj(hidden_states).sigmoid().view_as(o), state
+
+
+class LamMLP(MLP):
+    bias = True
+
+
+class LamBlock(Block):
+    """Post-norm residual block, as BERT's: `norm(x + mixer x)`, then `norm(x + mlp x)`."""
+
+    mlp_class = LamMLP
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed, _ = self.mixer(hidden_states, **kwargs)
+        hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class LamModel(LalmModel):
+    """LAM's encoder, `[B, T] -> [B, T, D]`; the embedding of a sentence is the mean over its real tokens."""
+
+    config: LamConfig
+    mixer_class = LamMixer
+    block_class = LamBlock
+
+    def __init__(self, config: LamConfig):
+        super().__init__(config)
+        self.norm = nn.Identity()  # every block ends in its own norm
+        self.embed_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        self.post_init()
+
+    def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_norm(super().add_positions(hidden_states, position_ids))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LamGates):
+            module.reset_parameters()
+
+    @classmethod
+    def from_softmax_encoder(cls, teacher: PreTrainedModel, config: LamConfig | None = None) -> "LamModel":
+        """A student with the weights of a BERT-like encoder, in its dtype. Without learned positions the mean of the
+        teacher's goes into the word embeddings; `fit_output_projections` should follow (linearize.py).
+
+        Raises:
+            ValueError: the teacher is not of BERT's shape, or `config` does not fit it.
+        """
+        student = cls(config or student_config(teacher))
+        nn.Module.to(student, teacher.dtype)
+        copy_weights(student, teacher)
+        return student
+
+
+class LamForCausalLM(LalmForCausalLM):
+    config: LamConfig
+    model_class = LamModel
+
+
+class LamForMaskedLM(LalmForMaskedLM):
+    config: LamConfig
+    model_class = LamModel
+
+
+class LamForSequenceClassification(LalmForSequenceClassification):
+    config: LamConfig
+    model_class = LamModel
+
+
+class LamForTokenClassification(LalmForTokenClassification):
+    config: LamConfig
+    model_class = LamModel
+
+
+__all__ = [
+    "LamForCausalLM",
+    "LamForMaskedLM",
+    "LamForSequenceClassification",
+    "LamForTokenClassification",
+    "LamModel",
+]
