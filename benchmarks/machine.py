@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "transformers", "numpy", "linear-attention-transformer", "flash-linear-attention", "triton")
 # What decides how fast a CPU multiplies.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+# What users may set that changes speed: threads, the allocator, our kernels.
+_ENVIRONMENT = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_", "THP_", "LD_PRELOAD", "LALM_CPP", "ONEDNN_", "ATEN_CPU")
 
 
 def describe() -> dict[str, Any]:
@@ -28,6 +30,7 @@ def describe() -> dict[str, Any]:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()} | _versions(),
         "threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "hardware": hardware(),
         "matrix_product_gflops": {

@@ -34,7 +34,7 @@ for _module in ("ops", "models", "encoder", "startup", "gpu"):  # they register,
 
 Line = dict[str, Any]
 _HEAD = ("case", "ours", "against", "shape", "ours", "against", "ratio [quartiles]", "target", "")
-_WIDTHS = (16, 22, 20, 24, 9, 9, 22, 8, 0)
+_WIDTHS = (18, 26, 20, 33, 9, 9, 22, 8, 0)
 _BAD = ("gate failed", "broke")
 
 
@@ -111,7 +111,8 @@ def row(line: Line) -> str:
         return f"{line['case']:{_WIDTHS[0]}}  {named}: {line['status']} {line.get('reason', '')}".rstrip()
     values = [f"{_digits(line[key]['median'])} {line['unit']}" for key in ("ours_value", "baseline_value")]
     ratio = Spread(**line["ratio"])
-    shown = f"{ratio.median:.2f}x [{ratio.q1:.2f}, {ratio.q3:.2f}]"
+    quartiles = f"[{ratio.q1:.2f}, {ratio.q3:.2f}]" if ratio.n > 1 else "one round"
+    shown = f"{ratio.median:.2f}x {quartiles}"
     verdict = "met" if line["met"] else "missed"
     return _columns(line["case"], line["ours"], line["baseline"], line["shape"], *values, shown, line["goal"], verdict)
 
