@@ -1,12 +1,13 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The dual-state delta rule by Triton kernels on a GPU: the chunk form of dual_state.py, forward and backward.
+"""Triton kernels of the dual-state delta rule: the chunk form of dual_state.py, forward and backward.
 
-Import this module only where Triton is wanted. Five kernels; every number outside q, k, v is float32.
-    prepare     all chunks at once: the products N and P, T = (I + A)^-1 by forward substitution, scores
-    scan        chunk after chunk, one program for a head and some columns of V: U, and the state that enters each chunk
-    read_out    all chunks at once: o
-    scan_back   the scan from the last chunk to the first: dR, and the gradient of the state that leaves each chunk
-    gradients   all chunks at once: the gradients of the inputs
+Every number outside q, k, v is float32. In the order of a training step:
+    prepare             all chunks at once: the products N and P, T = (I + A)^-1 by forward substitution, scores
+    scan                chunk after chunk, a program for a head and some columns of V: U, the states between the chunks
+    read_out            all chunks at once: o
+    scan_back           the scan from the last chunk to the first: dR, the gradients of the states between the chunks
+    state_gradients     all chunks at once: what comes through the states, to v, q, k and the factors
+    pair_gradients      all chunks at once: what comes through the pairs of a chunk, and the gates
 The forward pass keeps its inputs alone; the backward pass runs prepare and scan again.
 
 With X_b = Z_b^T k, right sides R_a = beta_a (v - sum_b P_ab X_b) and A_ia,jb = beta_ia (k_i . k_j) N_ij,ab for j < i:
@@ -16,10 +17,11 @@ and back, from dU: dR = T^T dU, dA = -dR U^T. The gradient of a step comes from 
     dB_m = sum_ij N_im^T dN_ij N_m-1,j^T + sum_i N_im^T dP_i P_m-1^T
 Tokens past the end have k = q = beta = 0, g = 0 and C = I, and change nothing.
 
-Buffers, for every head of every row and every chunk of it; memories come before tokens:
-    solve T, between N `[M, M, C, C]`; scores `[M, C, C]`, the earlier token first; entering, leaving `[M, K, V]`;
-    updates U, errors dR `[M, C, V]`; factors `[2 M M + M + 1, C]`: P, G, rho^T P and, in its last row, C_last P_last.
-Tuples hold what a token has for each memory, or each pair of memories: entry a M + b is that of a and b.
+Rows of size R = M C run over memories and, inside a memory, over tokens: 64 rows make full use of four warps. Buffers,
+for every head of every text and every chunk of it, `entering` and `leaving` for the states between chunks:
+    solve T, between N `[R, R]`; scores `[R, C]`, the earlier token first; entering, leaving `[M, K, V]`;
+    updates U, errors dR `[R, V]`; factors `[2 M + 2, R]`: rows b < M are P_ab,i and rows M + a are G_ab,j, both along
+    R; row 2 M is (rho_i^T P_i)_b along R, row 2 M + 1 begins with C_last P_last.
 """
 
 from __future__ import annotations
@@ -59,14 +61,14 @@ def _put(x, rows, width, columns, there, values):
 
 
 @triton.jit
-def _square(x, number, index, C: tl.constexpr):
-    """Matrix `number` of `x [*, C, C]`."""
-    return tl.load(x + number * C * C + index[:, None] * C + index[None, :])
+def _square(x, index, columns, width: tl.constexpr):
+    """A matrix `x [*, width]` that has no ragged edge."""
+    return tl.load(x + index[:, None] * width + columns[None, :])
 
 
 @triton.jit
 def _times(x, y, M: tl.constexpr):
-    """Product of two M x M matrices, each a tuple; y may also be one row of M."""
+    """Matrix product of tuples: x of M numbers a row; y of M rows."""
     columns: tl.constexpr = len(y) // M
     product = ()
     for a in tl.static_range(len(x) // M):
@@ -79,12 +81,15 @@ def _times(x, y, M: tl.constexpr):
 
 
 @triton.jit
-def _weigh(x, first: tl.constexpr, step: tl.constexpr, tiles, C: tl.constexpr):
-    """Sum over memories of a factor of every token, rows first, first + step ... of `x [*, C]`, times a tile `[C, *]`."""
-    total = tl.load(x + first * C)[:, None] * tiles[0]
-    for a in tl.static_range(1, len(tiles)):
-        total += tl.load(x + (first + a * step) * C)[:, None] * tiles[a]
-    return total
+def _fold(x, M: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Sum over the memories of a token: `[R, D] -> [C, D]`."""
+    return tl.sum(tl.reshape(x, [M, C, D]), 0)
+
+
+@triton.jit
+def _pick(x, at, index):
+    """Entries `at` of the vector x, zero for those that it does not have."""
+    return tl.sum(tl.where(at[:, None] == index[None, :], x[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -92,28 +97,28 @@ def prepare(
     q, k, g, beta, read, leak, starts, factors, solve, scores, between, scale, length, heads, key_size,
     M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
     first, text, row = _place(chunk, length, heads, C)
-    index, columns = tl.arange(0, C), tl.arange(0, BK)
-    there = first + index < length
-    key = _tile(k, row + index * heads, key_size, columns, there)
-    query = _tile(q, row + index * heads, key_size, columns, there)
-    keys = tl.dot(key, tl.trans(key), input_precision=PRECISION)
-    pairs = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # the earlier token first
-    factors += chunk * (2 * M * M + M + 1) * C
+    index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
+    key = _tile(k, row + index % C * heads, key_size, columns, first + index % C < length)
+    later = _tile(k, row + tokens * heads, key_size, columns, first + tokens < length)
+    query = _tile(q, row + tokens * heads, key_size, columns, first + tokens < length)
+    keys = tl.dot(key, tl.trans(later), input_precision=PRECISION)  # the earlier token first
+    pairs = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    factors += chunk * (2 * M + 2) * R
 
-    coupling, since, reach, inverse, weights = (), (), (), (), ()
+    coupling, since, reach = (), (), ()
     for a in tl.static_range(M):
-        weights += (tl.zeros([C, C], tl.float32),)
+        reach += (tl.zeros([R], tl.float32),)  # N of this token, memory a, and all earlier ones
         for b in tl.static_range(M):
             coupling += (tl.full([], 1.0 * (a == b), tl.float32),)  # C of the token before
             since += (tl.full([], 1.0 * (a == b), tl.float32),)  # P of this token
-            reach += (tl.zeros([C], tl.float32),)  # N of this token and every earlier one
-            inverse += (tl.where(index[:, None] == index[None, :], 1.0 * (a == b), 0.0),)
+    inverse = tl.where(index[:, None] == index[None, :], 1.0, 0.0)
+    weights = tl.zeros([R, C], tl.float32)
     for i in range(C):
-        inside = first + i < length
-        at = row + i * heads
-        steps, after, strengths, reads = (), (), (), ()
+        inside, at = first + i < length, row + i * heads
+        steps, after, strengths, reads, marked = (), (), (), (), ()
         for a in tl.static_range(M):
             decay = tl.exp(tl.load(g + at * M + a, mask=inside, other=0.0))
             if starts is not None:
@@ -123,56 +128,30 @@ def prepare(
             for b in tl.static_range(M):
                 steps += (decay * coupling[a * M + b],)
                 after += (tl.load(leak + (at * M + a) * M + b, mask=inside, other=0.0) + 1.0 * (a == b),)
-        coupling = after
-        since = _times(steps, since, M)
-        reach = _times(steps, reach, M)
-        if DELTA:
-            inverse = _substitute(inverse, keys, reach, strengths, i, index, M)
-        reach = _add_identity(reach, index == i, M)
-        rho = _times(reads, coupling, M)
-        read_since, read_reach = _times(rho, since, M), _times(rho, reach, M)
-        weights_after = ()
+        coupling, since, reach = after, _times(steps, since, M), _times(steps, reach, M)
+        key_i = tl.sum(tl.where(tokens[None, :] == i, keys, 0.0), 1)
         for a in tl.static_range(M):
-            tl.store(factors + (2 * M * M + a) * C + i, read_since[a])
-            weights_after += (tl.where(index[None, :] == i, read_reach[a][:, None], weights[a]),)
-        weights = weights_after
-        for pair in tl.static_range(M * M):
-            tl.store(factors + pair * C + i, since[pair])
+            if DELTA:  # rows i of T are those of the unit matrix less A times the rows above
+                above = strengths[a] * tl.sum((reach[a] * key_i)[:, None] * inverse, 0)
+                inverse = tl.where(index[:, None] == a * C + i, inverse - above[None, :], inverse)
+            marked += (tl.where(index == a * C + i, 1.0, reach[a]),)
             if between is not None:
-                tl.store(between + ((chunk * M * M + pair) * C + i) * C + index, reach[pair])
+                tl.store(between + (chunk * R + a * C + i) * R + index, marked[a])
+        reach, rho = marked, _times(reads, coupling, M)
+        read_since = _times(rho, since, M)
+        for a in tl.static_range(M):
+            weights += tl.where(tokens[None, :] == i, (rho[a] * reach[a])[:, None], 0.0)
+            tl.store(factors + 2 * M * R + a * C + i, read_since[a])
+            for b in tl.static_range(M):
+                tl.store(factors + b * R + a * C + i, since[a * M + b])
     writes, kept = _times(coupling, reach, M), _times(coupling, since, M)
-    for pair in tl.static_range(M * M):
-        tl.store(factors + (M * M + pair) * C + index, writes[pair])
-        tl.store(factors + (2 * M * M + M) * C + pair, kept[pair])
-        if DELTA:
-            tl.store(solve + (chunk * M * M + pair) * C * C + index[:, None] * C + index[None, :], inverse[pair])
     for a in tl.static_range(M):
-        tl.store(scores + (chunk * M + a) * C * C + index[:, None] * C + index[None, :], weights[a] * pairs)
-
-
-@triton.jit
-def _substitute(inverse, keys, reach, strengths, i, index, M: tl.constexpr):
-    """Rows i of T from its rows above: those of the unit matrix less A times the rows above."""
-    key = tl.sum(tl.where(index[None, :] == i, keys, 0.0), 1)
-    after = ()
-    for a in tl.static_range(M):
+        tl.store(factors + (M + a) * R + index, writes[a])
         for b in tl.static_range(M):
-            above = (reach[a * M] * key)[:, None] * inverse[b]
-            for c in tl.static_range(1, M):
-                above += (reach[a * M + c] * key)[:, None] * inverse[c * M + b]
-            row = strengths[a] * tl.sum(above, 0)
-            old = inverse[a * M + b]
-            after += (tl.where(index[:, None] == i, old - row[None, :], old),)
-    return after
-
-
-@triton.jit
-def _add_identity(matrix, where, M: tl.constexpr):
-    result = ()
-    for a in tl.static_range(M):
-        for b in tl.static_range(M):
-            result += (tl.where(where, 1.0 * (a == b), matrix[a * M + b]),)
-    return result
+            tl.store(factors + (2 * M + 1) * R + a * M + b, kept[a * M + b])
+    tl.store(scores + (chunk * R + index[:, None]) * C + tokens[None, :], weights * pairs)
+    if DELTA:
+        tl.store(solve + (chunk * R + index[:, None]) * R + index[None, :], inverse)
 
 
 @triton.jit
@@ -181,8 +160,9 @@ def scan(
     M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = M * C
     head = tl.program_id(0).to(tl.int64)
-    index, columns, values = tl.arange(0, C), tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    index, columns, values = tl.arange(0, R), tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
     chunks = tl.cdiv(length, C)
     state = ()
     for a in tl.static_range(M):
@@ -194,35 +174,25 @@ def scan(
     for n in range(chunks):
         chunk = head * chunks + n
         first, _, row = _place(chunk, length, heads, C)
-        there, rows = first + index < length, row + index * heads
+        there, rows = first + index % C < length, row + index % C * heads
         key = _tile(k, rows, key_size, columns, there)
-        value = _tile(v, rows, value_size, values, there)
-        factor = factors + chunk * (2 * M * M + M + 1) * C
-        found, right, update, after = (), (), (), ()
-        for a in tl.static_range(M):
-            _put(entering, (chunk * M + a) * key_size + columns, value_size, values, columns < key_size, state[a])
+        error = _tile(v, rows, value_size, values, there)
+        factor = factors + chunk * (2 * M + 2) * R
+        for b in tl.static_range(M):
+            _put(entering, (chunk * M + b) * key_size + columns, value_size, values, columns < key_size, state[b])
             if DELTA:
-                found += (tl.dot(key, state[a], input_precision=PRECISION),)
+                found = tl.dot(key, state[b], input_precision=PRECISION)
+                error -= tl.load(factor + b * R + index)[:, None] * found
+        update = tl.load(beta + rows * M + index // C, mask=there, other=0.0)[:, None] * error
+        if DELTA:
+            update = tl.dot(_square(solve + chunk * R * R, index, index, R), update, input_precision=PRECISION)
+        _put(updates, chunk * R + index, value_size, values, index < R, update)
+        after = ()
         for a in tl.static_range(M):
-            error = value
-            if DELTA:
-                error -= _weigh(factor + index, a * M, 1, found, C)
-            right += (tl.load(beta + rows * M + a, mask=there, other=0.0)[:, None] * error,)
-        for a in tl.static_range(M):
-            if DELTA:
-                solved = tl.zeros([C, BV], tl.float32)
-                for b in tl.static_range(M):
-                    matrix = _square(solve, (chunk * M + a) * M + b, index, C)
-                    solved = tl.dot(matrix, right[b], solved, input_precision=PRECISION)
-                update += (solved,)
-            else:
-                update += (right[a],)
-            _put(updates, (chunk * M + a) * C + index, value_size, values, index < C, update[a])
-        for a in tl.static_range(M):
-            write = _weigh(factor + index, M * M + a * M, 1, update, C)
             fresh = tl.zeros([BK, BV], tl.float32)
             for b in tl.static_range(M):
-                fresh += tl.load(factor + (2 * M * M + M) * C + a * M + b) * state[b]
+                fresh += tl.load(factor + (2 * M + 1) * R + a * M + b) * state[b]
+            write = tl.load(factor + (M + a) * R + index)[:, None] * update
             after += (tl.dot(tl.trans(key), write, fresh, input_precision=PRECISION),)
         state = after
     for a in tl.static_range(M):
@@ -234,19 +204,20 @@ def read_out(
     q, factors, scores, entering, updates, o, length, heads, key_size, value_size,
     M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
-    index, columns, values = tl.arange(0, C), tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
     first, _, row = _place(chunk, length, heads, C)
-    there, rows = first + index < length, row + index * heads
+    there, rows = first + tokens < length, row + tokens * heads
     query = _tile(q, rows, key_size, columns, there)
-    factor = factors + (chunk * (2 * M * M + M + 1) + 2 * M * M) * C + index
-    total = tl.zeros([C, BV], tl.float32)
-    for a in tl.static_range(M):
-        state = _tile(entering, (chunk * M + a) * key_size + columns, value_size, values, columns < key_size)
-        update = _tile(updates, (chunk * M + a) * C + index, value_size, values, index < C)
-        total += tl.load(factor + a * C)[:, None] * tl.dot(query, state, input_precision=PRECISION)
-        weights = tl.trans(_square(scores, chunk * M + a, index, C))
-        total = tl.dot(weights, update, total, input_precision=PRECISION)
+    update = _tile(updates, chunk * R + index, value_size, values, index < R)
+    weights = tl.trans(_square(scores + chunk * R * C, index, tokens, C))
+    total = tl.dot(weights, update, input_precision=PRECISION)
+    for b in tl.static_range(M):
+        state = _tile(entering, (chunk * M + b) * key_size + columns, value_size, values, columns < key_size)
+        weight = tl.load(factors + (chunk * (2 * M + 2) + 2 * M) * R + b * C + tokens)
+        total += weight[:, None] * tl.dot(query, state, input_precision=PRECISION)
     _put(o, rows, value_size, values, there, total)
 
 
@@ -256,8 +227,10 @@ def scan_back(
     M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = M * C
     head = tl.program_id(0).to(tl.int64)
-    index, columns, values = tl.arange(0, C), tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
     chunks = tl.cdiv(length, C)
     d_state = ()
     for a in tl.static_range(M):
@@ -269,41 +242,31 @@ def scan_back(
     for n in range(chunks):
         chunk = head * chunks + chunks - 1 - n
         first, _, row = _place(chunk, length, heads, C)
-        there, rows = first + index < length, row + index * heads
+        there, rows = first + index % C < length, row + index % C * heads
         key = _tile(k, rows, key_size, columns, there)
-        query = _tile(q, rows, key_size, columns, there)
-        d_out = _tile(d_o, rows, value_size, values, there)
-        factor = factors + chunk * (2 * M * M + M + 1) * C
-        gained, d_update, d_right, after = (), (), (), ()
+        query = _tile(q, row + tokens * heads, key_size, columns, first + tokens < length)
+        d_out = _tile(d_o, row + tokens * heads, value_size, values, first + tokens < length)
+        factor = factors + chunk * (2 * M + 2) * R
+        d_right = tl.dot(_square(scores + chunk * R * C, index, tokens, C), d_out, input_precision=PRECISION)
         for a in tl.static_range(M):
             _put(leaving, (chunk * M + a) * key_size + columns, value_size, values, columns < key_size, d_state[a])
-            gained += (tl.dot(key, d_state[a], input_precision=PRECISION),)
-        for b in tl.static_range(M):
-            total = _weigh(factor + index, M * M + b, M, gained, C)
-            weights = _square(scores, chunk * M + b, index, C)
-            d_update += (tl.dot(weights, d_out, total, input_precision=PRECISION),)
-        for a in tl.static_range(M):
-            if DELTA:
-                solved = tl.zeros([C, BV], tl.float32)
-                for b in tl.static_range(M):
-                    matrix = tl.trans(_square(solve, (chunk * M + b) * M + a, index, C))
-                    solved = tl.dot(matrix, d_update[b], solved, input_precision=PRECISION)
-                d_right += (solved,)
-            else:
-                d_right += (d_update[a],)
-            _put(errors, (chunk * M + a) * C + index, value_size, values, index < C, d_right[a])
-        d_errors = ()
-        for a in tl.static_range(M):
-            d_errors += (tl.load(beta + rows * M + a, mask=there, other=0.0)[:, None] * d_right[a],)
+            gained = tl.dot(key, d_state[a], input_precision=PRECISION)
+            d_right += tl.load(factor + (M + a) * R + index)[:, None] * gained
+        if DELTA:
+            transposed = tl.trans(_square(solve + chunk * R * R, index, index, R))
+            d_right = tl.dot(transposed, d_right, input_precision=PRECISION)
+        _put(errors, chunk * R + index, value_size, values, index < R, d_right)
+        strength = tl.load(beta + rows * M + index // C, mask=there, other=0.0)
+        after = ()
         for b in tl.static_range(M):
             fresh = tl.zeros([BK, BV], tl.float32)
             for a in tl.static_range(M):
-                fresh += tl.load(factor + (2 * M * M + M) * C + a * M + b) * d_state[a]
-            read = tl.load(factor + (2 * M * M + b) * C + index)[:, None] * d_out
-            fresh = tl.dot(tl.trans(query), read, fresh, input_precision=PRECISION)
+                fresh += tl.load(factor + (2 * M + 1) * R + a * M + b) * d_state[a]
+            reading = tl.load(factor + 2 * M * R + b * C + tokens)[:, None] * d_out
+            fresh = tl.dot(tl.trans(query), reading, fresh, input_precision=PRECISION)
             if DELTA:
-                d_found = _weigh(factor + index, b, M, d_errors, C)
-                fresh -= tl.dot(tl.trans(key), d_found, input_precision=PRECISION)
+                lost = (strength * tl.load(factor + b * R + index))[:, None] * d_right
+                fresh -= tl.dot(tl.trans(key), lost, input_precision=PRECISION)
             after += (fresh,)
         d_state = after
     for a in tl.static_range(M):
@@ -311,185 +274,188 @@ def scan_back(
 
 
 @triton.jit
-def gradients(
-    q, k, v, g, beta, read, leak, starts, factors, between, entering, leaving, updates, errors, d_o,
-    d_q, d_k, d_v, d_g, d_beta, d_read, d_leak, scale, length, heads, key_size, value_size,
+def _rho(read, leak, rows, memory, there, scale, M: tl.constexpr):
+    rho = tl.zeros_like(memory).to(tl.float32)
+    for a in tl.static_range(M):
+        coupling = tl.load(leak + (rows * M + a) * M + memory, mask=there, other=0.0) + tl.where(memory == a, 1.0, 0.0)
+        rho += tl.load(read + rows * M + a, mask=there, other=0.0) * scale * coupling
+    return rho
+
+
+@triton.jit
+def state_gradients(
+    q, k, v, beta, read, leak, factors, entering, leaving, updates, errors, d_o, d_v, part_q, part_k, parts,
+    scale, length, heads, key_size, value_size,
     M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """d_v, and shares in the gradients of q and k and (parts `[2 M + 3, R]`) of factors, rho and beta."""
+    R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
-    index, columns = tl.arange(0, C), tl.arange(0, BK)
-    first, text, row = _place(chunk, length, heads, C)
-    there, rows = first + index < length, row + index * heads
+    index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
+    first, _, row = _place(chunk, length, heads, C)
+    there, rows = first + index % C < length, row + index % C * heads
     key = _tile(k, rows, key_size, columns, there)
     query = _tile(q, rows, key_size, columns, there)
-    factor = factors + chunk * (2 * M * M + M + 1) * C
-    strengths, couplings = (), ()
-    for a in tl.static_range(M):
-        strengths += (tl.load(beta + rows * M + a, mask=there, other=0.0),)
-        for b in tl.static_range(M):
-            couplings += (tl.load(leak + (rows * M + a) * M + b, mask=there, other=0.0) + 1.0 * (a == b),)
+    factor = factors + chunk * (2 * M + 2) * R
+    strength = tl.load(beta + rows * M + index // C, mask=there, other=0.0)
+    rho = _rho(read, leak, rows, index // C, there, scale, M)
 
-    d_query, d_key = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    # Over the columns of V: do U^T, dR U^T, and the gradients of beta and of the factors.
-    of_scores, of_solve, d_strength, d_since, d_read_since, d_writes, d_kept = (), (), (), (), (), (), ()
+    d_query, d_key = tl.zeros([R, BK], tl.float32), tl.zeros([R, BK], tl.float32)
+    d_strength, d_rho = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    d_since, d_writes, d_kept = (), (), ()
     for a in tl.static_range(M):
-        of_scores += (tl.zeros([C, C], tl.float32),)
-        d_strength += (tl.zeros([C], tl.float32),)
-        d_read_since += (tl.zeros([C], tl.float32),)
+        d_since += (tl.zeros([R], tl.float32),)
+        d_writes += (tl.zeros([R], tl.float32),)
         for b in tl.static_range(M):
-            of_solve += (tl.zeros([C, C], tl.float32),)
-            d_since += (tl.zeros([C], tl.float32),)
-            d_writes += (tl.zeros([C], tl.float32),)
             d_kept += (tl.full([], 0.0, tl.float32),)
     for start in range(0, value_size, BV):
         values = start + tl.arange(0, BV)
         d_out = _tile(d_o, rows, value_size, values, there)
-        value = _tile(v, rows, value_size, values, there)
-        update, d_right, state, d_state = (), (), (), ()
-        for a in tl.static_range(M):
-            here = (chunk * M + a) * C + index
-            update += (_tile(updates, here, value_size, values, index < C),)
-            d_right += (_tile(errors, here, value_size, values, index < C),)
-            here = (chunk * M + a) * key_size + columns
-            state += (_tile(entering, here, value_size, values, columns < key_size),)
-            d_state += (_tile(leaving, here, value_size, values, columns < key_size),)
-        d_errors, found = (), ()
-        scores_after, solve_after, strength_after, since_after = (), (), (), ()
-        read_after, writes_after, kept_after = (), (), ()
-        for a in tl.static_range(M):
-            d_errors += (strengths[a][:, None] * d_right[a],)
-        d_value = d_errors[0]
-        for a in tl.static_range(1, M):
-            d_value += d_errors[a]
-        _put(d_v, rows, value_size, values, there, d_value)
+        error = _tile(v, rows, value_size, values, there)
+        update = _tile(updates, chunk * R + index, value_size, values, index < R)
+        d_right = _tile(errors, chunk * R + index, value_size, values, index < R)
+        d_error = strength[:, None] * d_right
+        _put(d_v, row + tokens * heads, value_size, values, first + tokens < length, _fold(d_error, M, C, BV))
+        states, since_after, writes_after, kept_after = (), (), (), ()
         for b in tl.static_range(M):
-            reading = tl.dot(d_out, tl.trans(state[b]), input_precision=PRECISION)
-            d_query += tl.load(factor + (2 * M * M + b) * C + index)[:, None] * reading
-            read_after += (d_read_since[b] + tl.sum(query * reading, 1),)
-            scores_after += (tl.dot(d_out, tl.trans(update[b]), of_scores[b], input_precision=PRECISION),)
-            written = _weigh(factor + index, M * M + b * M, 1, update, C)
-            d_key = tl.dot(written, tl.trans(d_state[b]), d_key, input_precision=PRECISION)
+            state = _tile(entering, (chunk * M + b) * key_size + columns, value_size, values, columns < key_size)
+            since = tl.load(factor + b * R + index)
+            reading = tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
+            d_query += (rho * since)[:, None] * reading
+            weight = tl.sum(query * reading, 1)
+            d_rho += since * weight
+            change = d_since[b] + rho * weight
             if DELTA:
-                found += (tl.dot(key, state[b], input_precision=PRECISION),)
-                d_found = _weigh(factor + index, b, M, d_errors, C)
-                d_key -= tl.dot(d_found, tl.trans(state[b]), input_precision=PRECISION)
+                found = tl.dot(key, state, input_precision=PRECISION)
+                error -= since[:, None] * found
+                change -= tl.sum(d_error * found, 1)
+                d_key -= tl.dot(since[:, None] * d_error, tl.trans(state), input_precision=PRECISION)
+            states += (state,)
+            since_after += (change,)
+        d_strength += tl.sum(d_right * error, 1)
         for a in tl.static_range(M):
-            error = value
-            if DELTA:
-                error -= _weigh(factor + index, a * M, 1, found, C)
-            strength_after += (d_strength[a] + tl.sum(d_right[a] * error, 1),)
-            gained = tl.dot(key, d_state[a], input_precision=PRECISION)
+            d_state = _tile(leaving, (chunk * M + a) * key_size + columns, value_size, values, columns < key_size)
+            gained = tl.dot(key, d_state, input_precision=PRECISION)
+            writes_after += (d_writes[a] + tl.sum(gained * update, 1),)
+            write = tl.load(factor + (M + a) * R + index)[:, None] * update
+            d_key = tl.dot(write, tl.trans(d_state), d_key, input_precision=PRECISION)
             for b in tl.static_range(M):
-                writes_after += (d_writes[a * M + b] + tl.sum(gained * update[b], 1),)
-                kept_after += (d_kept[a * M + b] + tl.sum(tl.sum(d_state[a] * state[b], 1), 0),)
-                if DELTA:
-                    since_after += (d_since[a * M + b] - tl.sum(d_errors[a] * found[b], 1),)
-                    solve = of_solve[a * M + b]
-                    solve_after += (tl.dot(d_right[a], tl.trans(update[b]), solve, input_precision=PRECISION),)
-        of_scores, d_strength, d_read_since = scores_after, strength_after, read_after
-        d_writes, d_kept = writes_after, kept_after
-        if DELTA:
-            of_solve, d_since = solve_after, since_after
-
-    # Through the scores and the triangular system to N, q, k and the gates.
-    earlier = index[:, None] > index[None, :]
-    last, last_there = index == C - 1, first + C - 1 < length
-    keys = tl.dot(key, tl.trans(key), input_precision=PRECISION)
-    pairs = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    reads, reach, since, ends = (), (), (), ()
+                kept_after += (d_kept[a * M + b] + tl.sum(tl.sum(d_state * states[b], 1), 0),)
+        d_since, d_writes, d_kept = since_after, writes_after, kept_after
+    _put(part_q, row + tokens * heads, key_size, columns, first + tokens < length, _fold(d_query, M, C, BK))
+    _put(part_k, row + tokens * heads, key_size, columns, first + tokens < length, _fold(d_key, M, C, BK))
+    parts += chunk * (2 * M + 3) * R
     for a in tl.static_range(M):
-        reads += (tl.load(read + rows * M + a, mask=there, other=0.0) * scale,)
+        tl.store(parts + a * R + index, d_since[a])
+        tl.store(parts + (M + a) * R + index, d_writes[a])
         for b in tl.static_range(M):
-            reach += (_square(between, (chunk * M + a) * M + b, index, C),)
-            since += (tl.load(factor + (a * M + b) * C + index),)
-            end = tl.load(leak + ((row + (C - 1) * heads) * M + a) * M + b, mask=last_there, other=0.0)
-            ends += (end + 1.0 * (a == b),)
-    rho = _times(reads, couplings, M)
-    d_pairs, d_keys = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for b in tl.static_range(M):
-        for c in tl.static_range(M):
-            d_pairs += of_scores[b] * rho[c][:, None] * reach[c * M + b]
-            if DELTA:
-                d_keys -= of_solve[b * M + c] * strengths[b][:, None] * reach[b * M + c]
-    d_keys = tl.where(earlier, d_keys, 0.0)
-    d_query = tl.dot(d_pairs, key, d_query, input_precision=PRECISION)
-    d_key = tl.dot(tl.trans(d_pairs), query, d_key, input_precision=PRECISION)
-    if DELTA:
-        d_key = tl.dot(d_keys + tl.trans(d_keys), key, d_key, input_precision=PRECISION)
-    _put(d_q, rows, key_size, columns, there, d_query)
-    _put(d_k, rows, key_size, columns, there, d_key)
-
-    d_reach, d_products, d_rho = (), (), ()
-    for c in tl.static_range(M):
-        d_weight = tl.zeros([C], tl.float32)
-        lost = d_strength[c]
-        for b in tl.static_range(M):
-            weighed = of_scores[b] * pairs
-            d_weight += tl.sum(reach[c * M + b] * weighed, 1) + since[c * M + b] * d_read_since[b]
-            d_between = rho[c][:, None] * weighed
-            if DELTA:
-                solved = tl.where(earlier, of_solve[c * M + b] * keys, 0.0)
-                lost -= tl.sum(reach[c * M + b] * solved, 1)
-                d_between -= strengths[c][:, None] * solved
-            d_product = d_since[c * M + b] + rho[c] * d_read_since[b]
-            for a in tl.static_range(M):
-                d_between += tl.where(last[:, None], ends[a * M + c] * d_writes[a * M + b][None, :], 0.0)
-                d_product += tl.where(last, ends[a * M + c] * d_kept[a * M + b], 0.0)
-            d_reach += (tl.where(earlier, d_between, 0.0),)
-            d_products += (d_product,)
-        d_rho += (d_weight,)
-        tl.store(d_beta + rows * M + c, lost, mask=there)
-    d_steps = _step_gradients(reach, d_reach, d_products, between, factor, chunk, index, M, C, PRECISION)
-
-    for a in tl.static_range(M):
-        decay = tl.exp(tl.load(g + rows * M + a, mask=there, other=0.0))
-        if starts is not None:
-            decay = tl.where(tl.load(starts + text + index, mask=there, other=0) != 0, 0.0, decay)
-        d_decay, d_reading = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-        for b in tl.static_range(M):
-            d_step = d_steps[a * M + b] * decay
-            before = (index > 0) & (first + index - 1 < length)
-            coupling = tl.load(leak + ((rows - heads) * M + a) * M + b, mask=before, other=0.0) + 1.0 * (a == b)
-            d_decay += d_step * coupling
-            d_reading += couplings[a * M + b] * d_rho[b]
-            # A step takes the coupling of the token before it, and what leaves the chunk that of the last.
-            d_end = tl.zeros([], tl.float32)
-            for c in tl.static_range(M):
-                end = (chunk * M * M + b * M + c) * C * C + (C - 1) * C
-                d_end += tl.sum(d_writes[a * M + c] * tl.load(between + end + index), 0)
-                d_end += d_kept[a * M + c] * tl.load(factor + (b * M + c) * C + C - 1)
-            d_coupling = tl.sum(tl.where(index[None, :] == index[:, None] + 1, d_step[None, :], 0.0), 1)
-            d_coupling += reads[a] * d_rho[b] + tl.where(last, d_end, 0.0)
-            tl.store(d_leak + (rows * M + a) * M + b, d_coupling, mask=there)
-        tl.store(d_g + rows * M + a, d_decay, mask=there)
-        tl.store(d_read + rows * M + a, d_reading * scale, mask=there)
+            tl.store(parts + (2 * M + 2) * R + a * M + b, d_kept[a * M + b])
+    tl.store(parts + 2 * M * R + index, d_rho)
+    tl.store(parts + (2 * M + 1) * R + index, d_strength)
 
 
 @triton.jit
-def _step_gradients(
-    reach, d_reach, d_products, between, factor, chunk, index,
-    M: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+def pair_gradients(
+    q, k, g, beta, read, leak, starts, factors, between, updates, errors, d_o, part_q, part_k, parts,
+    d_q, d_k, d_g, d_beta, d_read, d_leak, scale, length, heads, key_size, value_size,
+    M: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dB of every token, from dN and dP."""
-    of_reach, of_products, d_steps = (), (), ()
+    """The gradients of q, k and the gates: the shares of state_gradients, and what comes through scores and T."""
+    R: tl.constexpr = M * C
+    chunk = tl.program_id(0).to(tl.int64)
+    index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
+    first, text, row = _place(chunk, length, heads, C)
+    token, memory = index % C, index // C
+    there, rows = first + token < length, row + token * heads
+    key = _tile(k, rows, key_size, columns, there)
+    query = _tile(q, rows, key_size, columns, there)
+    factor, part = factors + chunk * (2 * M + 2) * R, parts + chunk * (2 * M + 3) * R
+    reach = _square(between + chunk * R * R, index, index, R)  # row: the later token
+    strength = tl.load(beta + rows * M + memory, mask=there, other=0.0)
+    rho = _rho(read, leak, rows, memory, there, scale, M)
+
+    of_scores, of_solve = tl.zeros([R, R], tl.float32), tl.zeros([R, R], tl.float32)
+    for start in range(0, value_size, BV):
+        values = start + tl.arange(0, BV)
+        update = tl.trans(_tile(updates, chunk * R + index, value_size, values, index < R))
+        d_out = _tile(d_o, rows, value_size, values, there)
+        of_scores = tl.dot(d_out, update, of_scores, input_precision=PRECISION)
+        if DELTA:
+            d_right = _tile(errors, chunk * R + index, value_size, values, index < R)
+            of_solve = tl.dot(d_right, update, of_solve, input_precision=PRECISION)
+    earlier = token[:, None] > token[None, :]
+    of_solve = tl.where(earlier, of_solve, 0.0)
+
+    d_pairs = of_scores * rho[:, None] * reach
+    d_query = tl.dot(d_pairs, key, input_precision=PRECISION)
+    d_key = tl.dot(tl.trans(d_pairs), query, input_precision=PRECISION)
+    seen = of_scores * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    d_rho = tl.load(part + 2 * M * R + index) + tl.sum(seen * reach, 1)
+    d_strength = tl.load(part + (2 * M + 1) * R + index)
+    d_reach = rho[:, None] * seen
+    if DELTA:
+        d_keys = of_solve * strength[:, None] * reach
+        d_key -= tl.dot(d_keys + tl.trans(d_keys), key, input_precision=PRECISION)
+        solved = of_solve * tl.dot(key, tl.trans(key), input_precision=PRECISION)
+        d_strength -= tl.sum(solved * reach, 1)
+        d_reach -= strength[:, None] * solved
+    tl.store(d_beta + rows * M + memory, d_strength, mask=there)
+    inside = first + tokens < length
+    d_query = _fold(d_query, M, C, BK) + _tile(part_q, row + tokens * heads, key_size, columns, inside)
+    d_key = _fold(d_key, M, C, BK) + _tile(part_k, row + tokens * heads, key_size, columns, inside)
+    _put(d_q, row + tokens * heads, key_size, columns, inside, d_query)
+    _put(d_k, row + tokens * heads, key_size, columns, inside, d_key)
+
+    # The last token's N and P go on into the next chunk through its coupling.
+    last, whole = token == C - 1, (token == C - 1) & (first + token < length)
+    ends, d_products = (), ()
     for a in tl.static_range(M):
+        coupling = tl.load(leak + (rows * M + a) * M + memory, mask=whole, other=0.0) + tl.where(memory == a, 1.0, 0.0)
+        ends += (tl.where(last, coupling, 0.0),)
+        d_reach += ends[a][:, None] * tl.load(part + (M + a) * R + index)[None, :]
+    for b in tl.static_range(M):
+        product = tl.load(part + b * R + index)
+        for a in tl.static_range(M):
+            product += ends[a] * tl.load(part + (2 * M + 2) * R + a * M + b)
+        d_products += (product,)
+    d_reach = tl.where(earlier, d_reach, 0.0)
+    passed = tl.dot(tl.trans(reach), d_reach, input_precision=PRECISION)
+    through = ()
+    for b in tl.static_range(M):
+        through += (tl.sum(tl.trans(reach) * d_products[b][None, :], 1),)
+
+    decay = tl.exp(tl.load(g + rows * M + memory, mask=there, other=0.0))
+    if starts is not None:
+        decay = tl.where(tl.load(starts + text + token, mask=there, other=0) != 0, 0.0, decay)
+    d_decay, d_reading = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    reading = tl.load(read + rows * M + memory, mask=there, other=0.0) * scale
+    for b in tl.static_range(M):
+        # N and P of the token before, from its memory b; that of the token before the chunk is the unit matrix.
+        cells = between + (chunk * R + b * C + token - 1)[:, None] * R + index[None, :]
+        entering = tl.load(cells, mask=(token > 0)[:, None] & (index < R)[None, :], other=0.0)
+        d_step = tl.sum(passed * entering, 1)
         for d in tl.static_range(M):
-            inner, outer = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-            for c in tl.static_range(M):
-                passed = tl.trans(reach[c * M + a])
-                inner = tl.dot(passed, d_reach[c * M + d], inner, input_precision=PRECISION)
-                outer += tl.sum(passed * d_products[c * M + d][None, :], 1)
-            of_reach += (inner,)
-            of_products += (outer,)
-    for a in tl.static_range(M):
-        for b in tl.static_range(M):
-            total = tl.zeros([C], tl.float32)
+            product = tl.load(factor + d * R + b * C + token - 1, mask=token > 0, other=1.0 * (b == d))
+            d_step += through[d] * product
+        d_step *= decay
+        before = tl.load(
+            leak + ((rows - heads) * M + memory) * M + b, mask=(token > 0) & (first + token <= length), other=0.0
+        )
+        d_decay += d_step * (before + tl.where(memory == b, 1.0, 0.0))
+        # The coupling: in the step of the next token, in the reads, and at the end of the chunk.
+        d_rho_b = _pick(d_rho, b * C + token, index)
+        d_coupling = _pick(d_step, tl.where(last, -1, index + 1), index) + reading * d_rho_b
+        for a in tl.static_range(M):
+            ended = tl.sum(
+                tl.load(part + (M + a) * R + index) * tl.load(between + (chunk * R + b * C + C - 1) * R + index), 0
+            )
             for d in tl.static_range(M):
-                rows = ((chunk * M + b) * M + d) * C + index - 1
-                cells = between + rows[:, None] * C + index[None, :]
-                entering = tl.load(cells, mask=(index > 0)[:, None] & (index >= 0)[None, :], other=0.0)
-                product = tl.load(factor + (b * M + d) * C + index - 1, mask=index > 0, other=1.0 * (b == d))
-                total += tl.sum(of_reach[a * M + d] * entering, 1) + of_products[a * M + d] * product
-            d_steps += (total,)
-    return d_steps
+                ended += tl.load(part + (2 * M + 2) * R + a * M + d) * tl.load(factor + d * R + b * C + C - 1)
+            d_coupling += tl.where(index == a * C + C - 1, ended, 0.0)
+        tl.store(d_leak + (rows * M + memory) * M + b, d_coupling, mask=there)
+        coupling = tl.load(leak + (rows * M + memory) * M + b, mask=there, other=0.0)
+        d_reading += (coupling + tl.where(memory == b, 1.0, 0.0)) * d_rho_b
+    tl.store(d_g + rows * M + memory, d_decay, mask=there)
+    tl.store(d_read + rows * M + memory, d_reading * scale, mask=there)

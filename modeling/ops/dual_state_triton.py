@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The dual-state delta rule by the kernels of dual_state_kernels.py, with a backward pass that recomputes.
+"""The dual-state delta rule by the Triton kernels of dual_state_kernels.py, with a backward pass that recomputes.
 
 Import this module only where Triton is wanted; it needs the package.
 """
@@ -8,80 +8,81 @@ from __future__ import annotations
 
 import torch
 
+from lalm.modeling.ops import dual_state_kernels as kernels
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.dual_state_kernels import gradients, interpreted, prepare, read_out, scan, scan_back, triton
 
-# Tokens of a chunk. More of them mean fewer steps of the scans and larger triangular systems.
-_CHUNK_SIZE = 32
-# Columns of V that one program of a scan holds.
-_COLUMNS = 32
+# Rows of a chunk, its tokens times their memories: four warps of 16.
+_ROWS = 64
+# Columns of V that a program of a scan holds; half of them while there are fewer programs than a large GPU has cores.
+_COLUMNS, _PROGRAMS = 32, 128
 
 
 class _Launch:
     """Runs the kernels on inputs of one shape, and makes the buffers that they share."""
 
     def __init__(self, q, v, g, scale, delta, chunk_size):
-        batch, self.length, self.heads, self.key_size = q.shape
-        self.value_size, self.memories, self.chunk_size = v.shape[-1], g.shape[-1], chunk_size
-        self.rows, self.chunks = batch * self.heads, batch * self.heads * triton.cdiv(self.length, chunk_size)
+        batch, length, heads, key_size = q.shape
+        value_size, memories = v.shape[-1], g.shape[-1]
+        texts, rows = batch * heads, memories * chunk_size
+        self.chunks = texts * -(-length // chunk_size)
         self.scale, self.delta, self.like = scale, delta, g
-        columns = max(16, min(_COLUMNS, triton.next_power_of_2(self.value_size)))
-        self.blocks = triton.cdiv(self.value_size, columns)
-        # Of bfloat16 and float16, products of TF32 lose nothing.
-        self.of_keys = {
-            "M": self.memories,
-            "C": chunk_size,
-            "BK": max(16, triton.next_power_of_2(self.key_size)),
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        }
-        self.of_values = self.of_keys | {"BV": columns}
-        self.sizes = (self.length, self.heads, self.key_size, self.value_size)
+        few = texts * -(-value_size // _COLUMNS) < _PROGRAMS
+        columns = 16 if few or value_size <= 16 else _COLUMNS
+        blocks = -(-value_size // columns)
+        self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
+        self.of_keys = {"length": length, "heads": heads, "key_size": key_size}
+        # What is bfloat16 or float16 loses nothing in TF32.
+        self.of_keys |= {"M": memories, "C": chunk_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
+        self.of_keys |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+        self.of_values = self.of_keys | {"value_size": value_size, "BV": columns}
+        self.pairs, self.scores, self.factors = (rows, rows), (rows, chunk_size), (2 * memories + 2, rows)
+        self.states, self.updates, self.parts = (memories, key_size, value_size), (rows, value_size), (2 * memories + 3, rows)
+        self.ends = (texts, *self.states)
 
-    def buffer(self, *shape):
+    def buffer(self, shape):
         return self.like.new_empty(self.chunks, *shape)
 
     def prepare(self, q, k, g, beta, read, leak, starts, keep_between=False):
         """factors, solve, scores, between."""
-        pairs = (self.memories, self.memories, self.chunk_size, self.chunk_size)
-        made = (
-            self.buffer(2 * self.memories**2 + self.memories + 1, self.chunk_size),
-            self.buffer(*pairs) if self.delta else None,
-            self.buffer(*pairs[1:]),
-            self.buffer(*pairs) if keep_between else None,
+        solve = self.buffer(self.pairs) if self.delta else None
+        between = self.buffer(self.pairs) if keep_between else None
+        made = (self.buffer(self.factors), solve, self.buffer(self.scores), between)
+        kernels.prepare[(self.chunks,)](
+            q, k, g, beta, read, leak, starts, *made, scale=self.scale, DELTA=self.delta, **self.of_keys
         )
-        tensors = (q, k, g, beta, read, leak, starts, *made)
-        prepare[(self.chunks,)](*tensors, self.scale, *self.sizes[:3], **self.of_keys, DELTA=self.delta, num_warps=2)
         return made
 
-    def scan(self, k, v, beta, factors, solve, state):
-        """The states that enter the chunks, the updates, and the last states."""
-        states = (self.memories, self.key_size, self.value_size)
-        made = (
-            self.buffer(*states),
-            self.buffer(self.memories, self.chunk_size, self.value_size),
-            self.like.new_empty(self.rows, *states),
+    def scan(self, k, v, beta, factors, solve, initial):
+        """The states that enter the chunks, U, and the last states."""
+        made = (self.buffer(self.states), self.buffer(self.updates), self.like.new_empty(self.ends))
+        kernels.scan[self.scans](
+            k, v, beta, factors, solve, initial, *made, DELTA=self.delta, num_stages=2, **self.of_values
         )
-        tensors = (k, v, beta, factors, solve, state, *made)
-        scan[(self.rows, self.blocks)](*tensors, *self.sizes, **self.of_values, DELTA=self.delta, num_stages=2)
         return made
 
     def read_out(self, q, factors, scores, entering, updates):
-        o = self.like.new_empty(*q.shape[:3], self.value_size)
-        tensors = (q, factors, scores, entering, updates, o)
-        read_out[(self.chunks, self.blocks)](*tensors, *self.sizes, **self.of_values)
+        o = self.like.new_empty(*q.shape[:3], self.states[-1])
+        warps = max(1, self.scores[1] // 16)
+        kernels.read_out[self.reads](q, factors, scores, entering, updates, o, num_warps=warps, **self.of_values)
         return o
 
     def scan_back(self, q, k, beta, factors, solve, scores, d_o, d_final):
-        """The gradients of the states that leave the chunks, the errors, and the gradients of the first states."""
-        states = (self.memories, self.key_size, self.value_size)
-        made = (
-            self.buffer(*states),
-            self.buffer(self.memories, self.chunk_size, self.value_size),
-            self.like.new_empty(self.rows, *states),
-        )
+        """The gradients of the states that leave the chunks, dR, and the gradients of the first states."""
+        made = (self.buffer(self.states), self.buffer(self.updates), self.like.new_empty(self.ends))
         tensors = (q, k, beta, factors, solve, scores, d_o, d_final, *made)
-        scan_back[(self.rows, self.blocks)](*tensors, *self.sizes, **self.of_values, DELTA=self.delta, num_stages=2)
+        kernels.scan_back[self.scans](*tensors, DELTA=self.delta, num_stages=2, **self.of_values)
         return made
+
+    def gradients(self, inputs, starts, factors, between, entering, leaving, updates, errors, d_o):
+        q, k, v, g, beta, read, leak = inputs
+        d_q, d_k, d_v, *d_gates = (torch.empty_like(x) for x in inputs)
+        options = {"scale": self.scale, "DELTA": self.delta, "num_stages": 1, **self.of_values}
+        made = (q.new_empty(q.shape, dtype=g.dtype), k.new_empty(k.shape, dtype=g.dtype), self.buffer(self.parts))
+        tensors = (q, k, v, beta, read, leak, factors, entering, leaving, updates, errors, d_o, d_v, *made)
+        kernels.state_gradients[(self.chunks,)](*tensors, **options)
+        tensors = (q, k, g, beta, read, leak, starts, factors, between, updates, errors, d_o, *made, d_q, d_k, *d_gates)
+        kernels.pair_gradients[(self.chunks,)](*tensors, **options)
+        return d_q, d_k, d_v, *d_gates
 
 
 class _TritonDual(torch.autograd.Function):
@@ -99,35 +100,38 @@ class _TritonDual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_final):
-        q, k, v, g, beta, read, leak, state, starts = ctx.saved_tensors
-        launch, inputs = ctx.launch, (q, k, v, g, beta, read, leak)
+        *inputs, state, starts = ctx.saved_tensors
+        (q, k, v, g, beta, read, leak), launch = inputs, ctx.launch
         d_o = g.new_zeros(v.shape) if d_o is None else d_o.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        found = [torch.empty_like(x) for x in inputs]
         with torch.cuda.device_of(q):
             factors, solve, scores, between = launch.prepare(q, k, g, beta, read, leak, starts, keep_between=True)
             entering, updates, _ = launch.scan(k, v, beta, factors, solve, state)
             leaving, errors, d_state = launch.scan_back(q, k, beta, factors, solve, scores, d_o, d_final)
-            tensors = (*inputs, starts, factors, between, entering, leaving, updates, errors, d_o, *found)
-            options = {"DELTA": launch.delta, "num_warps": 8, "num_stages": 1}
-            gradients[(launch.chunks,)](*tensors, launch.scale, *launch.sizes, **launch.of_values, **options)
+            found = launch.gradients(inputs, starts, factors, between, entering, leaving, updates, errors, d_o)
         return None, None, None, *found, None if state is None else d_state.view(state.shape), None
 
 
 def triton_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, chunk_size=_CHUNK_SIZE
+    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, chunk_size=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` by Triton kernels; states and sums are float32.
 
     Raises:
-        RuntimeError: float64, or tensors on the CPU (but for Triton's interpreter, TRITON_INTERPRET=1).
+        RuntimeError: tensors on the CPU (but for Triton's interpreter, TRITON_INTERPRET=1), float64, or a number of
+            memories that is not 1, 2 or 4.
     """
-    if q.device.type == "cpu" and not interpreted():
-        raise RuntimeError("The Triton kernels run on a GPU, and the input is on the CPU: use chunk_dual_state_delta.")
-    if compute_dtype(q, k, v, g, beta, read, leak) == torch.float64:
-        raise RuntimeError("The Triton kernels have no float64: use chunk_dual_state_delta.")
+    memories = g.shape[-1]
+    on_cpu = q.device.type == "cpu" and not kernels.interpreted()
+    if on_cpu or memories not in (1, 2, 4) or compute_dtype(q, k, v, g, beta, read, leak) == torch.float64:
+        raise RuntimeError(
+            "The Triton kernels need a GPU, no float64, and 1, 2 or 4 memories a head. Use "
+            "linear_attn_implementation='auto'."
+        )
     tensors = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (g, beta, read, leak)]
     state = None if state is None else state.float().contiguous()
     starts = layout.starts()
     starts = None if starts is None else starts.to(torch.uint8).contiguous()
-    return _TritonDual.apply(float(scale), bool(use_delta_rule), chunk_size, *tensors, state, starts)
+    return _TritonDual.apply(
+        float(scale), bool(use_delta_rule), chunk_size or _ROWS // memories, *tensors, state, starts
+    )
