@@ -169,7 +169,7 @@ def against_package(blindspot: int, length: int = 2048) -> Contest:
         "package": Contestant(partial(step, theirs), same, facts_of_package(theirs, length)),
         "local_global": Contestant(partial(step, ours), same, facts(ours, length)),
     }
-    shape = f"[1, {length}], 12 layers, {blindspot=}"
+    shape = f"[1, {length}] fwd+bwd, 12 layers"
     return Contest(contestants, [Ratio("local_global", "package", shape, 1.5)])
 
 
@@ -239,18 +239,11 @@ register(
     extra=True,
     **_LONG,
 )
-register(
-    "package",
-    "local-global model of 12 x 512 against linear-attention-transformer 0.19.1, train step, T = 2,048",
-    partial(against_package, 1),
-    budget=30,
-    **_LONG,
-)
-register(
-    "package_blindspot",
-    "the same with a blindspot of 64",
-    partial(against_package, 64),
-    budget=30,
-    extra=True,
-    **_LONG,
-)
+for _name, _blindspot in (("package", 1), ("package_blindspot", 64)):
+    register(
+        _name,
+        f"local-global model of 12 x 512 against linear-attention-transformer, T = 2,048, blindspot {_blindspot}",
+        partial(against_package, _blindspot),
+        budget=20,
+        **_LONG,
+    )

@@ -15,6 +15,7 @@ from benchmarks.timing import spread
 
 Points = dict[str, list[tuple[int, float]]]
 BASELINES = ("llama",)  # drawn in black
+_COLUMNS = 3
 
 
 def contestants(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str, Any], float]]:
@@ -60,22 +61,32 @@ def draw(report: dict[str, Any], path: Path) -> list[str]:
     drawn = {label: points for label, points in panels(report).items() if points}
     if not drawn:
         return []
-    figure = Figure(figsize=(4.6 * len(drawn), 4.2), layout="constrained")
+    rows = -(-(len(drawn) + 1) // _COLUMNS)  # one place more, for the legend
+    figure = Figure(figsize=(4.2 * _COLUMNS, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (label, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
-        for name, pairs in points.items():
-            axes.plot(*zip(*pairs, strict=True), "o-", label=name, color="black" if name in BASELINES else None)
-        axes.set(xlabel="tokens", title=label, xscale="log")
-        axes.set(**{"yscale": "log"} if label.endswith((", s", "MiB")) else {"ylim": (0, None)})
-        ticks = sorted({length for pairs in points.values() for length, _ in pairs})
-        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.get_axes()[0].legend(fontsize="small")
+    places = figure.subplots(rows, _COLUMNS, squeeze=False).flatten().tolist()
+    for axes, (label, points) in zip(places, drawn.items(), strict=False):
+        draw_panel(axes, label, points)
+    for axes in places[len(drawn) :]:
+        axes.axis("off")
+    places[len(drawn)].legend(*places[0].get_legend_handles_labels(), loc="center left")
     machine = report["machine"]
     figure.suptitle(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), {machine['date'][:10]}")
     figure.savefig(path, dpi=110)
     return list(drawn)
+
+
+def draw_panel(axes: Any, label: str, points: Points) -> None:
+    """One quantity over the tokens, a line a model."""
+    for name, pairs in points.items():
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.5} if name in BASELINES else {}
+        axes.plot(*zip(*pairs, strict=True), "o-", markersize=4, label=name, **style)
+    axes.set(xlabel="tokens", title=label, xscale="log")
+    axes.set(**{"yscale": "log"} if label.endswith((", s", "MiB")) else {"ylim": (0, None)})
+    ticks = sorted({length for pairs in points.values() for length, _ in pairs})
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+    axes.xaxis.set_minor_formatter("")
+    axes.grid(alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
