@@ -66,7 +66,7 @@ def for_dual_state(length: int) -> Inputs:
 @dataclass(frozen=True)
 class Op:
     """A rule, its inputs, and its targets at LENGTHS. Its forms in `module` are called recurrent_<rule> (the
-    specification), chunk_<rule> and perhaps cpp_<rule>."""
+    specification), chunk_<rule> and perhaps cpp_<rule> and triton_<rule>."""
 
     module: ModuleType
     rule: str
@@ -78,7 +78,10 @@ class Op:
         return getattr(self.module, f"recurrent_{self.rule}")
 
     def form(self, x: Inputs) -> Callable:
-        """What `linear_attn_implementation="auto"` takes for these tensors."""
+        """What `linear_attn_implementation="auto"` takes for these tensors; on a GPU our Triton kernel if there is one."""
+        triton = getattr(self.module, f"triton_{self.rule}", None)
+        if triton and x["q"].is_cuda:
+            return triton
         cpp = getattr(self.module, f"cpp_{self.rule}", None)
         if cpp:
             try:
