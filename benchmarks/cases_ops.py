@@ -78,7 +78,7 @@ class Op:
         return getattr(self.module, f"recurrent_{self.rule}")
 
     def form(self, x: Inputs) -> Callable:
-        """What `linear_attn_implementation="auto"` takes for these tensors; on a GPU our Triton kernel if there is one."""
+        """What `linear_attn_implementation="auto"` takes here; on a GPU our Triton kernel, if there is one."""
         triton = getattr(self.module, f"triton_{self.rule}", None)
         if triton and x["q"].is_cuda:
             return triton
