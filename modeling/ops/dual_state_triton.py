@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from lalm.modeling.ops import dual_state_gradients as gradients
 from lalm.modeling.ops import dual_state_kernels as kernels
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 
@@ -15,6 +16,13 @@ from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 _ROWS = 64
 # Columns of V that a program of a scan holds; half of them while there are fewer programs than a large GPU has cores.
 _COLUMNS, _PROGRAMS = 32, 128
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of the matrix products. What is bfloat16 or float16 loses nothing in TF32; float32 takes three such products."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 class _Launch:
@@ -30,13 +38,13 @@ class _Launch:
         columns = 16 if few or value_size <= 16 else _COLUMNS
         blocks = -(-value_size // columns)
         self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
-        self.of_keys = {"length": length, "heads": heads, "key_size": key_size}
-        # What is bfloat16 or float16 loses nothing in TF32.
-        self.of_keys |= {"M": memories, "C": chunk_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
-        self.of_keys |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+        precision = _precision(q.dtype)
+        self.of_gates = {"length": length, "heads": heads, "M": memories, "C": chunk_size, "PRECISION": precision}
+        self.of_keys = self.of_gates | {"key_size": key_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
         self.of_values = self.of_keys | {"value_size": value_size, "BV": columns}
-        self.pairs, self.scores, self.factors = (rows, rows), (rows, chunk_size), (2 * memories + 2, rows)
-        self.states, self.updates, self.parts = (memories, key_size, value_size), (rows, value_size), (2 * memories + 3, rows)
+        self.pairs, self.scores = (rows, rows), (rows, chunk_size)
+        self.factors, self.shares = (2 * memories + 2, rows), (2 * memories + 4, rows)
+        self.states, self.updates = (memories, key_size, value_size), (rows, value_size)
         self.ends = (texts, *self.states)
 
     def buffer(self, shape):
@@ -75,14 +83,18 @@ class _Launch:
 
     def gradients(self, inputs, starts, factors, between, entering, leaving, updates, errors, d_o):
         q, k, v, g, beta, read, leak = inputs
-        d_q, d_k, d_v, *d_gates = (torch.empty_like(x) for x in inputs)
-        options = {"scale": self.scale, "DELTA": self.delta, "num_stages": 1, **self.of_values}
-        made = (q.new_empty(q.shape, dtype=g.dtype), k.new_empty(k.shape, dtype=g.dtype), self.buffer(self.parts))
-        tensors = (q, k, v, beta, read, leak, factors, entering, leaving, updates, errors, d_o, d_v, *made)
-        kernels.state_gradients[(self.chunks,)](*tensors, **options)
-        tensors = (q, k, g, beta, read, leak, starts, factors, between, updates, errors, d_o, *made, d_q, d_k, *d_gates)
-        kernels.pair_gradients[(self.chunks,)](*tensors, **options)
-        return d_q, d_k, d_v, *d_gates
+        d_q, d_k, d_v, d_g, d_beta, d_read, d_leak = (torch.empty_like(x) for x in inputs)
+        shares = (torch.empty_like(q, dtype=g.dtype), torch.empty_like(k, dtype=g.dtype), self.buffer(self.shares))
+        options = {"scale": self.scale, "DELTA": self.delta, "num_warps": 8, "num_stages": 1, **self.of_values}
+        tensors = (q, k, v, beta, read, leak, factors, entering, leaving, updates, errors, d_o, d_v, *shares)
+        gradients.state_gradients[(self.chunks,)](*tensors, **options)
+        d_between = torch.empty_like(between)
+        tensors = (q, k, beta, read, leak, factors, between, updates, errors, d_o, *shares)
+        tensors += (d_q, d_k, d_beta, d_between)
+        gradients.pair_gradients[(self.chunks,)](*tensors, **options)
+        tensors = (g, read, leak, starts, factors, between, d_between, shares[2], d_g, d_read, d_leak)
+        gradients.gate_gradients[(self.chunks,)](*tensors, scale=self.scale, **self.of_gates)
+        return d_q, d_k, d_v, d_g, d_beta, d_read, d_leak
 
 
 class _TritonDual(torch.autograd.Function):
