@@ -158,13 +158,19 @@ def scan(
             state += (tile(initial, rows, value_size, values, columns < key_size),)
         else:
             state += (tl.zeros([BK, BV], tl.float32),)
+    _, _, start = place(head * chunks, length, heads, C)
+    token = index % C
+    following = tile(k, start + token * heads, key_size, columns, token < length)
     for n in range(chunks):
-        chunk = head * chunks + n
-        first, _, row = place(chunk, length, heads, C)
-        there, rows = first + index % C < length, row + index % C * heads
-        key = tile(k, rows, key_size, columns, there)
+        chunk, rows = head * chunks + n, start + (n * C + token) * heads
+        there = n * C + token < length
+        key = following  # read a chunk ahead: waiting for it would be the longest part of a step
+        following = tile(k, rows + C * heads, key_size, columns, (n + 1) * C + token < length)
         error = tile(v, rows, value_size, values, there)
         factor = factors + chunk * (2 * M + 2) * R
+        kept = ()
+        for pair in tl.static_range(M * M):
+            kept += (tl.load(factor + (2 * M + 1) * R + pair),)
         for b in tl.static_range(M):
             put(entering, (chunk * M + b) * key_size + columns, value_size, values, columns < key_size, state[b])
             if DELTA:
@@ -178,7 +184,7 @@ def scan(
         for a in tl.static_range(M):
             fresh = tl.zeros([BK, BV], tl.float32)
             for b in tl.static_range(M):
-                fresh += tl.load(factor + (2 * M + 1) * R + a * M + b) * state[b]
+                fresh += kept[a * M + b] * state[b]
             write = tl.load(factor + (M + a) * R + index)[:, None] * update
             after += (tl.dot(tl.trans(key), write, fresh, input_precision=PRECISION),)
         state = after
@@ -226,14 +232,22 @@ def scan_back(
             d_state += (tile(d_final, rows, value_size, values, columns < key_size),)
         else:
             d_state += (tl.zeros([BK, BV], tl.float32),)
+    _, _, start = place(head * chunks, length, heads, C)
+    token, final = index % C, (chunks - 1) * C
+    following = tile(k, start + (final + token) * heads, key_size, columns, final + token < length)
+    query_following = tile(q, start + (final + tokens) * heads, key_size, columns, final + tokens < length)
     for n in range(chunks):
-        chunk = head * chunks + chunks - 1 - n
-        first, _, row = place(chunk, length, heads, C)
-        there, rows = first + index % C < length, row + index % C * heads
-        key = tile(k, rows, key_size, columns, there)
-        query = tile(q, row + tokens * heads, key_size, columns, first + tokens < length)
+        first = final - n * C
+        chunk, rows, row = head * chunks + chunks - 1 - n, start + (first + token) * heads, start + first * heads
+        there = first + token < length
+        key, query = following, query_following
+        following = tile(k, rows - C * heads, key_size, columns, token < first)
+        query_following = tile(q, row + (tokens - C) * heads, key_size, columns, tokens < first)
         d_out = tile(d_o, row + tokens * heads, value_size, values, first + tokens < length)
         factor = factors + chunk * (2 * M + 2) * R
+        kept = ()
+        for pair in tl.static_range(M * M):
+            kept += (tl.load(factor + (2 * M + 1) * R + pair),)
         d_right = tl.dot(square(scores + chunk * R * C, index, tokens, C), d_out, input_precision=PRECISION)
         for a in tl.static_range(M):
             put(leaving, (chunk * M + a) * key_size + columns, value_size, values, columns < key_size, d_state[a])
@@ -248,7 +262,7 @@ def scan_back(
         for b in tl.static_range(M):
             fresh = tl.zeros([BK, BV], tl.float32)
             for a in tl.static_range(M):
-                fresh += tl.load(factor + (2 * M + 1) * R + a * M + b) * d_state[a]
+                fresh += kept[a * M + b] * d_state[a]
             reading = tl.load(factor + 2 * M * R + b * C + tokens)[:, None] * d_out
             fresh = tl.dot(tl.trans(query), reading, fresh, input_precision=PRECISION)
             if DELTA:
