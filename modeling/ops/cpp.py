@@ -44,7 +44,7 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
     text = (
         headers
         + source.read_bytes()
-        + " ".join([compiler, *_FLAGS, *defines, platform.processor(), _cpu_flags()]).encode()
+        + " ".join([compiler, *_FLAGS, *defines, platform.machine(), _cpu_flags()]).encode()
     )
     library = _folder() / f"{name}-{hashlib.sha256(text).hexdigest()[:20]}.so"
     try:

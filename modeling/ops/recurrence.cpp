@@ -9,7 +9,8 @@
 // token by what reads and writes there, q dq - v dv (delta rule) or, row by row, q dq - k dk; its exact value is taken
 // every ANCHOR tokens.
 //
-// Compiled for one KEY, VALUE, DECAY (0 none, 1 a number a head, 2 a number a key row) and DELTA.
+// Compiled for one KEY, VALUE (a multiple of 16, without the delta rule also 1 more: the column of a normaliser),
+// DECAY (0 none, 1 a number a head, 2 a number a key row) and DELTA.
 // Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], beta [B, T, H], states
 // [B, H, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
 // with skip != 0 is padding and does nothing else.
@@ -20,10 +21,12 @@
 
 namespace {
 
-constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, VALUE), BLOCK = PARTS * LANES;
+constexpr int TAIL = DELTA ? 0 : VALUE % LANES, WHOLE = VALUE - TAIL;  // columns beyond whole registers
+constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, WHOLE), BLOCK = PARTS * LANES;
 constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
 constexpr int ANCHOR = 256;
-static_assert(VALUE % LANES == 0, "VALUE must be a multiple of 16");
+constexpr int WIDTH = DECAY == 2 ? KEY : 1;  // numbers of a log decay
+static_assert(WHOLE % LANES == 0 && WHOLE > 0 && TAIL <= 1, "VALUE must be a multiple of 16, or 1 above");
 static_assert(!(DELTA && DECAY == 2), "the delta rule has one decay a head");
 
 typedef RowOf<PARTS> Row;
@@ -91,6 +94,11 @@ struct Token {
   }
 
   inline vec decayed(vec x, int i) const { return DECAY == 0 ? x : (DECAY == 1 ? decay : a.at[i]) * x; }
+
+  // the same for the rows i .. i + 15 of a single column
+  inline vec decayed_rows(vec x, int i) const { return DECAY == 0 ? x : DECAY == 1 ? decay * x : rows(a, i) * x; }
+
+  static inline vec rows(const Column& column, int i) { return *reinterpret_cast<const loose*>(column.at + i); }
 };
 
 // In the order of `advance`, so that a text read in pieces gives the same to the last bit.
@@ -173,7 +181,6 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
 
 void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
                     const std::vector<double>& ends) {
-  constexpr int WIDTH = DECAY == 2 ? KEY : 1;
   const int64_t count = tokens.count();
   double running[WIDTH] = {};
   for (int64_t s = count - 1; s >= 0; --s) {
@@ -187,6 +194,90 @@ void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, i
     for (int j = 0; DELTA && j < VALUE; ++j) running[0] -= double(x.v[n * VALUE + j]) * d.v[n * VALUE + j];
     if (tokens.begins[s] || (s == 0 && !x.state)) std::fill_n(running, WIDTH, 0.0);  // no state to decay
     for (int i = 0; i < WIDTH; ++i) d.g[n * WIDTH + i] = float(running[i]);
+  }
+}
+
+// A single column, the last: its rows lie side by side in registers, and what the others sum over their columns is a
+// plain product here.
+struct Single {
+  vec rows[ROWS / LANES];
+
+  void load(const float* state) {
+    Column column;
+    for (int i = 0; i < ROWS; ++i) column.at[i] = state && i < KEY ? state[i * VALUE + VALUE - 1] : 0;
+    std::memcpy(rows, column.at, sizeof(rows));
+  }
+
+  void store(float* state) const {
+    for (int i = 0; i < KEY; ++i) state[i * VALUE + VALUE - 1] = rows[i / LANES][i % LANES];
+  }
+};
+
+#define EACH_GROUP(g) for (int g = 0; g < ROWS / LANES; ++g)
+
+void forward_single(const Inputs& x, const Tokens& tokens, int64_t task, float* o, float* final_state) {
+  Single state;
+  Token now;
+  state.load(x.state ? x.state + task * KEY * VALUE : nullptr);
+  for (int64_t s = 0; s < tokens.count(); ++s) {
+    const int64_t n = tokens.at[s] * x.heads + task % x.heads, last = n * VALUE + VALUE - 1;
+    now.load(x, n);
+    if (tokens.begins[s]) state = Single{};
+    vec read = {};
+    EACH_GROUP(g) {
+      state.rows[g] = now.decayed_rows(state.rows[g], g * LANES) + x.v[last] * Token::rows(now.k, g * LANES);
+      read += state.rows[g] * Token::rows(now.q, g * LANES);
+    }
+    o[last] = sum(read);
+  }
+  if (tokens.ends_empty) state = Single{};
+  state.store(final_state + task * KEY * VALUE);
+}
+
+void backward_single(const Inputs& x, const Tokens& tokens, int64_t task, const float* d_o, const Gradients& d,
+                     std::vector<double>& ends) {
+  const int64_t count = tokens.count(), h = task % x.heads;
+  std::vector<Single> leaving(DECAY ? (count + ANCHOR - 1) / ANCHOR : 0);
+  Single state;
+  Token both[2];
+  state.load(d.state + task * KEY * VALUE);
+  if (tokens.ends_empty) state = Single{};
+  both[count % 2].rest();
+  for (int64_t s = count - 1; s >= 0; --s) {
+    const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
+    Token &now = both[s % 2], &later = both[(s + 1) % 2];
+    now.load(x, n);
+    vec d_u = {};
+    EACH_GROUP(g) state.rows[g] = later.decayed_rows(state.rows[g], g * LANES);
+    if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) leaving[s / ANCHOR] = state;
+    EACH_GROUP(g) {
+      state.rows[g] += d_o[last] * Token::rows(now.q, g * LANES);
+      d_u += state.rows[g] * Token::rows(now.k, g * LANES);
+      add_to<KEY>(d.k + n * KEY, g * LANES, state.rows[g], x.v[last]);
+    }
+    d.v[last] = sum(d_u);
+    if (tokens.begins[s]) {
+      state = Single{};
+      now.rest();
+    }
+  }
+  EACH_GROUP(g) state.rows[g] = both[0].decayed_rows(state.rows[g], g * LANES);
+  state.store(d.state + task * KEY * VALUE);
+
+  state.load(x.state ? x.state + task * KEY * VALUE : nullptr);
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
+    Token& now = both[0];
+    now.load(x, n);
+    if (tokens.begins[s]) state = Single{};
+    EACH_GROUP(g) {
+      state.rows[g] = now.decayed_rows(state.rows[g], g * LANES) + x.v[last] * Token::rows(now.k, g * LANES);
+      add_to<KEY>(d.q + n * KEY, g * LANES, state.rows[g], float(x.scale) * d_o[last]);
+    }
+    if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
+      for (int i = 0; i < KEY; ++i)
+        ends[s / ANCHOR * WIDTH + i % WIDTH] +=
+            double(leaving[s / ANCHOR].rows[i / LANES][i % LANES]) * state.rows[i / LANES][i % LANES];
   }
 }
 
@@ -207,7 +298,7 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
     State state;
     Token both[2], none;
     Row read, found;
-    for (int column = 0; column < VALUE; column += BLOCK) {
+    for (int column = 0; column < WHOLE; column += BLOCK) {
       load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
       if (count) both[0].load(x, tokens.at[0] * x.heads + h);
       if (DELTA) found = find(state, both[0].ak);
@@ -231,6 +322,7 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
       if (tokens.ends_empty) state = empty;
       store_state(state, final_state + task * KEY * VALUE, column);
     }
+    if (TAIL) forward_single(x, tokens, task, o, final_state);
   }
 }
 
@@ -242,13 +334,12 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
     const int64_t h = task % x.heads;
     const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
     const int64_t count = tokens.count(), anchors = (count + ANCHOR - 1) / ANCHOR;
-    constexpr int WIDTH = DECAY == 2 ? KEY : 1;
     std::vector<State> leaving(DECAY ? anchors : 0);
     std::vector<double> ends(anchors * WIDTH);
     const State empty = {};
     State state;
     Token both[2];
-    for (int column = 0; column < VALUE; column += BLOCK) {
+    for (int column = 0; column < WHOLE; column += BLOCK) {
       load_state(state, d.state + task * KEY * VALUE, column);
       if (tokens.ends_empty) state = empty;
       Row d_error = {}, d_u;
@@ -292,6 +383,7 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
             ends[s / ANCHOR * WIDTH + i % WIDTH] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));
       }
     }
+    if (TAIL) backward_single(x, tokens, task, d_o, d, ends);
     if (DECAY) decay_gradient(x, d, tokens, h, ends);
   }
 }

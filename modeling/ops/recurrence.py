@@ -85,11 +85,17 @@ def cpp_kernel(q: torch.Tensor, value_size: int, gate_size: int, delta: bool = F
         return None
     sizes = {
         "KEY": q.shape[-1],
-        "VALUE": -(-value_size // _LANES) * _LANES,
+        "VALUE": value_size + _missing(value_size, delta),
         "DECAY": min(gate_size, 2),
         "DELTA": int(delta),
     }
     return load_kernel("recurrence", **sizes)
+
+
+def _missing(value_size: int, delta: bool) -> int:
+    """Columns of zeros that make whole registers; without the delta rule a single column beyond them is fine."""
+    missing = -value_size % _LANES
+    return 0 if missing == _LANES - 1 and not delta and value_size > _LANES else missing
 
 
 def if_compiled(
@@ -101,7 +107,7 @@ def if_compiled(
 
 def _run(kernel, q, k, v, g, beta, scale, state, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:
     value_size = v.shape[-1]
-    if missing := -value_size % _LANES:
+    if missing := _missing(value_size, beta is not None):
         v = F.pad(v, (0, missing))
         state = None if state is None else F.pad(state, (0, missing))
     q, k, v, g, beta, state = (None if x is None else x.float().contiguous() for x in (q, k, v, g, beta, state))

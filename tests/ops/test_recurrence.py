@@ -15,7 +15,7 @@ from lalm.modeling.ops.recurrence import cpp_delta, cpp_diagonal, cpp_kernel, if
 KINDS = ("linear", "retention", "gla", "delta", "gated delta")
 BATCH, HEADS = 2, 3
 # powers of two and beside them, rows and columns that fill no register, several blocks of columns, a key as of Taylor
-SIZES = [(32, 32), (64, 64), (17, 65), (40, 16), (128, 128), (16, 96), (153, 17)]
+SIZES = [(32, 32), (64, 65), (17, 33), (40, 16), (128, 128), (16, 96), (153, 17)]
 pytestmark = pytest.mark.skipif(
     cpp_kernel(torch.zeros(1, 1, 1, 32), 32, 0) is None, reason="no C++ compiler on this machine"
 )
