@@ -55,8 +55,9 @@ class LalmConfig(PreTrainedConfig):
         dropout: probability, on the embeddings and on what each mixer and MLP adds.
         attention_dropout: probability, on the weights of the softmax layers.
         initializer_range: standard deviation of the initial weights.
-        linear_attn_implementation: "auto", "chunk", "recurrent", "fla" (Triton kernels of flash-linear-attention) or
-            "cpp" (a C++ kernel for the CPU, compiled when first used; only some variants have one).
+        linear_attn_implementation: "auto", "chunk", "recurrent", "fla" (Triton kernels of flash-linear-attention),
+            "triton" (our own for LAM) or "cpp" (a C++ kernel for the CPU, compiled when first used; only some
+            variants have one).
         use_cache: return the state for further decoding.
 
     Raises:
@@ -92,7 +93,7 @@ class LalmConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
-    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "cpp"] = "auto"
+    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "triton", "cpp"] = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -127,8 +127,8 @@ class LocalGlobalConfig(LalmConfig):
         for name, (kept, instead) in unused.items():
             if getattr(self, name) != kept:
                 raise ValueError(f"{self.model_type} has no {name}, got {getattr(self, name)!r}: {instead}.")
-        if self.linear_attn_implementation == "fla":
-            raise ValueError("lalm_local_global has no fla kernels: leave linear_attn_implementation='auto'.")
+        if (name := self.linear_attn_implementation) in ("fla", "triton"):
+            raise ValueError(f"lalm_local_global has no {name} kernels: leave linear_attn_implementation='auto'.")
 
     def validate_local_heads(self) -> None:
         given, layers, heads = self.num_local_heads, self.num_hidden_layers, self.num_attention_heads

@@ -32,6 +32,7 @@ from lalm.modeling.ops.dual_state import (
     cpp_dual_state_delta,
     cpp_kernel,
     recurrent_dual_state_delta,
+    triton_dual_state_delta,
 )
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
@@ -122,6 +123,7 @@ class LamMixer(Mixer):
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
             cpp=None if kernel is None else cpp_dual_state_delta,
+            triton=triton_dual_state_delta,
         )
         o, state = op(
             unit_length(q),

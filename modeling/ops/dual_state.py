@@ -460,3 +460,27 @@ def cpp_dual_state_delta(
     """`recurrent_dual_state_delta` by a C++ kernel that keeps a state in the cache of a core: CPU, float32."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
+
+
+def triton_dual_state_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    read: torch.Tensor,
+    coupling: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+    use_delta_rule: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_dual_state_delta` by Triton kernels on a GPU, which need Triton; not float64, 1, 2 or 4 memories."""
+    from lalm.modeling.ops.dual_state_triton import triton_dual
+
+    rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
+    return _dual_state(triton_dual, q, k, v, g, beta, read, coupling, *rest)

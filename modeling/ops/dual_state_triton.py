@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from lalm.modeling.ops import dual_state_gradients as gradients
-from lalm.modeling.ops import dual_state_kernels as kernels
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.dual_state_gradients import gate_gradients, pair_gradients, state_gradients
+from lalm.modeling.ops.dual_state_kernels import interpreted, prepare, read_out, scan, scan_back
 
 # Rows of a chunk, its tokens times their memories: four warps of 16.
 _ROWS = 64
@@ -55,7 +55,7 @@ class _Launch:
         solve = self.buffer(self.pairs) if self.delta else None
         between = self.buffer(self.pairs) if keep_between else None
         made = (self.buffer(self.factors), solve, self.buffer(self.scores), between)
-        kernels.prepare[(self.chunks,)](
+        prepare[(self.chunks,)](
             q, k, g, beta, read, leak, starts, *made, scale=self.scale, DELTA=self.delta, **self.of_keys
         )
         return made
@@ -63,22 +63,20 @@ class _Launch:
     def scan(self, k, v, beta, factors, solve, initial):
         """The states that enter the chunks, U, and the last states."""
         made = (self.buffer(self.states), self.buffer(self.updates), self.like.new_empty(self.ends))
-        kernels.scan[self.scans](
-            k, v, beta, factors, solve, initial, *made, DELTA=self.delta, num_stages=2, **self.of_values
-        )
+        scan[self.scans](k, v, beta, factors, solve, initial, *made, DELTA=self.delta, num_stages=2, **self.of_values)
         return made
 
     def read_out(self, q, factors, scores, entering, updates):
         o = self.like.new_empty(*q.shape[:3], self.states[-1])
         warps = max(1, self.scores[1] // 16)
-        kernels.read_out[self.reads](q, factors, scores, entering, updates, o, num_warps=warps, **self.of_values)
+        read_out[self.reads](q, factors, scores, entering, updates, o, num_warps=warps, **self.of_values)
         return o
 
     def scan_back(self, q, k, beta, factors, solve, scores, d_o, d_final):
         """The gradients of the states that leave the chunks, dR, and the gradients of the first states."""
         made = (self.buffer(self.states), self.buffer(self.updates), self.like.new_empty(self.ends))
         tensors = (q, k, beta, factors, solve, scores, d_o, d_final, *made)
-        kernels.scan_back[self.scans](*tensors, DELTA=self.delta, num_stages=2, **self.of_values)
+        scan_back[self.scans](*tensors, DELTA=self.delta, num_stages=2, **self.of_values)
         return made
 
     def gradients(self, inputs, starts, factors, between, entering, leaving, updates, errors, d_o):
@@ -86,14 +84,12 @@ class _Launch:
         d_q, d_k, d_v, d_g, d_beta, d_read, d_leak = (torch.empty_like(x) for x in inputs)
         shares = (torch.empty_like(q, dtype=g.dtype), torch.empty_like(k, dtype=g.dtype), self.buffer(self.shares))
         options = {"scale": self.scale, "DELTA": self.delta, "num_warps": 8, "num_stages": 1, **self.of_values}
-        tensors = (q, k, v, beta, read, leak, factors, entering, leaving, updates, errors, d_o, d_v, *shares)
-        gradients.state_gradients[(self.chunks,)](*tensors, **options)
-        d_between = torch.empty_like(between)
-        tensors = (q, k, beta, read, leak, factors, between, updates, errors, d_o, *shares)
-        tensors += (d_q, d_k, d_beta, d_between)
-        gradients.pair_gradients[(self.chunks,)](*tensors, **options)
-        tensors = (g, read, leak, starts, factors, between, d_between, shares[2], d_g, d_read, d_leak)
-        gradients.gate_gradients[(self.chunks,)](*tensors, scale=self.scale, **self.of_gates)
+        gates, states = (beta, read, leak), (entering, leaving, updates, errors)
+        state_gradients[(self.chunks,)](q, k, v, *gates, factors, *states, d_o, d_v, *shares, **options)
+        d_between, given = torch.empty_like(between), (factors, between, updates, errors, d_o, *shares)
+        pair_gradients[(self.chunks,)](q, k, *gates, *given, d_q, d_k, d_beta, d_between, **options)
+        of_reach, d_gates = (factors, between, d_between, shares[2]), (d_g, d_read, d_leak)
+        gate_gradients[(self.chunks,)](g, read, leak, starts, *of_reach, *d_gates, scale=self.scale, **self.of_gates)
         return d_q, d_k, d_v, d_g, d_beta, d_read, d_leak
 
 
@@ -125,7 +121,7 @@ class _TritonDual(torch.autograd.Function):
 
 
 def triton_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, chunk_size=None
+    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` by Triton kernels; states and sums are float32.
 
@@ -134,7 +130,7 @@ def triton_dual(
             memories that is not 1, 2 or 4.
     """
     memories = g.shape[-1]
-    on_cpu = q.device.type == "cpu" and not kernels.interpreted()
+    on_cpu = q.device.type == "cpu" and not interpreted()
     if on_cpu or memories not in (1, 2, 4) or compute_dtype(q, k, v, g, beta, read, leak) == torch.float64:
         raise RuntimeError(
             "The Triton kernels need a GPU, no float64, and 1, 2 or 4 memories a head. Use "
@@ -144,6 +140,4 @@ def triton_dual(
     state = None if state is None else state.float().contiguous()
     starts = layout.starts()
     starts = None if starts is None else starts.to(torch.uint8).contiguous()
-    return _TritonDual.apply(
-        float(scale), bool(use_delta_rule), chunk_size or _ROWS // memories, *tensors, state, starts
-    )
+    return _TritonDual.apply(float(scale), bool(use_delta_rule), _ROWS // memories, *tensors, state, starts)
