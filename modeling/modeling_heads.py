@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
-from lalm.modeling.ops.cross_entropy import linear_cross_entropy
+from lalm.modeling.ops.cross_entropy import causal_lm_loss
 
 
 class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
@@ -69,8 +69,9 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None and in_pieces and type(self.lm_head) is nn.Linear and self._has_stock_loss():
-            loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        is_stock = type(self.lm_head) is nn.Linear and self.loss_function is ForCausalLMLoss
+        if labels is not None and in_pieces and is_stock:
+            loss = causal_lm_loss(hidden_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
         elif labels is not None:
             every = self.lm_head(hidden_states) if in_pieces else logits
             loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -80,21 +81,6 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def _has_stock_loss(self) -> bool:
-        return self.loss_function is ForCausalLMLoss
-
-    def _loss_in_pieces(
-        self, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
-    ) -> torch.Tensor:
-        """`ForCausalLMLoss` of the logits of `hidden_states [B, T, D]`, without these."""
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shift_labels.reshape(-1).to(hidden_states.device)
-        head = self.lm_head
-        return linear_cross_entropy(
-            hidden_states.flatten(0, -2), head.weight, head.bias, targets, num_items_in_batch, ignore_index
         )
 
 

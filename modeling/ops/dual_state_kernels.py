@@ -88,11 +88,9 @@ def prepare(
     chunk = tl.program_id(0).to(tl.int64)
     first, text, row = place(chunk, length, heads, C)
     index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
-    key = tile(k, row + index % C * heads, key_size, columns, first + index % C < length)
+    there, rows = first + index % C < length, row + index % C * heads
     later = tile(k, row + tokens * heads, key_size, columns, first + tokens < length)
-    query = tile(q, row + tokens * heads, key_size, columns, first + tokens < length)
-    keys = tl.dot(key, tl.trans(later), input_precision=PRECISION)  # the earlier token first
-    pairs = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    keys = tl.dot(tile(k, rows, key_size, columns, there), tl.trans(later), input_precision=PRECISION)
     factors += chunk * (2 * M + 2) * R
 
     coupling, since, reach = (), (), ()
@@ -136,9 +134,11 @@ def prepare(
         tl.store(factors + (M + a) * R + index, writes[a])
         for b in tl.static_range(M):
             tl.store(factors + (2 * M + 1) * R + a * M + b, kept[a * M + b])
-    tl.store(scores + (chunk * R + index[:, None]) * C + tokens[None, :], weights * pairs)
     if DELTA:
         tl.store(solve + (chunk * R + index[:, None]) * R + index[None, :], inverse)
+    query = tile(q, row + tokens * heads, key_size, columns, first + tokens < length)
+    pairs = tl.dot(tile(k, rows, key_size, columns, there), tl.trans(query), input_precision=PRECISION)
+    tl.store(scores + (chunk * R + index[:, None]) * C + tokens[None, :], weights * pairs)
 
 
 @triton.jit

@@ -18,17 +18,17 @@ _ROWS = 64
 _COLUMNS, _PROGRAMS = 32, 128
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(*tensors: torch.Tensor) -> str:
     """Of the matrix products. What is bfloat16 or float16 loses nothing in TF32; float32 takes three such products."""
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    return "tf32x3" if any(x.dtype == torch.float32 for x in tensors) else "tf32"
 
 
 class _Launch:
     """Runs the kernels on inputs of one shape, and makes the buffers that they share."""
 
-    def __init__(self, q, v, g, scale, delta, chunk_size):
+    def __init__(self, q, k, v, g, scale, delta, chunk_size):
         batch, length, heads, key_size = q.shape
         value_size, memories = v.shape[-1], g.shape[-1]
         texts, rows = batch * heads, memories * chunk_size
@@ -38,7 +38,7 @@ class _Launch:
         columns = 16 if few or value_size <= 16 else _COLUMNS
         blocks = -(-value_size // columns)
         self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
-        precision = _precision(q.dtype)
+        precision = _precision(q, k, v)
         self.of_gates = {"length": length, "heads": heads, "M": memories, "C": chunk_size, "PRECISION": precision}
         self.of_keys = self.of_gates | {"key_size": key_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
         self.of_values = self.of_keys | {"value_size": value_size, "BV": columns}
@@ -56,7 +56,7 @@ class _Launch:
         between = self.buffer(self.pairs) if keep_between else None
         made = (self.buffer(self.factors), solve, self.buffer(self.scores), between)
         prepare[(self.chunks,)](
-            q, k, g, beta, read, leak, starts, *made, scale=self.scale, DELTA=self.delta, **self.of_keys
+            q, k, g, beta, read, leak, starts, *made, scale=self.scale, DELTA=self.delta, num_warps=8, **self.of_keys
         )
         return made
 
@@ -96,7 +96,7 @@ class _Launch:
 class _TritonDual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale, delta, chunk_size, q, k, v, g, beta, read, leak, state, starts):
-        ctx.launch = launch = _Launch(q, v, g, scale, delta, chunk_size)
+        ctx.launch = launch = _Launch(q, k, v, g, scale, delta, chunk_size)
         with torch.cuda.device_of(q):
             factors, solve, scores, _ = launch.prepare(q, k, g, beta, read, leak, starts)
             entering, updates, final = launch.scan(k, v, beta, factors, solve, state)
