@@ -191,7 +191,7 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
         kernel = getattr(dual_state_kernels, name, None) or getattr(dual_state_gradients, name)
         constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
         source = ASTSource(kernel, signature(kernel, constants), constants)
-        options = {"num_warps": 8 if name in ("state_gradients", "pair_gradients") else 4, "num_stages": 2}
+        options = {"num_warps": 8 if name in ("prepare", "state_gradients", "pair_gradients") else 4, "num_stages": 2}
         compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 227 * 1024
