@@ -16,6 +16,7 @@ from benchmarks.cases_ops import OPS, Inputs, output_of
 from benchmarks.models import LLAMA, facts, train_step
 from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
 from lalm.convert import config_to_fla, state_dict_to_fla
+from lalm.modeling.ops.dual_state import triton_dual_state_delta
 
 SIZES: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
 # With what fla's classes of the same name are called and can represent (lalm/convert.py).
@@ -101,7 +102,7 @@ def dual_state(length: int = 4096) -> Contest:
         gates.near("output", function(**first).float(), expected, BFLOAT16)
 
     x, y = (on_gpu(OPS[name].inputs(length)) for name in ("dual_state", "gated_delta"))
-    ours = partial(output_of, OPS["dual_state"].form(x))
+    ours = partial(output_of, triton_dual_state_delta)
     theirs = partial(output_of, chunk_gated_delta_rule)
     leaves = [{key: tensor.clone().requires_grad_() for key, tensor in inputs.items()} for inputs in (x, y)]
     contestants = {
