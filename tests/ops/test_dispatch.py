@@ -28,9 +28,18 @@ def test_the_field_overrides(name, length):
     assert choose("gla", name, q(length), **FORMS) == FORMS[name]
 
 
-def test_fla_on_the_cpu_names_the_field():
-    with pytest.raises(ValueError, match="linear_attn_implementation.*auto"):
-        choose("gla", "fla", q(5), **FORMS)
+@pytest.mark.parametrize("name", ["fla", "triton"])
+def test_gpu_kernels_on_the_cpu_name_the_field(name):
+    with pytest.raises(ValueError, match=f"linear_attn_implementation='{name}'.*auto"):
+        choose("gla", name, q(5), **FORMS, triton="the triton form")
+
+
+def test_kernels_of_our_own_run_off_the_cpu_where_there_are_some():
+    elsewhere = q(64).to("meta")
+    assert choose("dual_state_delta", "triton", elsewhere, **FORMS, triton="the triton form") == "the triton form"
+    assert choose("dual_state_delta", "auto", elsewhere, **FORMS, triton="the triton form") == FORMS["chunk"]
+    with pytest.raises(ValueError, match="gla has no triton kernel"):
+        choose("gla", "triton", elsewhere, **FORMS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed here")
