@@ -14,8 +14,10 @@ from lalm.modeling.ops.dual_state_kernels import interpreted, prepare, read_out,
 
 # Rows of a chunk, its tokens times their memories: four warps of 16.
 _ROWS = 64
-# Columns of V that a program of a scan holds; half of them while there are fewer programs than a large GPU has cores.
-_COLUMNS, _PROGRAMS = 32, 128
+# Columns of V that a program of a scan holds; the fewest while there are fewer programs than a large GPU has cores,
+# for long keys, and where gradients fill the registers.
+_COLUMNS, _FEWEST, _PROGRAMS = 32, 16, 128
+_LONGEST_KEY = 256
 
 
 def _precision(*tensors: torch.Tensor) -> str:
@@ -35,7 +37,7 @@ class _Launch:
         self.chunks = texts * -(-length // chunk_size)
         self.scale, self.delta, self.like = scale, delta, g
         few = texts * -(-value_size // _COLUMNS) < _PROGRAMS
-        columns = 16 if few or value_size <= 16 else _COLUMNS
+        columns = _FEWEST if few or value_size <= _FEWEST or key_size > _LONGEST_KEY // 2 else _COLUMNS
         blocks = -(-value_size // columns)
         self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
         precision = _precision(q, k, v)
@@ -83,7 +85,8 @@ class _Launch:
         q, k, v, g, beta, read, leak = inputs
         d_q, d_k, d_v, d_g, d_beta, d_read, d_leak = (torch.empty_like(x) for x in inputs)
         shares = (torch.empty_like(q, dtype=g.dtype), torch.empty_like(k, dtype=g.dtype), self.buffer(self.shares))
-        options = {"scale": self.scale, "DELTA": self.delta, "num_warps": 8, "num_stages": 1, **self.of_values}
+        options = self.of_values | {"BV": _FEWEST, "scale": self.scale, "DELTA": self.delta}
+        options |= {"num_warps": 8, "num_stages": 1}
         gates, states = (beta, read, leak), (entering, leaving, updates, errors)
         state_gradients[(self.chunks,)](q, k, v, *gates, factors, *states, d_o, d_v, *shares, **options)
         d_between, given = torch.empty_like(between), (factors, between, updates, errors, d_o, *shares)
@@ -126,15 +129,16 @@ def triton_dual(
     """`recurrent_dual` by Triton kernels; states and sums are float32.
 
     Raises:
-        RuntimeError: tensors on the CPU (but for Triton's interpreter, TRITON_INTERPRET=1), float64, or a number of
-            memories that is not 1, 2 or 4.
+        RuntimeError: tensors on the CPU (but for Triton's interpreter, TRITON_INTERPRET=1), float64, keys of more than
+            256 channels, or a number of memories that is not 1, 2 or 4.
     """
     memories = g.shape[-1]
-    on_cpu = q.device.type == "cpu" and not interpreted()
-    if on_cpu or memories not in (1, 2, 4) or compute_dtype(q, k, v, g, beta, read, leak) == torch.float64:
+    fits = memories in (1, 2, 4) and q.shape[-1] <= _LONGEST_KEY
+    fits = fits and compute_dtype(q, k, v, g, beta, read, leak) == torch.float32
+    if not fits or (q.device.type == "cpu" and not interpreted()):
         raise RuntimeError(
-            "The Triton kernels need a GPU, no float64, and 1, 2 or 4 memories a head. Use "
-            "linear_attn_implementation='auto'."
+            f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories a head and keys of at most {_LONGEST_KEY} "
+            "channels. Use linear_attn_implementation='auto'."
         )
     tensors = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (g, beta, read, leak)]
     state = None if state is None else state.float().contiguous()

@@ -156,11 +156,11 @@ def test_bfloat16_products():
 
 @needs_triton
 def test_what_the_kernels_refuse():
-    refused = [make(4, memories=3, dtype=torch.float32), make(4)]
+    refused = [make(4, memories=3, dtype=torch.float32), make(4, key=257, dtype=torch.float32), make(4)]
     if not INTERPRETED:
         refused.append(make(4, dtype=torch.float32))
     for x in refused:
-        with pytest.raises(RuntimeError, match="need a GPU, no float64, and 1, 2 or 4 memories"):
+        with pytest.raises(RuntimeError, match="need a GPU, no float64, 1, 2 or 4 memories"):
             triton_dual_state_delta(**x)
 
 
