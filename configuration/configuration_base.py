@@ -66,6 +66,7 @@ class LalmConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     supports_bidirectional: ClassVar[bool] = False
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "chunk", "recurrent", "fla", "cpp")
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -229,6 +230,13 @@ class LalmConfig(PreTrainedConfig):
     def validate_direction(self) -> None:
         if not self.is_causal and not self.supports_bidirectional:
             raise ValueError(f"{self.model_type} has no bidirectional form: leave is_causal=True.")
+
+    def validate_implementation(self) -> None:
+        if (name := self.linear_attn_implementation) not in self.implementations:
+            raise ValueError(
+                f"linear_attn_implementation={name!r}: {self.model_type} has no {name} kernels; choose one of "
+                f"{', '.join(self.implementations)}."
+            )
 
     def validate_positions(self) -> None:
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:

@@ -57,6 +57,7 @@ class LocalGlobalConfig(LalmConfig):
 
     model_type = "lalm_local_global"
     supports_bidirectional = True
+    implementations = ("auto", "chunk", "recurrent")
 
     hidden_size: int = 512
     num_hidden_layers: int = 6
@@ -127,8 +128,6 @@ class LocalGlobalConfig(LalmConfig):
         for name, (kept, instead) in unused.items():
             if getattr(self, name) != kept:
                 raise ValueError(f"{self.model_type} has no {name}, got {getattr(self, name)!r}: {instead}.")
-        if (name := self.linear_attn_implementation) in ("fla", "triton"):
-            raise ValueError(f"lalm_local_global has no {name} kernels: leave linear_attn_implementation='auto'.")
 
     def validate_local_heads(self) -> None:
         given, layers, heads = self.num_local_heads, self.num_hidden_layers, self.num_attention_heads

@@ -19,6 +19,7 @@ from lalm import hub
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_gla import GLAForCausalLM
+from lalm.modeling.ops import cpp
 
 SCRIPT = Path(__file__).with_name("load_without_lalm.py")
 INPUT_IDS = torch.arange(6)[None]
@@ -57,7 +58,17 @@ def expected_output(model):
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory):
+def plain_torch():
+    """Without the C++ kernels, which stay with lalm: their last bits are others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LALM_CPP", "0")
+        cpp.load_kernel.cache_clear()
+        yield
+    cpp.load_kernel.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory, plain_torch):
     """Every head of every variant saved, loaded without lalm and saved again there, then loaded once more."""
     folder = tmp_path_factory.mktemp("remote")
     tasks, again, expected = [], [], {}
