@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from sentence_transformers import SentenceTransformer
 from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
@@ -81,13 +80,13 @@ def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict
         save_results(trainer.args.folder, "train", results)
 
 
-def evaluate(model: SentenceTransformer, splits: StsSplits, names: list[str], arguments: Arguments, results) -> None:
+def evaluate(model, title: str, splits: StsSplits, names: list[str], arguments: Arguments, results: dict) -> None:
     """Score splits, print the table, draw the plots and keep the figures."""
     model_arguments, _, training = arguments
     baseline = model_arguments.baseline
     second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
     found = evaluate_model(
-        model.eval(), {name: splits[name] for name in names}, second, training.folder, training.folder.name,
+        model.eval(), {name: splits[name] for name in names}, second, training.folder, title,
         baseline or "", training.per_device_eval_batch_size, seed=training.seed,
     )  # fmt: skip
     results |= flat_figures(found)
@@ -113,7 +112,8 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     trainer.accelerator.wait_for_everyone()
     train(trainer, checkpoint, model_arguments.save_dtype, results)
     if trainer.is_world_process_zero():
-        evaluate(stage.model, splits, ["validation", "test"][: 1 + training.do_test], arguments, results)
+        names = ["validation", "test"][: 1 + training.do_test]
+        evaluate(stage.model, training.folder.name, splits, names, arguments, results)
         write_loss_curve(trainer.state.log_history, training.folder / "loss_curve.png", training.folder.name, "")
         trainer.create_model_card()
     if training.push_to_hub:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             model = load_teacher(model_arguments.teacher, device=device, cache_dir=model_arguments.cache_dir)
         logger.info("%s on %s", name or model_arguments.teacher, splits.source)
-        evaluate(model, splits, ["validation", "test"], arguments, results)
+        evaluate(model, Path(name or model_arguments.teacher).name, splits, ["validation", "test"], arguments, results)
     print(f"results are in {training.folder}")
     return results
 
