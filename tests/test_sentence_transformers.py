@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from lalm import LamConfig, LamModel
 from tests.training.sts_tiny import SPECIAL, WORDS, sentence_transformer, sentences, student
 
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "lam-minilm-l6"
 TEXTS = ["", "a dog runs", "Собака бежит 犬が走る", *sentences(9, seed=3, longest=40), "the red house " * 15]
 
 WITHOUT_LALM = """
@@ -50,18 +51,27 @@ def test_it_loads_without_a_flag_where_lalm_is_imported(model, folder):
     np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
 
 
-def test_it_loads_without_lalm_by_its_own_code_and_saves_it_again(model, folder, tmp_path):
-    out = tmp_path / "vectors"
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+def encode_without_lalm(folder: Path, scratch: Path) -> np.ndarray:
+    out = scratch / "vectors"
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_LALM, str(folder), json.dumps(TEXTS), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(load_file(out)["vectors"], model.encode(TEXTS), atol=1e-6)
-    again = Path(f"{out}.again")
+    return load_file(out)["vectors"]
+
+
+def test_it_loads_without_lalm_by_its_own_code_and_saves_it_again(model, folder, tmp_path):
+    np.testing.assert_allclose(encode_without_lalm(folder, tmp_path), model.encode(TEXTS), atol=1e-6)
+    again = tmp_path / "vectors.again"
     assert (again / "modeling_lam.py").is_file()
-    np.testing.assert_allclose(
-        SentenceTransformer(str(again), device="cpu").encode(TEXTS), model.encode(TEXTS), atol=1e-6
-    )
+    loaded = SentenceTransformer(str(again), device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+
+
+def test_the_committed_checkpoint_loads_without_lalm(tmp_path):
+    ours = SentenceTransformer(str(CHECKPOINT), device="cpu")
+    assert {weight.dtype for weight in ours.parameters()} == {torch.float32}
+    np.testing.assert_allclose(encode_without_lalm(CHECKPOINT, tmp_path), ours.encode(TEXTS), atol=1e-5)
 
 
 def test_texts_of_many_lengths_are_encoded_as_if_alone(model):
