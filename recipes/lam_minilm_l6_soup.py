@@ -40,17 +40,18 @@ def main() -> None:
     """Train what is missing, average, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/lam_minilm_l6_soup"))
+    parser.add_argument("--data_dir", default="data/stsb")
     arguments, flags = parser.parse_known_args()
+    data = ["--data_dir", arguments.data_dir]
     folders = [arguments.output_dir / f"seed{seed}" for seed in RATES]
     for folder, (seed, rate) in zip(folders, RATES.items(), strict=True):
         if not (folder / "eval_results.json").exists():
             own = ["--output_dir", str(folder), "--seed", str(seed), "--learning_rate", str(rate)]
-            run_sts.main([RECIPE, *own, *UNCHOSEN, *flags])
+            run_sts.main([RECIPE, *own, *UNCHOSEN, *data, *flags])
     soup = arguments.output_dir / "soup"
     average(folders, soup)
-    data = [flag for name, flag in zip(flags, flags[1:], strict=False) if name == "--data_dir"] or ["data/stsb"]
     results = arguments.output_dir / "results"
-    run_sts.main(["--model_name_or_path", str(soup), "--data_dir", data[0], "--output_dir", str(results), "--eval_only"])
+    run_sts.main(["--model_name_or_path", str(soup), *data, "--output_dir", str(results), "--eval_only"])
 
 
 if __name__ == "__main__":
