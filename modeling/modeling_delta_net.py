@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
-from lalm.modeling.layers import unit_length
+from lalm.modeling.layers import Linear
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -70,14 +70,14 @@ class DecayGate(nn.Module):
 class DeltaNetMixer(Mixer):
     """q, k, v, write strength and, if gated, a decay -> (gated) delta rule -> norm per head, gate -> output."""
 
-    silu_without_conv = True
+    silu_without_conv = unit_length_qk = True
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.b_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.b_proj = Linear(config.hidden_size, self.num_heads, bias=False)
         self.a_proj, self.gate_bias = None, None
         if config.use_decay_gate:
-            self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+            self.a_proj = Linear(config.hidden_size, self.num_heads, bias=False)
             self.gate_bias = DecayGate(self.num_heads)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
@@ -108,9 +108,9 @@ class DeltaNetMixer(Mixer):
                 cpp=if_compiled(cpp_gated_delta_rule, q, self.value_dim, 1, delta=True),
             )
             gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
-        o, state = op(
-            unit_length(q),
-            unit_length(k),
+        return op(
+            q,
+            k,
             v,
             *gates,
             initial_state=state,
@@ -118,7 +118,6 @@ class DeltaNetMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
         )
-        return self.gate_output(o, hidden_states), state
 
 
 class DeltaNetModel(LalmModel):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
+from lalm.modeling.layers import Linear
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -30,8 +31,8 @@ class GLAMixer(Mixer):
         super().__init__(config, layer_idx)
         key_size = self.num_heads * self.key_dim
         self.gk_proj = nn.Sequential(
-            nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
-            nn.Linear(config.gate_low_rank_dim, key_size),
+            Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
+            Linear(config.gate_low_rank_dim, key_size),
         )
         self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer
@@ -48,7 +49,7 @@ class GLAMixer(Mixer):
             fla=fla_gla,
             cpp=if_compiled(cpp_gla, q, self.value_dim, self.key_dim),
         )
-        o, state = op(
+        return op(
             q,
             k,
             v,
@@ -58,7 +59,6 @@ class GLAMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
         )
-        return self.gate_output(o, hidden_states), state
 
 
 class GLAModel(LalmModel):

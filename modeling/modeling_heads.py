@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.layers import Linear
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
 from lalm.modeling.ops.cross_entropy import causal_lm_loss
 
@@ -35,7 +36,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -69,7 +70,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        is_stock = type(self.lm_head) is nn.Linear and self.loss_function is ForCausalLMLoss
+        is_stock = type(self.lm_head) is Linear and self.loss_function is ForCausalLMLoss
         if labels is not None and in_pieces and is_stock:
             loss = causal_lm_loss(hidden_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
         elif labels is not None:
@@ -96,7 +97,7 @@ class LalmForMaskedLM(LalmPreTrainedModel):
             raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -128,7 +129,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = nn.Linear(config.embedding_size, self.num_labels, bias=False)
+        self.score = Linear(config.embedding_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -193,7 +194,7 @@ class LalmForTokenClassification(LalmPreTrainedModel):
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.embedding_size, self.num_labels)
+        self.score = Linear(config.embedding_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -9,7 +9,6 @@ from torch import nn
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
-from lalm.modeling.layers import RMSNorm
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -38,7 +37,8 @@ class LinearAttentionMixer(Mixer):
         # Random features approximate softmax only if q and k share their directions; a learned map has one for each.
         self.k_map = None if config.feature_map == "favor" else FeatureMap(*map_args)
         self.normalize = config.normalize
-        self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps) if config.output_norm else None
+        if config.output_norm:
+            self.make_output_gate(gated=False)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         q, k = self.q_map(q), (self.k_map or self.q_map)(k)
@@ -51,7 +51,7 @@ class LinearAttentionMixer(Mixer):
             fla=fla_linear_attention,
             cpp=if_compiled(cpp_linear_attention, q, self.value_dim + self.normalize, 0),
         )
-        o, state = op(
+        return op(
             q,
             k,
             v,
@@ -63,7 +63,6 @@ class LinearAttentionMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
         )
-        return o if self.o_norm is None else self.o_norm(o), state
 
 
 class LinearAttentionModel(LalmModel):

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import previous_state
-from lalm.modeling.layers import NORMS, sinusoidal_positions
+from lalm.modeling.layers import NORMS, Linear, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
 from lalm.modeling.modeling_base import Block, LalmModel
 from lalm.modeling.modeling_heads import (
@@ -42,10 +42,10 @@ class LocalGlobalMLP(nn.Module):
         super().__init__()
         width, bias = cast(int, config.intermediate_size), config.semantics == "0.19"
         self.gated, self.chunks = config.ff_glu, config.ff_chunks
-        self.up_proj = nn.Linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
+        self.up_proj = Linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.ff_dropout)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.down_proj = Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]`."""
@@ -188,7 +188,7 @@ class AxialPositions(nn.Module):
         return self.windows(position_ids // self.size) + self.places(position_ids % self.size)
 
 
-class EmbeddingProjection(nn.Linear):
+class EmbeddingProjection(Linear):
     """Between the width of the embeddings and that of the layers."""
 
 

@@ -36,7 +36,7 @@ class RetNetMixer(Mixer):
             fla=fla_retention,
             cpp=if_compiled(cpp_retention, q, self.value_dim, 1),
         )
-        o, state = op(
+        return op(
             q,
             k,
             v,
@@ -45,7 +45,6 @@ class RetNetMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
         )
-        return self.gate_output(o, hidden_states), state
 
 
 class RetNetModel(LalmModel):

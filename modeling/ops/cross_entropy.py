@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from lalm.modeling.ops.products import product_dtype
+
 # Logits that exist at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -81,6 +83,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     counted = targets != ignore_index
     hidden, targets = hidden[counted], targets[counted]
+    dtype = product_dtype(hidden, dtype)
     with torch.autocast(kind, enabled=False):
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch

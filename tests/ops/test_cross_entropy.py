@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import cross_entropy
+from lalm.modeling.ops import cross_entropy, products
 from lalm.modeling.ops.cross_entropy import linear_cross_entropy
 from tests.variants import ROWS
 
@@ -50,11 +50,16 @@ def test_bfloat16_accumulates_in_float32(pieces):
     assert {x.grad.dtype for x in leaves} == {torch.bfloat16}
 
 
-def test_autocast_decides_the_type_of_the_products():
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_decides_the_type_of_the_products(native, monkeypatch):
+    """Unless the processor has no arithmetic for it: then they are exact."""
+    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: native)
     leaves, targets = example(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_cross_entropy(*leaves, targets)
         stock = F.cross_entropy(F.linear(*leaves).float(), targets)
+    if not native:
+        stock = F.cross_entropy(F.linear(*leaves), targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, stock, atol=1e-6, rtol=1e-6)
     found.backward()

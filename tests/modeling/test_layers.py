@@ -1,0 +1,110 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Linear multiplies in float32 where 16-bit types have no arithmetic; an MLP works in pieces without gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lalm import GLAConfig, LamConfig
+from lalm.modeling.layers import MLP, Linear
+from lalm.modeling.modeling_lam import LamMLP
+from lalm.modeling.ops import products
+from tests.modeling.exact import tokens
+from tests.variants import every_row
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """A processor without arithmetic for 16-bit types."""
+    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: dtype.itemsize > 2)
+
+
+def layer_and_input(dtype, rows=16, bias=True):
+    torch.manual_seed(0)
+    return Linear(24, 40, bias=bias).to(dtype), torch.randn(2, rows // 2, 24).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_product_is_the_exact_one_rounded_once(dtype, bias, emulated):
+    layer, x = layer_and_input(dtype, bias=bias)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    found = layer(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_have_the_types_of_their_tensors(dtype, emulated):
+    layer, x = layer_and_input(dtype)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    wide, exact = Linear(24, 40).double(), x.detach().double().requires_grad_()
+    wide.load_state_dict(layer.state_dict())
+    wide(exact).sum().backward()
+    for found, expected in ((x.grad, exact.grad), (layer.weight.grad, wide.weight.grad)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_gets_the_type_it_asks_for(dtype, emulated):
+    layer, x = layer_and_input(torch.float32)
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found, F.linear(x, layer.weight, layer.bias).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "native"),
+    [(torch.bfloat16, 14, False), (torch.bfloat16, 16, True), (torch.float32, 16, False), (torch.float64, 16, False)],
+)
+def test_stock_product_elsewhere(dtype, rows, native, monkeypatch):
+    """Few rows, processors with the arithmetic, and wide types."""
+    monkeypatch.setattr(products, "has_arithmetic", lambda asked: native or asked.itemsize > 2)
+    layer, x = layer_and_input(dtype, rows)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize(("found", "known"), [({}, True), ({"architecture": "aarch64"}, True)])
+def test_unknown_processors_are_left_alone(found, known, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert products.has_arithmetic.__wrapped__(torch.bfloat16) is known
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_fp16", torch.float16)])
+def test_instructions_of_x86_decide(name, dtype, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has=has: {"architecture": "x86_64", name: has}, raising=False
+        )
+        assert products.has_arithmetic.__wrapped__(dtype) is has
+    assert products.has_arithmetic.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(("mlp_class", "config_class"), [(MLP, GLAConfig), (LamMLP, LamConfig)])
+@pytest.mark.parametrize("rows", [1, 5, 14, 15])
+def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
+    torch.manual_seed(0)
+    mlp, x = mlp_class(config_class(hidden_size=32, num_attention_heads=2)), torch.randn(2, 7, 32)
+    whole = mlp(x)
+    mlp.rows_at_once = rows
+    torch.testing.assert_close(mlp(x), whole, rtol=0, atol=0)  # with gradients: at once
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), whole)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mlp(x).dtype == torch.bfloat16
+
+
+@every_row
+def test_model_in_pieces_is_the_model(row):
+    model, ids = row.build(), tokens(2, 33)
+    with torch.no_grad():
+        whole = model(ids).logits
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.rows_at_once = 7
+        torch.testing.assert_close(model(ids).logits, whole)
