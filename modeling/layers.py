@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.elementwise import rms_norm, silu_gate
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.products import product_dtype
 from lalm.modeling.ops.short_conv import cpp_short_conv
@@ -33,11 +34,10 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm in the dtype of its weight, so that autocast neither rounds the mean square nor leaves the fused
-    kernel; the output has the dtype of the input."""
+    """torch's RMSNorm, computed in float32 or wider also under autocast; the output has the dtype of the input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, cast(float, self.eps))
 
 
 # Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
@@ -60,6 +60,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, width, bias=self.bias)
         self.down_proj = Linear(width, config.hidden_size, bias=self.bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = gated and config.hidden_act in ("silu", "swish")
         self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,8 @@ class MLP(nn.Module):
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
 
 
 class ShortConvolution(nn.Module):
@@ -148,7 +150,7 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
     x = x.to(compute_dtype(x))
     size = x.shape[-1]
     # x / sqrt(|x|^2 + 1e-6) by the kernel that divides by the root of the mean square.
-    return nn.functional.rms_norm(x, (size,), x.new_full((size,), size**-0.5), 1e-6 / size)
+    return rms_norm(x, x.new_full((size,), size**-0.5), 1e-6 / size)
 
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,14 +46,15 @@ class BasedMixer(Mixer):
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         q, k = self.feature_map(q), self.feature_map(k)
+        implementation = self.config.linear_attn_implementation
         op = choose(
             "linear_attention",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, q, self.value_dim + 1, 0),
+            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim + 1, 0),
         )
         return op(
             q,

@@ -94,7 +94,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_delta_rule,
                 chunk=chunk_delta_rule,
                 fla=fla_delta_rule,
-                cpp=if_compiled(cpp_delta_rule, q, self.value_dim, 0, delta=True),
+                cpp=if_compiled(cpp_delta_rule, implementation, q, self.value_dim, 0, delta=True),
             )
             gates: tuple[torch.Tensor, ...] = (beta,)
         else:
@@ -105,7 +105,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_gated_delta_rule,
                 chunk=chunk_gated_delta_rule,
                 fla=fla_gated_delta_rule,
-                cpp=if_compiled(cpp_gated_delta_rule, q, self.value_dim, 1, delta=True),
+                cpp=if_compiled(cpp_gated_delta_rule, implementation, q, self.value_dim, 1, delta=True),
             )
             gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
         return op(

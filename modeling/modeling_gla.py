@@ -40,14 +40,15 @@ class GLAMixer(Mixer):
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         gate = self.gk_proj(hidden_states)
         g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_logit_normalizer
+        implementation = self.config.linear_attn_implementation
         op = choose(
             "gla",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_gla,
             chunk=chunk_gla,
             fla=fla_gla,
-            cpp=if_compiled(cpp_gla, q, self.value_dim, self.key_dim),
+            cpp=if_compiled(cpp_gla, implementation, q, self.value_dim, self.key_dim),
         )
         return op(
             q,

@@ -105,7 +105,7 @@ class LamMixer(Mixer):
     """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
 
     projection_bias, conv_activation, unit_length_qk = True, False, True
-    gate_activation = staticmethod(torch.sigmoid)
+    output_gate = staticmethod(lambda gate, o: gate.sigmoid() * o)
 
     def __init__(self, config: LamConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -115,10 +115,13 @@ class LamMixer(Mixer):
         self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        kernel = cpp_kernel(q, v, self.config.num_memories, self.config.use_delta_rule)
+        memories, delta = self.config.num_memories, self.config.use_delta_rule
+        implementation = self.config.linear_attn_implementation
+        work = None if implementation == "cpp" else q.numel() * self.value_dim * memories
+        kernel = cpp_kernel(q, v, memories, delta, work)
         op = choose(
             "dual_state_delta",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
@@ -135,7 +138,7 @@ class LamMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
-            use_delta_rule=self.config.use_delta_rule,
+            use_delta_rule=delta,
         )
 
 

@@ -42,14 +42,15 @@ class LinearAttentionMixer(Mixer):
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         q, k = self.q_map(q), (self.k_map or self.q_map)(k)
+        implementation = self.config.linear_attn_implementation
         op = choose(
             "linear_attention",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, q, self.value_dim + self.normalize, 0),
+            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim + self.normalize, 0),
         )
         return op(
             q,

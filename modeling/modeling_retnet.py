@@ -27,14 +27,15 @@ class RetNetMixer(Mixer):
         self.make_output_gate(config.use_output_gate)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        implementation = self.config.linear_attn_implementation
         op = choose(
             "retention",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_retention,
             chunk=chunk_retention,
             fla=fla_retention,
-            cpp=if_compiled(cpp_retention, q, self.value_dim, 1),
+            cpp=if_compiled(cpp_retention, implementation, q, self.value_dim, 1),
         )
         return op(
             q,

@@ -62,9 +62,9 @@ def plain_torch():
     """Without the C++ kernels, which stay with lalm: their last bits are others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LALM_CPP", "0")
-        cpp.load_kernel.cache_clear()
+        cpp._plan.cache_clear()
         yield
-    cpp.load_kernel.cache_clear()
+    cpp._plan.cache_clear()
 
 
 @pytest.fixture(scope="module")

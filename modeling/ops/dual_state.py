@@ -270,13 +270,16 @@ class _CppDual(torch.autograd.Function):
             yield _CppInputs(*(pointer(x) for x in tensors), *sizes)
 
 
-def cpp_kernel(q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none."""
+def cpp_kernel(
+    q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool, work: int | None = None
+) -> ctypes.CDLL | None:
+    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none (`work` as for
+    `load_kernel`)."""
     fits = q.device.type == "cpu" and compute_dtype(q, v) == torch.float32 and v.shape[-1] % 16 == 0 and memories <= 4
     if not fits or torch.compiler.is_compiling():
         return None
     sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    return load_kernel("dual_state", **sizes)
+    return load_kernel("dual_state", work=work, **sizes)
 
 
 def cpp_dual(

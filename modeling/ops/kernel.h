@@ -28,6 +28,26 @@ inline float sum(vec x) {
   return total;
 }
 
+// exp(x) to 2e-7 of its value, from 2^-126 to 2^127.
+inline vec exponential(vec x) {
+  const vec high = 88.f - (vec){}, low = -87.f - (vec){};
+  x = x < low ? low : x > high ? high : x;
+  const vec shift = 12582912.f - (vec){};  // 1.5 * 2^23: adding it rounds
+  const vec n = (x * 1.44269504f + shift) - shift;
+  const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec y = 1.f / 5040 - (vec){};
+  for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = y * r + c;
+  typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+  return y * (vec)power;
+}
+
+// 0 below -87, where exp ends.
+inline vec sigmoid(vec x) {
+  const vec y = 1 / (1 + exponential(-x));
+  return x < -87.f - (vec){} ? (vec){} : y;
+}
+
 inline vec pairs(vec a, vec b) {
   return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
          SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);

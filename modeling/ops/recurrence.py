@@ -72,13 +72,16 @@ class _CppRecurrence(torch.autograd.Function):
         return None, None, dg, dq, dk, dv, d_beta, None if tensors[5] is None else d_state, None, None
 
 
-def cpp_kernel(q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False) -> ctypes.CDLL | None:
+def cpp_kernel(
+    q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False, work: int | None = None
+) -> ctypes.CDLL | None:
     """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
 
     Args:
         value_size: V, with the column of a normaliser.
         gate_size: numbers of a token's log decay in a head: 0, 1 or K.
         delta: for the delta rule.
+        work: as for `load_kernel`.
     """
     fits = q.device.type == "cpu" and q.dtype != torch.float64 and q.shape[-1] * value_size >= _SMALLEST_STATE
     if not fits or torch.compiler.is_compiling():
@@ -89,7 +92,7 @@ def cpp_kernel(q: torch.Tensor, value_size: int, gate_size: int, delta: bool = F
         "DECAY": min(gate_size, 2),
         "DELTA": int(delta),
     }
-    return load_kernel("recurrence", **sizes)
+    return load_kernel("recurrence", work=work, **sizes)
 
 
 def _missing(value_size: int, delta: bool) -> int:
@@ -99,10 +102,12 @@ def _missing(value_size: int, delta: bool) -> int:
 
 
 def if_compiled(
-    form: Callable, q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False
+    form: Callable, implementation: str, q: torch.Tensor, value_size: int, gate_size: int, delta: bool = False
 ) -> Callable | None:
-    """`form`, a function on top of `cpp_diagonal` or `cpp_delta`, where `cpp_kernel` has a kernel for it."""
-    return form if cpp_kernel(q, value_size, gate_size, delta) else None
+    """`form`, a function on top of `cpp_diagonal` or `cpp_delta`, where `cpp_kernel` has a kernel for it; unless
+    `implementation` is "cpp", a short text must find it compiled."""
+    work = None if implementation == "cpp" else q.numel() * value_size
+    return form if cpp_kernel(q, value_size, gate_size, delta, work) else None
 
 
 def _run(kernel, q, k, v, g, beta, scale, state, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,13 +3,11 @@
 // Compiled for one WIDTH, for BEFORE earlier tokens in a window, and for SILU (1 ends in a SiLU).
 // skip and documents [B, T] may be null; a token with skip != 0 is padding, and its y and dx stay as they are.
 
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "kernel.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // channels that one task takes through all rows
+constexpr int64_t BLOCK = 512;  // the most channels that one task takes through all rows
 
 struct Inputs {
   const float *x, *weight;
@@ -18,29 +16,45 @@ struct Inputs {
   int64_t batch, length, channels, threads;
 };
 
-std::vector<int64_t> real_tokens(const Inputs& in, int64_t b) {
-  std::vector<int64_t> tokens;
-  for (int64_t t = b * in.length; t < (b + 1) * in.length; ++t)
-    if (!in.skip || !in.skip[t]) tokens.push_back(t);
-  return tokens;
-}
+alignas(64) const float ZEROS[BLOCK] = {};
 
-// The tokens of the window of tokens[i], -1 where there is none.
-void window(const Inputs& in, const std::vector<int64_t>& tokens, int64_t i, int64_t (&seen)[WIDTH]) {
+// The tokens of a row that are no padding, each with its document.
+struct Row {
+  std::vector<int64_t> at, document;
+
+  Row(const Inputs& in, int64_t b) {
+    for (int64_t t = b * in.length; t < (b + 1) * in.length; ++t) {
+      if (in.skip && in.skip[t]) continue;
+      at.push_back(t);
+      document.push_back(in.documents ? in.documents[t] : 0);
+    }
+  }
+
+  int64_t count() const { return at.size(); }
+  bool together(int64_t i, int64_t j) const { return j >= 0 && j < count() && document[i] == document[j]; }
+};
+
+// Where the channels of the tokens in the window of token i begin; zeros where there is no token.
+void window(const Inputs& in, const Row& row, int64_t i, int64_t first, const float* (&seen)[WIDTH]) {
   for (int o = 0; o < WIDTH; ++o) {
     const int64_t j = i + o - BEFORE;
-    seen[o] = j < 0 || j >= (int64_t)tokens.size() ? -1 : tokens[j];
-    if (seen[o] >= 0 && in.documents && in.documents[seen[o]] != in.documents[tokens[i]]) seen[o] = -1;
+    seen[o] = row.together(i, j) ? in.x + row.at[j] * in.channels + first : ZEROS;
   }
 }
 
-inline void convolve(const Inputs& in, const int64_t (&seen)[WIDTH], int64_t first, int64_t size, float* y) {
-  for (int64_t c = 0; c < size; ++c) y[c] = 0;
-  for (int o = 0; o < WIDTH; ++o) {
-    if (seen[o] < 0) continue;
-    const float *x = in.x + seen[o] * in.channels + first, *w = in.weight + o * in.channels + first;
-    for (int64_t c = 0; c < size; ++c) y[c] += w[c] * x[c];
+// y = sum_o weight[o] rows[o]
+inline void weigh(const float* weight, int64_t stride, const float* const (&rows)[WIDTH], int64_t size,
+                  float* __restrict__ y) {
+  for (int64_t c = 0; c < size; ++c) {
+    float total = 0;
+    for (int o = 0; o < WIDTH; ++o) total += weight[o * stride + c] * rows[o][c];
+    y[c] = total;
   }
+}
+
+int64_t block_of(const Inputs& in) {
+  const int64_t share = (in.channels + in.threads - 1) / in.threads, size = (share + 63) / 64 * 64;
+  return size < BLOCK ? size : BLOCK;
 }
 
 }  // namespace
@@ -49,53 +63,69 @@ extern "C" {
 
 void forward(const Inputs* inputs, float* y) {
   const Inputs in = *inputs;
+  const int64_t block = block_of(in);
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
-  for (int64_t first = 0; first < in.channels; first += BLOCK) {
-    const int64_t size = in.channels - first < BLOCK ? in.channels - first : BLOCK;
-    float sums[BLOCK];
-    int64_t seen[WIDTH];
+  for (int64_t first = 0; first < in.channels; first += block) {
+    const int64_t size = in.channels - first < block ? in.channels - first : block;
+    alignas(64) float sums[BLOCK] = {};
+    const float* seen[WIDTH];
     for (int64_t b = 0; b < in.batch; ++b) {
-      const std::vector<int64_t> tokens = real_tokens(in, b);
-      for (int64_t i = 0; i < (int64_t)tokens.size(); ++i) {
-        window(in, tokens, i, seen);
-        convolve(in, seen, first, size, sums);
-        float* to = y + tokens[i] * in.channels + first;
-        for (int64_t c = 0; c < size; ++c) to[c] = SILU ? sums[c] / (1 + std::exp(-sums[c])) : sums[c];
+      const Row row(in, b);
+      for (int64_t i = 0; i < row.count(); ++i) {
+        window(in, row, i, first, seen);
+        float* to = y + row.at[i] * in.channels + first;
+        weigh(in.weight + first, in.channels, seen, size, SILU ? sums : to);
+        if (!SILU) continue;
+        for (int64_t c = 0; c < size; c += LANES) {
+          vec& s = *reinterpret_cast<vec*>(sums + c);
+          s *= sigmoid(s);
+        }
+        std::memcpy(to, sums, size * sizeof(float));
       }
     }
   }
 }
 
-// Adds to dx and d_weight.
+// Writes dx, adds to d_weight. A token's dx is ready when the last window that sees it has its gradient.
 void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight) {
   const Inputs in = *inputs;
+  const int64_t block = block_of(in);
+  constexpr int AFTER = WIDTH - 1 - BEFORE;
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
-  for (int64_t first = 0; first < in.channels; first += BLOCK) {
-    const int64_t size = in.channels - first < BLOCK ? in.channels - first : BLOCK;
-    float sums[BLOCK], grad[BLOCK];
-    int64_t seen[WIDTH];
+  for (int64_t first = 0; first < in.channels; first += block) {
+    const int64_t size = in.channels - first < block ? in.channels - first : block;
+    alignas(64) float grads[WIDTH][BLOCK] = {};  // of the latest WIDTH sums
+    const float *seen[WIDTH], *later[WIDTH];
     for (int64_t b = 0; b < in.batch; ++b) {
-      const std::vector<int64_t> tokens = real_tokens(in, b);
-      for (int64_t i = 0; i < (int64_t)tokens.size(); ++i) {
-        window(in, tokens, i, seen);
-        const float* from = dy + tokens[i] * in.channels + first;
-        if (SILU) convolve(in, seen, first, size, sums);
-        for (int64_t c = 0; c < size; ++c) {
-          grad[c] = from[c];
+      const Row row(in, b);
+      for (int64_t i = 0; i < row.count() + BEFORE; ++i) {
+        if (i < row.count()) {
+          const float* from = dy + row.at[i] * in.channels + first;
+          float* const grad = grads[i % WIDTH];
+          window(in, row, i, first, seen);
           if (SILU) {
-            const float s = 1 / (1 + std::exp(-sums[c]));
-            grad[c] *= s * (1 + sums[c] * (1 - s));
+            weigh(in.weight + first, in.channels, seen, size, grad);
+            for (int64_t c = 0; c < size; c += LANES) {
+              vec& s = *reinterpret_cast<vec*>(grad + c);
+              const vec open = sigmoid(s);
+              s = open * (1 + s * (1 - open));
+            }
+            for (int64_t c = 0; c < size; ++c) grad[c] *= from[c];
+          } else {
+            std::memcpy(grad, from, size * sizeof(float));
+          }
+          for (int o = 0; o < WIDTH; ++o) {
+            float* __restrict__ to = d_weight + o * in.channels + first;
+            for (int64_t c = 0; c < size; ++c) to[c] += seen[o][c] * grad[c];
           }
         }
+        const int64_t j = i - BEFORE;
+        if (j < 0 || j >= row.count()) continue;
         for (int o = 0; o < WIDTH; ++o) {
-          if (seen[o] < 0) continue;
-          const float *x = in.x + seen[o] * in.channels + first, *w = in.weight + o * in.channels + first;
-          float *to = dx + seen[o] * in.channels + first, *dw = d_weight + o * in.channels + first;
-          for (int64_t c = 0; c < size; ++c) {
-            to[c] += w[c] * grad[c];
-            dw[c] += x[c] * grad[c];
-          }
+          const int64_t n = j + BEFORE - o;  // sees j at its place o
+          later[o] = n >= j - AFTER && row.together(j, n) ? grads[n % WIDTH] : ZEROS;
         }
+        weigh(in.weight + first, in.channels, later, size, dx + row.at[j] * in.channels + first);
       }
     }
   }

@@ -277,16 +277,6 @@ def test_cpp_refuses_what_it_cannot_do():
         cpp_dual_state_delta(**make(4, value=7, dtype=torch.float32))
 
 
-def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
-    monkeypatch.setenv("LALM_CPP", "0")
-    assert cpp.load_kernel.__wrapped__("dual_state", KEY=8, VALUE=16, M=2, DELTA=1) is None
-    monkeypatch.delenv("LALM_CPP")
-    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "/bin/false")
-    assert cpp.load_kernel.__wrapped__("dual_state", KEY=8, VALUE=16, M=2, DELTA=1) is None
-    assert not list(tmp_path.glob("*.so"))
-
-
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [

@@ -178,17 +178,17 @@ def test_a_gradient_of_a_part_of_the_inputs():
 
 def test_without_a_kernel_the_other_forms_run(monkeypatch):
     q = torch.zeros(1, 1, 1, 32)
-    assert if_compiled(cpp_gla, q, 32, 32) is cpp_gla
-    assert if_compiled(cpp_gla, q.double(), 32, 32) is None
-    assert if_compiled(cpp_gla, q[..., :4], 8, 4) is None  # too small to be worth it
+    assert if_compiled(cpp_gla, "cpp", q, 32, 32) is cpp_gla
+    assert if_compiled(cpp_gla, "cpp", q.double(), 32, 32) is None
+    assert if_compiled(cpp_gla, "cpp", q[..., :4], 8, 4) is None  # too small to be worth it
     monkeypatch.setenv("LALM_CPP", "0")
-    cpp.load_kernel.cache_clear()
+    cpp._plan.cache_clear()
     try:
-        assert if_compiled(cpp_gla, q, 32, 32) is None
+        assert if_compiled(cpp_gla, "cpp", q, 32, 32) is None
         with pytest.raises(RuntimeError, match="linear_attn_implementation='auto'"):
             cpp_gla(q, q, q, q)
     finally:
-        cpp.load_kernel.cache_clear()
+        cpp._plan.cache_clear()
 
 
 def test_float64_is_refused_rather_than_rounded():

@@ -1,0 +1,43 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""When C++ kernels are compiled, where they lie, and what happens where they cannot be had."""
+
+import shutil
+
+import pytest
+import torch
+
+from lalm.modeling.ops import cpp
+from lalm.modeling.ops.gla import cpp_gla
+from lalm.modeling.ops.recurrence import if_compiled
+
+MUCH = 1 << 40
+
+
+@pytest.fixture
+def new_machine(monkeypatch, tmp_path):
+    """A cache folder in which nothing is compiled yet."""
+    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
+    cpp._plan.cache_clear()
+    yield tmp_path
+    cpp._plan.cache_clear()
+
+
+def test_without_a_compiler_there_is_no_kernel(monkeypatch, new_machine):
+    monkeypatch.setenv("LALM_CPP", "0")
+    assert cpp.load_kernel("silu_gate") is None
+    monkeypatch.delenv("LALM_CPP")
+    monkeypatch.setenv("CXX", "/bin/false")
+    cpp._plan.cache_clear()
+    assert cpp.load_kernel("silu_gate") is None
+    assert not list(new_machine.glob("*.so"))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+def test_a_short_call_does_not_wait_for_the_compiler(new_machine):
+    """It takes the kernel where a longer one has had it compiled."""
+    short, long = torch.zeros(1, 8, 2, 32), torch.zeros(1, 2048, 2, 32)
+    for q, form, files in ((short, None, 0), (long, cpp_gla, 1), (short, cpp_gla, 1)):
+        assert if_compiled(cpp_gla, "auto", q, 32, 32) is form
+        assert len(list(new_machine.glob("*.so"))) == files
+    assert cpp.load_kernel("silu_gate", work=1) is None
+    assert cpp.load_kernel("silu_gate", work=MUCH) is not None

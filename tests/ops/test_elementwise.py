@@ -1,0 +1,92 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The one-pass kernels around the matrix products are what they replace, forward and backward."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lalm.modeling.ops import cpp, elementwise
+from lalm.modeling.ops.elementwise import rms_norm, silu_gate
+from tests.ops.cases import relative_error
+
+pytestmark = pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="this machine has no C++ compiler")
+SIZES = [2, 15, 16, 17, 32, 47, 48, 64, 100, 512]
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    monkeypatch.setattr(elementwise, "_FEWEST", 0)
+
+
+def both(op, reference, *leaves):
+    """Outputs and gradients by the kernel and in float64."""
+    found = []
+    for dtype, function in ((torch.float32, op), (torch.float64, reference)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        y = function(*inputs)
+        assert y.dtype == dtype
+        found.append([y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 2, y.numel()).view_as(y).to(dtype))])
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rms_norm(size, scale):
+    torch.manual_seed(size)
+    x, weight = torch.randn(3, 7, size) * scale, torch.randn(size)
+    reference = lambda x, weight: weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()  # noqa: E731
+    for actual, exact in both(lambda x, weight: rms_norm(x, weight, 1e-5), reference, x, weight):
+        assert relative_error(actual, exact) < 2e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_silu_gate(size):
+    torch.manual_seed(size)
+    for actual, exact in both(silu_gate, lambda x, y: F.silu(x) * y, torch.randn(5, size) * 4, torch.randn(5, size)):
+        assert relative_error(actual, exact) < 1e-6
+
+
+def test_silu_of_every_size():
+    x = torch.cat([torch.linspace(-100, 100, 20001), torch.tensor([-1e30, -3e38, 1e30, 0.0, -0.0, 1e-30])])
+    y = silu_gate(x, torch.ones_like(x))
+    torch.testing.assert_close(y, F.silu(x.double()).float(), rtol=1e-6, atol=1e-35)
+
+
+def test_not_a_number_stays_one():
+    x = torch.tensor([1.0, float("nan"), 2.0, float("inf")])
+    assert silu_gate(x, torch.ones(4)).isnan().tolist() == [False, True, False, False]
+    assert rms_norm(x[:3], torch.ones(3), 1e-5).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types(dtype):
+    x, weight = torch.randn(4, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 1e-7}
+    exact = F.rms_norm(x.double(), (64,), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, **tolerance)
+    exact = F.silu(x.double()) * weight.double()
+    found = silu_gate(x, weight.expand_as(x).contiguous())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_strided_inputs_frozen_weight_and_threads():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 40, 33).transpose(0, 1).requires_grad_(), torch.randn(33)
+    (expected,) = torch.autograd.grad(F.rms_norm(x, (33,), weight, 1e-5).square().sum(), x)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            (found,) = torch.autograd.grad(rms_norm(x, weight, 1e-5).square().sum(), x)
+            torch.testing.assert_close(found, expected)
+            assert torch.allclose(silu_gate(x, x), F.silu(x) * x, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_small_inputs_compile_nothing(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(elementwise, "load_kernel", lambda name, **_: pytest.fail(f"{name} was loaded"))
+    rms_norm(torch.randn(8, 64), torch.ones(64), 1e-5)
+    silu_gate(torch.randn(8, 64), torch.randn(8, 64))
