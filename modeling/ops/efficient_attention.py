@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.chunks import from_chunks, to_chunks
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes
@@ -27,6 +28,8 @@ from lalm.modeling.ops.layout import SequenceLayout, check_shapes
 _SEMANTICS = ("0.19", "v0.2.1")
 _SMALLEST_SUM = 1e-3  # of "0.19"
 _EPS = 1e-6  # of "v0.2.1"
+# Smaller buckets have more numbers in their sums than in their tokens.
+_SMALLEST_GRID = 16
 # Sums of numbers up to e^40 = 2e17 stay far from float32's largest, 3e38. Ordinary keys never need another scale.
 _HEADROOM = 40.0
 
@@ -195,6 +198,7 @@ def chunk_efficient_attention(
     """`recurrent_efficient_attention` by the chunk form of the diagonal recurrence: same arguments, same results.
 
     A blindspot is a matter of order: every bucket's queries are put before its keys, on a line of twice the tokens.
+    Where buckets stand in a grid, their sums are added up instead, and no token is compared with another.
     """
     _check(q, k, v, initial_state, blindspot_size, semantics, layout)
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
@@ -205,11 +209,36 @@ def chunk_efficient_attention(
             line = _Line(q, features_of(k, layout.mask, semantics), values, layout.segments)
             o, published = _read_line(line, state, semantics)
             final = EfficientState(published, None, None)
+        elif _is_aligned(k, blindspot_size, state, layout, semantics):
+            o, final = _read_whole_buckets(q, k, values, blindspot_size, semantics)
         else:
             line, slots, final = _buckets_in_line(q, k, values, state, blindspot_size, semantics, layout)
             o, published = _read_line(line, state, semantics)
             o, final = _take(o, slots), final._replace(published=published)
         return o.to(v.dtype), final if output_final_state else None
+
+
+def _is_aligned(k, size: int, state: EfficientState | None, layout: SequenceLayout, semantics: str) -> bool:
+    """Whether buckets of all rows begin at the same tokens and can be summed as they are."""
+    plain = state is None and layout.mask is None and layout.segments is None
+    return plain and size >= _SMALLEST_GRID and (semantics == "v0.2.1" or _is_safe(k, None))
+
+
+def _read_whole_buckets(q, k, values, size: int, semantics: str) -> tuple[torch.Tensor, EfficientState]:
+    """o `[B, T, H, V]` and the final state of rows that begin a bucket with their first token."""
+    length, features = q.shape[1], k.exp() if semantics == "0.19" else F.elu(k) + 1
+    q, features, values = (to_chunks(x, size, q.dtype) for x in (q.softmax(-1), features, values))
+    sums = features.transpose(-1, -2) @ values  # [B, H, N, K, V + 1]; the tail has values of 0
+    before = F.pad(sums[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
+    if semantics == "0.19":
+        o = (q * q.shape[-1] ** -0.5) @ before
+        o = o[..., :-1] / o[..., -1:].clamp(min=_SMALLEST_SUM)
+    else:
+        o = (q / (before[..., -1] + _EPS)[..., None, :]) @ before[..., :-1]
+    full = length // size
+    memories = F.pad(sums, (0, 1))
+    published, pending = memories[:, :, :full].sum(2), memories[:, :, full:].sum(2)
+    return from_chunks(o, length), EfficientState(published, pending, o.new_full(o.shape[:1], length % size))
 
 
 class _Line(NamedTuple):

@@ -119,7 +119,7 @@ CUTS = {"one_by_one": range(1, LENGTH), "pieces": [1, 2, 10, 11, 30], "halves": 
 @pytest.mark.parametrize("forms", [[*FORMS.values()], [chunk_efficient_attention]], ids=["mixed", "chunk"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("kind", ["plain", "left", "scattered", "row"])
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3, 8, 16])
 @pytest.mark.parametrize(("semantics", "steep"), [("0.19", 1), ("0.19", 60), ("v0.2.1", 1)])
 def test_pieces_are_the_whole(forms, cuts, kind, size, semantics, steep):
     x, layout = make(LENGTH, steep=steep), make_layout(kind)
@@ -133,7 +133,7 @@ def test_pieces_are_the_whole(forms, cuts, kind, size, semantics, steep):
 
 @both_forms
 @pytest.mark.parametrize("cuts", [[16], [13, 24]], ids=str)
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3, 8, 16])
 @both_semantics
 @both_ranges
 def test_pieces_with_documents(form, cuts, size, semantics, steep):
@@ -147,7 +147,7 @@ def test_pieces_with_documents(form, cuts, size, semantics, steep):
         assert expected is None or error(actual, expected) < 1e-11
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3, 8, 16])
 @both_semantics
 @both_ranges
 def test_gradients_flow_through_states(size, semantics, steep):
