@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int ROWS = rounded(KEY), PARTS = parts_of(2, M * ROWS, VALUE), BLOCK = PARTS * LANES;
+constexpr int ROWS = rounded(KEY), PARTS = parts_of(4, M * ROWS, VALUE), BLOCK = PARTS * LANES;
 constexpr int SEGMENT = 32;  // tokens whose states the backward pass holds at once
 static_assert(VALUE % LANES == 0, "VALUE must be a multiple of 16");
 
@@ -88,8 +88,8 @@ inline void compare(const Token& now, int column, const Row (&found)[M], Row (&e
   }
 }
 
-// state <- the state behind the token; o = what it reads; found = what the next token's k finds.
-inline void advance(State& state, const Token& now, const Token& next, const Row (&errors)[M], Row& o,
+// state <- the state behind the token; reads[a] = Z_a^T q; found = what the next token's k finds.
+inline void advance(State& state, const Token& now, const Token& next, const Row (&errors)[M], Row (&reads)[M],
                     Row (&found)[M]) {
   Row writes[M] = {};
   float keep[M][M];
@@ -98,35 +98,33 @@ inline void advance(State& state, const Token& now, const Token& next, const Row
     EACH_MEMORY(a) writes[a].part[p] += now.coupling[a * M + b] * update;
   }
   EACH_MEMORY(a) EACH_MEMORY(b) keep[a][b] = now.coupling[a * M + b] * now.decay[b];
-  o = Row{};
-  EACH_MEMORY(a) found[a] = Row{};
+  EACH_MEMORY(a) reads[a] = found[a] = Row{};
   for (int i = 0; i < ROWS; ++i) EACH_PART(p) {
-    vec fresh[M], read = {};
+    vec fresh[M];
     EACH_MEMORY(a) {
       fresh[a] = now.k.at[i] * writes[a].part[p];
       EACH_MEMORY(b) fresh[a] += keep[a][b] * state.of[b][i].part[p];
-      read += now.read[a] * fresh[a];
+      reads[a].part[p] += now.q.at[i] * fresh[a];
       if (DELTA) found[a].part[p] += next.k.at[i] * fresh[a];
     }
     EACH_MEMORY(a) state.of[a][i].part[p] = fresh[a];
-    o.part[p] += now.q.at[i] * read;
   }
 }
 
 // What a token's gradients need beside the states before and after it.
-struct Written {
-  Row errors[M];
+struct Trace {
+  Row errors[M], reads[M];
 };
 
 // grad, that of the state after the token, becomes that of the state before it; the gradients of its inputs are added.
-void retreat(State& grad, const Token& now, const State& before, const State& after, const Row (&errors)[M],
+void retreat(State& grad, const Token& now, const State& before, const State& after, const Trace& trace,
              const float* d_o, int column, int64_t n, const Gradients& d) {
-  Row d_out, weighed[M], updates[M], found[M] = {}, d_updates[M] = {};
+  Row d_out, weighed[M], updates[M], d_updates[M] = {};
   vec d_coupling[M][M] = {};
   load(d_out, d_o + n * VALUE + column);
   EACH_MEMORY(a) {
     weighed[a] = now.read[a] * d_out;
-    updates[a] = now.beta[a] * errors[a];
+    updates[a] = now.beta[a] * trace.errors[a];
   }
   for (int first = 0; first < ROWS; first += LANES) {
     vec queries[LANES];
@@ -140,7 +138,6 @@ void retreat(State& grad, const Token& now, const State& before, const State& af
           leaked[a] = grad.of[a][i].part[p] + q * weighed[a].part[p];
           written[a] = now.decay[a] * before.of[a][i].part[p] + k * updates[a].part[p];
           queries[j] += weighed[a].part[p] * after.of[a][i].part[p];
-          found[a].part[p] += q * after.of[a][i].part[p];
         }
         EACH_MEMORY(b) {
           vec d_written = now.coupling[b] * leaked[0];
@@ -157,8 +154,8 @@ void retreat(State& grad, const Token& now, const State& before, const State& af
   vec d_decay[M] = {};
   load(d_v, d.v + n * VALUE + column);
   EACH_MEMORY(a) {
-    d.read[n * M + a] += sum(dot(found[a], d_out));
-    d.beta[n * M + a] += sum(dot(d_updates[a], errors[a]));
+    d.read[n * M + a] += sum(dot(trace.reads[a], d_out));
+    d.beta[n * M + a] += sum(dot(d_updates[a], trace.errors[a]));
     EACH_MEMORY(b) d.coupling[(n * M + a) * M + b] += sum(d_coupling[a][b]);
     d_updates[a] = now.beta[a] * d_updates[a];  // now that of the error
     lost[a] = now.decay[a] * d_updates[a];
@@ -194,7 +191,8 @@ void run(const Inputs& x, const Tokens& tokens, int64_t h, int64_t first, int64_
          See see) {
   const State empty = {};
   Token both[2], none;
-  Row found[M] = {}, errors[M], o;
+  Row found[M] = {};
+  Trace trace;
   if (first < last) both[first % 2].load(x, tokens.at[first] * x.heads + h);
   if (DELTA && first < last) find(state, both[first % 2].k, found);
   for (int64_t s = first; s < last; ++s) {
@@ -203,9 +201,10 @@ void run(const Inputs& x, const Tokens& tokens, int64_t h, int64_t first, int64_
       state = empty;
       EACH_MEMORY(a) found[a] = Row{};
     }
-    compare(both[s % 2], column, found, errors);
-    advance(state, both[s % 2], s + 1 < last ? both[(s + 1) % 2] : none, errors, o, found);
-    see(s, errors, o);
+    const Token &now = both[s % 2], &next = s + 1 < last ? both[(s + 1) % 2] : none;
+    compare(now, column, found, trace.errors);
+    advance(state, now, next, trace.errors, trace.reads, found);
+    see(s, now, trace);
   }
 }
 
@@ -223,11 +222,11 @@ void forward(const Inputs* in, float* o, float* final_state) {
     State state;
     for (int column = 0; column < VALUE; column += BLOCK) {
       load_state(state, x.state ? x.state + task * M * KEY * VALUE : nullptr, column);
-      run(x, tokens, h, 0, tokens.count(), column, state, [&](int64_t s, const Row(&)[M], const Row& read) {
+      run(x, tokens, h, 0, tokens.count(), column, state, [&](int64_t s, const Token& now, const Trace& trace) {
         float* const to = o + (tokens.at[s] * x.heads + h) * VALUE + column;
         Row total;
         load(total, to);
-        EACH_PART(p) total.part[p] += read.part[p];
+        EACH_MEMORY(a) EACH_PART(p) total.part[p] += now.read[a] * trace.reads[a].part[p];
         store(to, total);
       });
       if (tokens.ends_empty) state = State{};
@@ -242,7 +241,7 @@ void backward(const Inputs* in, const float* d_o, const Gradients* out) {
 #pragma omp parallel num_threads(x.threads)
   {
     std::vector<State> entering, after(SEGMENT);
-    Written written[SEGMENT];
+    Trace traces[SEGMENT];
     const State empty = {};
     State state, grad;
     Token now;
@@ -258,22 +257,22 @@ void backward(const Inputs* in, const float* d_o, const Gradients* out) {
           entering[segment] = state;
           if (segment + 1 < segments)
             run(x, tokens, h, segment * SEGMENT, (segment + 1) * SEGMENT, column, state,
-                [](int64_t, const Row(&)[M], const Row&) {});
+                [](int64_t, const Token&, const Trace&) {});
         }
         load_state(grad, d.state + task * M * KEY * VALUE, column);
         if (tokens.ends_empty) grad = empty;
         for (int64_t segment = segments - 1; segment >= 0; --segment) {
           const int64_t first = segment * SEGMENT, last = count < first + SEGMENT ? count : first + SEGMENT;
           state = entering[segment];
-          run(x, tokens, h, first, last, column, state, [&](int64_t s, const Row(&errors)[M], const Row&) {
-            std::memcpy(written[s - first].errors, errors, sizeof(errors));
+          run(x, tokens, h, first, last, column, state, [&](int64_t s, const Token&, const Trace& trace) {
+            traces[s - first] = trace;
             after[s - first] = state;
           });
           for (int64_t s = last - 1; s >= first; --s) {
             const int64_t n = tokens.at[s] * x.heads + h;
             const State& before = tokens.begins[s] ? empty : s == first ? entering[segment] : after[s - first - 1];
             now.load(x, n);
-            retreat(grad, now, before, after[s - first], written[s - first].errors, d_o, column, n, d);
+            retreat(grad, now, before, after[s - first], traces[s - first], d_o, column, n, d);
             if (tokens.begins[s]) grad = empty;
           }
         }
