@@ -16,6 +16,7 @@ from lalm.modeling.cache import RecurrentLayer, previous_state
 from lalm.modeling.layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
 from lalm.modeling.ops.elementwise import silu_gate
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.local_attention import sliding_attention
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
@@ -113,7 +114,8 @@ class Mixer(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface."""
+    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface, or
+    in blocks where batch_layout.attends_in_blocks says so."""
 
     def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
         super().__init__()
@@ -148,6 +150,10 @@ class SoftmaxAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary:
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if self.sliding_window is not None and self.layer_type not in masks:
+            o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
+            return self.o_proj(o.flatten(-2)), None
         if self.sliding_window is not None:
             q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -164,13 +170,31 @@ class SoftmaxAttention(nn.Module):
             k,
             v,
             masks[self.layer_type],
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
         o = o.flatten(-2)
         return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+
+    def _attend_in_blocks(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dropout: float,
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
+        if cache is not None:
+            past_k, past_v = (layout.pads_first(x).transpose(1, 2) for x in (k, v))
+            cache.update(past_k, past_v, self.layer_idx)
+        window: Any = self.sliding_window
+        return sliding_attention(
+            q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
+        )
 
     @staticmethod
     def _slide_cache(

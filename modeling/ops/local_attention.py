@@ -6,6 +6,8 @@ Tokens of a document lie in windows of w. With W(i) = floor(i / w), token i atte
     bidirectional:  W(j) is W(i) - 1, W(i) or W(i) + 1
 The cost is linear in T: blocks of w queries meet blocks of 2 w or 3 w keys. Where documents, padding or a past move
 the borders of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
+
+`sliding_attention` has windows that slide with the token; there too blocks of w queries meet 2 w or 3 w keys.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def local_attention(
 
     Args:
         q: `[B, T, H, K]`.
-        k, v: `[B, T, H, K]` and `[B, T, H, V]`, or with one head that all queries share.
+        k, v: `[B, T, G, K]` and `[B, T, G, V]`; G divides H, and each head serves H / G neighbouring heads of q.
         window_size: w, in real tokens from the start of each document; T need not be a multiple.
         initial_state: what the tokens before left; None for nothing.
         output_final_state: also return the state after the last token, whose size does not depend on T.
@@ -85,10 +87,61 @@ def local_attention(
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
 
 
+def sliding_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    dropout: float = 0.0,
+    layout: SequenceLayout | None = None,
+) -> torch.Tensor:
+    """Softmax attention over a sliding window, all tokens at once. Token i attends token j of its document if
+        causal:         i - w < j <= i
+        bidirectional:  i - w <= j <= i + w
+    counted in real tokens. These are the masks that transformers makes for `sliding_window` = w, and the result is
+    that of `F.scaled_dot_product_attention` under the whole mask `[T, T]`.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, T, G, K]` and `[B, T, G, V]`; G divides H, and each head serves H / G neighbouring heads of q.
+        window_size: w, in tokens; T need not be a multiple.
+        scale: factor on q . k; None for `K ** -0.5`.
+        causal: False attends both sides.
+        dropout: probability, on the attention weights.
+        layout: padding and document borders of a batch.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of v.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it.
+    """
+    layout = layout or SequenceLayout()
+    _check(q, k, v, window_size, None, False, causal, layout)
+    documents, length = layout.document_ids(), q.shape[1]
+    labels = q.new_zeros((1, length), dtype=torch.int64) if documents is None else documents
+    if layout.mask is not None:
+        labels = labels.masked_fill(~layout.mask, _NONE)
+    q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
+    size = min(window_size, length)
+    reach = size if length > size else 0
+    ahead = 0 if causal else reach
+    q, k, v, q_labels, k_labels = _cut(q, k, v, labels, labels, size, reach, ahead)
+    # Key c of a block stands c - reach tokens after the first query.
+    nearest, farthest = (0, window_size - 1) if causal else (window_size, window_size)
+    visible = q_labels[..., :, None] == k_labels[..., None, :]
+    visible = visible.tril(reach + nearest).triu(reach - farthest)
+    return layout.restore(_attend(_Blocks(q, k, v, visible, False), length, scale, dropout))
+
+
 def _check(q, k, v, window_size, state, output_final_state, causal, layout):
-    if q.ndim != 4 or k.ndim != 4 or k.shape[2] not in (1, q.shape[2]):
+    if q.ndim != 4 or k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"q must be [B, T, H, K] and k [B, T, H or 1, K], got q {tuple(q.shape)} and k {tuple(k.shape)}."
+            "q must be [B, T, H, K] and k [B, T, G, K] with a number of heads G that divides H, got q "
+            f"{tuple(q.shape)} and k {tuple(k.shape)}."
         )
     check_shapes(q[:, :, : k.shape[2]], k, v, layout)
     if window_size < 1:
@@ -119,8 +172,8 @@ def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
 
 class _Blocks(NamedTuple):
     q: torch.Tensor  # [B, N, S, H, K]: N blocks of S queries
-    k: torch.Tensor  # [B, N, C, H or 1, K]: all keys that a block could see
-    v: torch.Tensor  # [B, N, C, H or 1, V]
+    k: torch.Tensor  # [B, N, C, G, K]: all keys that a block could see
+    v: torch.Tensor  # [B, N, C, G, V]
     visible: torch.Tensor | None  # bool [B or 1, N, S, C]; None for all
     is_causal: bool  # where `visible` is None
 
@@ -133,16 +186,24 @@ def _blocks(q, k, v, q_labels, k_labels, window_size: int, aligned: bool, causal
     number = -(-length // size)
     reach = (1 if aligned else 2) * size if number > 1 else 0
     back, ahead = max(past, reach), 0 if causal else reach
-    tail = number * size - length
     if aligned and number == 1:
         return _Blocks(q[:, None], k[:, None], v[:, None], None, causal)
-    q, q_labels = _pad(q, 0, tail), _pad(q_labels, 0, tail, _NONE)
-    k, v = _pad(k, back - past, tail + ahead), _pad(v, back - past, tail + ahead)
-    k_labels = _pad(k_labels, back - past, tail + ahead, _NONE)
-    q, q_labels = q.unflatten(1, (number, size)), q_labels.unflatten(1, (number, size))
-    k, v, k_labels = (_spans(x, number, size) for x in (k, v, k_labels))
+    q, k, v, q_labels, k_labels = _cut(q, k, v, q_labels, k_labels, size, back - past, ahead)
     visible = (q_labels[..., :, None] - k_labels[..., None, :]).abs() <= 1
     return _Blocks(q, k, v, visible.tril(back) if causal else visible, False)
+
+
+def _cut(q, k, v, q_labels, k_labels, size: int, front: int, ahead: int):
+    """Blocks of `size` queries, and for each the keys around it, of which `front` are missing before the first and
+    `ahead` after the last. What fills up has the label of no token."""
+    number = -(-q.shape[1] // size)
+    tail = number * size - q.shape[1]
+    q, q_labels = _pad(q, 0, tail), _pad(q_labels, 0, tail, _NONE)
+    k, v = _pad(k, front, tail + ahead), _pad(v, front, tail + ahead)
+    k_labels = _pad(k_labels, front, tail + ahead, _NONE)
+    q, q_labels = (x.unflatten(1, (number, size)) for x in (q, q_labels))
+    k, v, k_labels = (_spans(x, number, size) for x in (k, v, k_labels))
+    return q, k, v, q_labels, k_labels
 
 
 def _pad(x: torch.Tensor, front: int, end: int, value: int = 0) -> torch.Tensor:
@@ -162,7 +223,7 @@ def _attend(blocks: _Blocks, length: int, scale: float | None, dropout: float) -
     """o `[B, T, H, V]`. A query of padding sees padding, so that no row of weights is empty."""
     batch, number, _, heads, _ = blocks.q.shape
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in blocks[:3])
-    k, v = k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1)
+    k, v = (x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
     mask = None
     if blocks.visible is not None:
         mask = blocks.visible.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]

@@ -168,5 +168,5 @@ def test_bad_input_is_named():
         local_attention(q, k, v, 2, state, causal=False)
     with pytest.raises(ValueError, match="initial_state must hold a window"):
         local_attention(q, k, v, 3, state)
-    with pytest.raises(ValueError, match="H or 1"):
+    with pytest.raises(ValueError, match="G that divides H"):
         local_attention(q, k[:, :, :2], v[:, :, :2], 2)
