@@ -30,7 +30,9 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/dual_state.cpp",
     "lalm/modeling/ops/kernel.h",
     "lalm/modeling/ops/recurrence.cpp",
+    "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",
+    "lalm/modeling/ops/silu_gate.cpp",
 }
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
 
