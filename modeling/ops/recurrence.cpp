@@ -24,7 +24,7 @@ namespace {
 constexpr int TAIL = DELTA ? 0 : VALUE % LANES, WHOLE = VALUE - TAIL;  // columns beyond whole registers
 constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, WHOLE), BLOCK = PARTS * LANES;
 constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
-constexpr int ANCHOR = 256;
+constexpr int ANCHOR = 256, AHEAD = 4;
 constexpr int WIDTH = DECAY == 2 ? KEY : 1;  // numbers of a log decay
 static_assert(WHOLE % LANES == 0 && WHOLE > 0 && TAIL <= 1, "VALUE must be a multiple of 16, or 1 above");
 static_assert(!(DELTA && DECAY == 2), "the delta rule has one decay a head");
@@ -76,7 +76,10 @@ struct Token {
 
   Token() { std::memset(this, 0, sizeof(Token)); }
 
-  void load(const Inputs& x, int64_t n) {
+  void load(const Inputs& x, int64_t n, int64_t soon) {
+    fetch<KEY>(x.k + soon * KEY);
+    fetch<KEY>(x.q + soon * KEY);
+    fetch<VALUE>(x.v + soon * VALUE);
     k.load(x.k + n * KEY);
     q.load(x.q + n * KEY, float(x.scale));
     decay = DECAY == 1 ? x.decay[n] : 1;
@@ -179,6 +182,23 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
   }
 }
 
+typedef double fine __attribute__((vector_size(LANES * sizeof(double))));
+
+// sum of x y in doubles
+template <int SIZE>
+double product(const float* x, const float* y) {
+  fine total = {};
+  int i = 0;
+  for (; i + LANES <= SIZE; i += LANES) {
+    const vec a = *reinterpret_cast<const loose*>(x + i), b = *reinterpret_cast<const loose*>(y + i);
+    total += __builtin_convertvector(a, fine) * __builtin_convertvector(b, fine);
+  }
+  double found = 0;
+  for (int j = 0; j < LANES; ++j) found += total[j];
+  for (; i < SIZE; ++i) found += double(x[i]) * y[i];
+  return found;
+}
+
 void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
                     const std::vector<double>& ends) {
   const int64_t count = tokens.count();
@@ -186,12 +206,13 @@ void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, i
   for (int64_t s = count - 1; s >= 0; --s) {
     const int64_t n = tokens.at[s] * x.heads + h;
     if (s == count - 1 || s % ANCHOR == ANCHOR - 1) std::copy_n(&ends[s / ANCHOR * WIDTH], WIDTH, running);
-    for (int i = 0; i < KEY; ++i) {
-      double change = double(x.q[n * KEY + i]) * d.q[n * KEY + i];
-      if (!DELTA) change -= double(x.k[n * KEY + i]) * d.k[n * KEY + i];
-      running[DECAY == 2 ? i : 0] += change;
+    if (DECAY == 2) {
+      const float *q = x.q + n * KEY, *k = x.k + n * KEY, *d_q = d.q + n * KEY, *d_k = d.k + n * KEY;
+      for (int i = 0; i < KEY; ++i) running[i] += double(q[i]) * d_q[i] - double(k[i]) * d_k[i];
+    } else {
+      running[0] += product<KEY>(x.q + n * KEY, d.q + n * KEY);
+      running[0] -= DELTA ? product<VALUE>(x.v + n * VALUE, d.v + n * VALUE) : product<KEY>(x.k + n * KEY, d.k + n * KEY);
     }
-    for (int j = 0; DELTA && j < VALUE; ++j) running[0] -= double(x.v[n * VALUE + j]) * d.v[n * VALUE + j];
     if (tokens.begins[s] || (s == 0 && !x.state)) std::fill_n(running, WIDTH, 0.0);  // no state to decay
     for (int i = 0; i < WIDTH; ++i) d.g[n * WIDTH + i] = float(running[i]);
   }
@@ -221,7 +242,7 @@ void forward_single(const Inputs& x, const Tokens& tokens, int64_t task, float* 
   state.load(x.state ? x.state + task * KEY * VALUE : nullptr);
   for (int64_t s = 0; s < tokens.count(); ++s) {
     const int64_t n = tokens.at[s] * x.heads + task % x.heads, last = n * VALUE + VALUE - 1;
-    now.load(x, n);
+    now.load(x, n, n + AHEAD * x.heads);
     if (tokens.begins[s]) state = Single{};
     vec read = {};
     EACH_GROUP(g) {
@@ -246,7 +267,7 @@ void backward_single(const Inputs& x, const Tokens& tokens, int64_t task, const 
   for (int64_t s = count - 1; s >= 0; --s) {
     const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
     Token &now = both[s % 2], &later = both[(s + 1) % 2];
-    now.load(x, n);
+    now.load(x, n, n + AHEAD * x.heads);
     vec d_u = {};
     EACH_GROUP(g) state.rows[g] = later.decayed_rows(state.rows[g], g * LANES);
     if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) leaving[s / ANCHOR] = state;
@@ -268,7 +289,7 @@ void backward_single(const Inputs& x, const Tokens& tokens, int64_t task, const 
   for (int64_t s = 0; s < count; ++s) {
     const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
     Token& now = both[0];
-    now.load(x, n);
+    now.load(x, n, n + AHEAD * x.heads);
     if (tokens.begins[s]) state = Single{};
     EACH_GROUP(g) {
       state.rows[g] = now.decayed_rows(state.rows[g], g * LANES) + x.v[last] * Token::rows(now.k, g * LANES);
@@ -300,12 +321,12 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
     Row read, found;
     for (int column = 0; column < WHOLE; column += BLOCK) {
       load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
-      if (count) both[0].load(x, tokens.at[0] * x.heads + h);
+      if (count) both[0].load(x, tokens.at[0] * x.heads + h, tokens.at[0] * x.heads + h);
       if (DELTA) found = find(state, both[0].ak);
       for (int64_t s = 0; s < count; ++s) {
         const int64_t n = tokens.at[s] * x.heads + h;
         const Token& now = both[s % 2];
-        if (s + 1 < count) both[(s + 1) % 2].load(x, tokens.at[s + 1] * x.heads + h);
+        if (s + 1 < count) both[(s + 1) % 2].load(x, tokens.at[s + 1] * x.heads + h, n + AHEAD * x.heads);
         if (tokens.begins[s]) {
           state = empty;
           found = Row{};
@@ -347,7 +368,7 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
       for (int64_t s = count - 1; s >= 0; --s) {
         const int64_t n = tokens.at[s] * x.heads + h;
         Token &now = both[s % 2], &later = both[(s + 1) % 2];
-        now.load(x, n);
+        now.load(x, n, n - AHEAD * x.heads);
         if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) {
           pass_on(state, later, d_error);
           later.rest();
@@ -373,7 +394,7 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
       for (int64_t s = 0; s < count; ++s) {
         const int64_t n = tokens.at[s] * x.heads + h;
         Token& now = both[0];
-        now.load(x, n);
+        now.load(x, n, n + AHEAD * x.heads);
         if (tokens.begins[s]) state = empty;
         const Row u = now.beta * load((DELTA ? errors : x.v) + n * VALUE + column);
         d_error = load(d.v + n * VALUE + column);
