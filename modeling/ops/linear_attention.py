@@ -51,8 +51,25 @@ def apply_linear_attention(
         values = F.pad(v, (0, 1), value=1.0) if normalize else v
         o, state = core(q, k, values, None if g is None else g[..., None], scale, initial_state, layout)
         if normalize:
-            o = o[..., :value_size] / (o[..., value_size:] + eps)
+            o = _Quotient.apply(o, eps)
         return o.to(v.dtype), state if output_final_state else None
+
+
+class _Quotient(torch.autograd.Function):
+    """`sums [..., V + 1]` -> all but the last by the last plus eps `[..., V]`; two passes over memory each way."""
+
+    @staticmethod
+    def forward(ctx, sums, eps):
+        size = sums[..., -1:] + eps
+        o = sums[..., :-1] / size
+        ctx.save_for_backward(o, size)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        o, size = ctx.saved_tensors
+        along = (do[..., None, :] @ o[..., None]).squeeze(-1)
+        return torch.cat([do, -along], dim=-1) / size, None
 
 
 def recurrent_linear_attention(
