@@ -147,6 +147,18 @@ def positions(
     return before - begin + torch.where(layout.segments == layout.segments[:, :1], offset, 0)
 
 
+def attends_in_blocks(config: PreTrainedConfig, length: int, cache: Cache | None) -> bool:
+    """Whether sliding layers run `sliding_attention`, linear in T, rather than the stock interface with a mask
+    `[T, T]`: where all of a text comes at once. A block meets the keys of two windows (three, if both sides count), so
+    that up to about three windows the stock attention is as fast or faster."""
+    return (
+        not torch.compiler.is_compiling()
+        and config._attn_implementation == "sdpa"
+        and length > 3 * config.sliding_window
+        and is_fresh(cache)
+    )
+
+
 def softmax_masks(
     config: PreTrainedConfig,
     hidden_states: torch.Tensor,
@@ -157,11 +169,16 @@ def softmax_masks(
     """The mask of each kind of softmax layer in `config.layer_types`, made by transformers for the attention backend.
 
     A sliding layer keeps rows whose padding, in the cache too, has been moved to the front, so that its window counts
-    real tokens; the mask returned for it is in that order.
+    real tokens; the mask returned for it is in that order. There is none, which tells the layer, if it
+    `attends_in_blocks`.
     """
     kinds = set(config.layer_types) - {RecurrentLayer._layer_type}
-    if isinstance(attention_mask, dict) or not kinds:
-        return attention_mask if isinstance(attention_mask, dict) else {}
+    if isinstance(attention_mask, dict):
+        return {kind: attention_mask[kind] for kind in kinds}
+    if not kinds:
+        return {}
+    if "sliding_attention" in kinds and attends_in_blocks(config, hidden_states.shape[1], cache):
+        kinds.remove("sliding_attention")
     if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
         raise ValueError(
             "Flash attention cannot combine padding with packed documents: drop attention_mask, or load the model "

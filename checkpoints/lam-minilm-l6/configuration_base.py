@@ -55,8 +55,9 @@ class LalmConfig(PreTrainedConfig):
         dropout: probability, on the embeddings and on what each mixer and MLP adds.
         attention_dropout: probability, on the weights of the softmax layers.
         initializer_range: standard deviation of the initial weights.
-        linear_attn_implementation: "auto", "chunk", "recurrent", "fla" (Triton kernels of flash-linear-attention) or
-            "cpp" (a C++ kernel for the CPU, compiled when first used; only some variants have one).
+        linear_attn_implementation: "auto", "chunk", "recurrent", "fla" (Triton kernels of flash-linear-attention),
+            "triton" (our own for LAM) or "cpp" (a C++ kernel for the CPU, compiled when first used; only some
+            variants have one).
         use_cache: return the state for further decoding.
 
     Raises:
@@ -65,6 +66,7 @@ class LalmConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     supports_bidirectional: ClassVar[bool] = False
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "chunk", "recurrent", "fla", "cpp")
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -92,7 +94,7 @@ class LalmConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
-    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "cpp"] = "auto"
+    linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "triton", "cpp"] = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -228,6 +230,13 @@ class LalmConfig(PreTrainedConfig):
     def validate_direction(self) -> None:
         if not self.is_causal and not self.supports_bidirectional:
             raise ValueError(f"{self.model_type} has no bidirectional form: leave is_causal=True.")
+
+    def validate_implementation(self) -> None:
+        if (name := self.linear_attn_implementation) not in self.implementations:
+            raise ValueError(
+                f"linear_attn_implementation={name!r}: {self.model_type} has no {name} kernels; choose one of "
+                f"{', '.join(self.implementations)}."
+            )
 
     def validate_positions(self) -> None:
         if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:

@@ -31,6 +31,7 @@ class LamConfig(LalmConfig):
 
     model_type = "lalm_lam"
     supports_bidirectional = True
+    implementations = ("auto", "chunk", "recurrent", "triton", "cpp")
 
     vocab_size: int = 30522
     hidden_size: int = 384

@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""C++ kernels for the CPU, compiled by the machine's own compiler when first used and kept in its cache folder.
+"""C++ kernels for the CPU, compiled by the machine's own compiler when first needed and kept in its cache folder.
 
-A kernel is one source file (and `kernel.h`), compiled for fixed sizes in about a second. Where there is no
-compiler, or the source is absent (a checkpoint loaded as remote code), the forms in plain torch run instead.
+A kernel is one source file (and `kernel.h`), compiled for fixed sizes in about a second, once a call is long enough.
+Where there is no compiler, or the source is absent (a checkpoint loaded as remote code), plain torch runs instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
@@ -27,35 +28,55 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
 
-@cache
-def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
+# Multiply-adds of a call that earn the second of waiting for a compiler: some milliseconds in plain torch.
+_EARNS_COMPILING = 1 << 21
+
+
+def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
     """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
-    cannot be had, which is logged once.
+    cannot be had, which is logged once, and for a call of little `work` (multiply-adds) while it is not compiled.
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
+    plan = _plan(name, tuple(sorted(sizes.items())))
+    if plan is None or (work is not None and work < _EARNS_COMPILING and not plan.library.is_file()):
+        return None
+    return _load(plan)
+
+
+class _Plan(NamedTuple):
+    name: str
+    compiler: str
+    source: Path
+    defines: tuple[str, ...]
+    library: Path
+
+
+@cache
+def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if os.environ.get("LALM_CPP") == "0" or not source.is_file() or not compiler:
         logger.info(f"{name}: no C++ kernel ({'no compiler' if not compiler else 'switched off or no source'}).")
         return None
-    defines = [f"-D{key}={value}" for key, value in sorted(sizes.items())]
-    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.h")))
-    text = (
-        headers
-        + source.read_bytes()
-        + " ".join([compiler, *_FLAGS, *defines, platform.processor(), _cpu_flags()]).encode()
-    )
-    library = _folder() / f"{name}-{hashlib.sha256(text).hexdigest()[:20]}.so"
+    defines = tuple(f"-D{key}={value}" for key, value in sizes)
+    texts = b"".join(path.read_bytes() for path in (*sorted(source.parent.glob("*.h")), source))
+    texts += " ".join([compiler, *_FLAGS, *defines, platform.machine(), _cpu_flags()]).encode()
+    library = _folder() / f"{name}-{hashlib.sha256(texts).hexdigest()[:20]}.so"
+    return _Plan(name, compiler, source, defines, library)
+
+
+@cache
+def _load(plan: _Plan) -> ctypes.CDLL | None:
     try:
-        if not library.is_file():
-            _compile(compiler, source, defines, library)
-        kernel = ctypes.CDLL(str(library))
+        if not plan.library.is_file():
+            _compile(plan)
+        kernel = ctypes.CDLL(str(plan.library))
         kernel.forward.restype = kernel.backward.restype = None
         return kernel
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.info(f"{name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
+        logger.info(f"{plan.name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
         return None
 
 
@@ -78,16 +99,16 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def _compile(compiler: str, source: Path, defines: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+def _compile(plan: _Plan) -> None:
+    plan.library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=plan.library.parent) as folder:
+        made = Path(folder) / plan.library.name
         for index, optional in enumerate(_OPTIONAL):
-            command = [compiler, *_FLAGS, *optional, *defines, str(source), "-o", str(made)]
+            command = [plan.compiler, *_FLAGS, *optional, *plan.defines, str(plan.source), "-o", str(made)]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 break
             except subprocess.CalledProcessError:
                 if index == len(_OPTIONAL) - 1:
                     raise
-        os.replace(made, library)  # at once, so that another process never loads half a file
+        os.replace(made, plan.library)  # at once, so that another process never loads half a file

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .products import product_dtype
+
 # Logits that exist at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -81,7 +83,25 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     counted = targets != ignore_index
     hidden, targets = hidden[counted], targets[counted]
+    dtype = product_dtype(hidden, dtype)
     with torch.autocast(kind, enabled=False):
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
     return loss / (items.to(loss.device) if isinstance(items, torch.Tensor) else items)
+
+
+def causal_lm_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **_,
+) -> torch.Tensor:
+    """`ForCausalLMLoss` of transformers with `hidden_states [B, T, D]` and the head in place of the logits."""
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden_states.device)
+    return linear_cross_entropy(hidden_states.flatten(0, -2), weight, bias, targets, num_items_in_batch, ignore_index)

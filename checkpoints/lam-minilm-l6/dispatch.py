@@ -27,33 +27,35 @@ def choose(
     chunk: Callable,
     fla: Callable | None = None,
     cpp: Callable | None = None,
+    triton: Callable | None = None,
 ) -> Callable:
     """Pick the form of op `rule` for queries `q [B, T, H, K]`.
 
     Args:
         rule: the op's name, for the log.
         implementation: "auto" takes `cpp` where it is given, else `recurrent` for a few tokens (decoding) and `chunk`
-            otherwise; "chunk", "recurrent", "fla" and "cpp" take that form whatever the input.
-        fla: the GPU kernel, None where nobody has one.
+            otherwise; "chunk", "recurrent", "fla", "cpp" and "triton" take that form whatever the input.
+        fla: the GPU kernel of flash-linear-attention, None where it has none.
         cpp: the C++ kernel, None where it does not run.
+        triton: our own GPU kernel, None where there is none.
 
     Raises:
-        ValueError: "fla" for tensors that are not on a GPU, or a form that is not to be had.
-        ImportError: "fla" without flash-linear-attention installed.
+        ValueError: "fla" or "triton" for tensors that are not on a GPU, or a form that is not to be had.
+        ImportError: "fla" without flash-linear-attention installed, "triton" without Triton.
     """
     name = implementation
     if name == "auto":
         name = "cpp" if cpp else "recurrent" if q.shape[1] < _SHORT else "chunk"
-    if name == "fla" and q.device.type == "cpu":
+    if name in ("fla", "triton") and q.device.type == "cpu":
         raise ValueError(
-            "linear_attn_implementation='fla' runs Triton kernels on a GPU, and the input is on the CPU: move the "
+            f"linear_attn_implementation={name!r} runs Triton kernels on a GPU, and the input is on the CPU: move the "
             "model to the GPU or set linear_attn_implementation='auto'."
         )
     if not torch.compiler.is_compiling():
         _announce(rule, name, implementation, q.device.type)
-    form = {"recurrent": recurrent, "chunk": chunk, "fla": fla, "cpp": cpp}[name]
+    form = {"recurrent": recurrent, "chunk": chunk, "fla": fla, "cpp": cpp, "triton": triton}[name]
     if form is None:
-        reason = "no GPU kernel" if name == "fla" else "no C++ kernel for this model, device or machine"
+        reason = "no C++ kernel for this model, device or machine" if name == "cpp" else f"no {name} kernel for a GPU"
         raise ValueError(
             f"linear_attn_implementation={name!r}: {rule} has {reason}; set linear_attn_implementation='auto'."
         )

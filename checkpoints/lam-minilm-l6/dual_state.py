@@ -270,13 +270,16 @@ class _CppDual(torch.autograd.Function):
             yield _CppInputs(*(pointer(x) for x in tensors), *sizes)
 
 
-def cpp_kernel(q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none."""
+def cpp_kernel(
+    q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool, work: int | None = None
+) -> ctypes.CDLL | None:
+    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none (`work` as for
+    `load_kernel`)."""
     fits = q.device.type == "cpu" and compute_dtype(q, v) == torch.float32 and v.shape[-1] % 16 == 0 and memories <= 4
     if not fits or torch.compiler.is_compiling():
         return None
     sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    return load_kernel("dual_state", **sizes)
+    return load_kernel("dual_state", work=work, **sizes)
 
 
 def cpp_dual(
@@ -460,3 +463,27 @@ def cpp_dual_state_delta(
     """`recurrent_dual_state_delta` by a C++ kernel that keeps a state in the cache of a core: CPU, float32."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
+
+
+def triton_dual_state_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    read: torch.Tensor,
+    coupling: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+    use_delta_rule: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_dual_state_delta` by Triton kernels on a GPU, which need Triton; not float64, 1, 2 or 4 memories."""
+    from .dual_state_triton import triton_dual
+
+    rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
+    return _dual_state(triton_dual, q, k, v, g, beta, read, coupling, *rest)

@@ -12,17 +12,36 @@ from transformers.activations import ACT2FN
 
 from .configuration_base import LalmConfig
 from .diagonal_recurrence import compute_dtype
+from .elementwise import rms_norm, silu_gate
 from .layout import SequenceLayout
+from .products import product_dtype
 from .short_conv import cpp_short_conv
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm in the dtype of its weight, so that autocast neither rounds the mean square nor leaves the fused
-    kernel; the output has the dtype of the input."""
+class Linear(nn.Linear):
+    """torch's Linear, in float32 where a processor has no arithmetic for the 16-bit type asked for (products.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        kind, bias = x.device.type, self.bias
+        asked = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x, asked)
+        if dtype == asked:
+            return super().forward(x)
+        with torch.autocast(kind, enabled=False):
+            return nn.functional.linear(
+                x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype)
+            ).to(asked)
 
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, computed in float32 or wider also under autocast; the output has the dtype of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, cast(float, self.eps))
+
+
+# Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
+_WIDE_AT_ONCE = 1 << 20
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
@@ -37,15 +56,33 @@ class MLP(nn.Module):
         width = config.intermediate_size
         assert width is not None  # the configuration derives it
         gated = config.mlp_type == "gated"
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=self.bias) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=self.bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=self.bias)
+        self.gate_proj = Linear(config.hidden_size, width, bias=self.bias) if gated else None
+        self.up_proj = Linear(config.hidden_size, width, bias=self.bias)
+        self.down_proj = Linear(width, config.hidden_size, bias=self.bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = gated and config.hidden_act in ("silu", "swish")
+        self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D] -> [B, T, D]`; without gradients on the CPU in pieces, whose wide activations stay in its cache
+        and take no memory that grows with the text."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return self._piece(x)
+        rows, size = x.flatten(0, -2), self.rows_at_once
+        if len(rows) <= size:
+            return self._piece(x)
+        y = None
+        for start in range(0, len(rows), size):
+            piece = self._piece(rows[start : start + size])
+            y = piece.new_empty(rows.shape) if y is None else y
+            y[start : start + size] = piece
+        return cast(torch.Tensor, y).view_as(x)
+
+    def _piece(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
 
 
 class ShortConvolution(nn.Module):
@@ -113,7 +150,7 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
     x = x.to(compute_dtype(x))
     size = x.shape[-1]
     # x / sqrt(|x|^2 + 1e-6) by the kernel that divides by the root of the mean square.
-    return nn.functional.rms_norm(x, (size,), x.new_full((size,), size**-0.5), 1e-6 / size)
+    return rms_norm(x, x.new_full((size,), size**-0.5), 1e-6 / size)
 
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

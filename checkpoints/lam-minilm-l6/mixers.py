@@ -13,8 +13,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_base import LalmConfig
 from .cache import RecurrentLayer, previous_state
-from .layers import RMSNorm, ShortConvolution, rotate
+from .layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
+from .elementwise import silu_gate
 from .layout import SequenceLayout
+from .local_attention import sliding_attention
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
@@ -29,8 +31,10 @@ class Mixer(nn.Module):
     rotates: ClassVar[bool] = True  # whether rotary positions turn its q and k
     silu_without_conv: ClassVar[bool] = False  # whether q, k and v get the convolution's SiLU where there is none
     conv_activation: ClassVar[bool] = True  # whether the convolution ends in a SiLU
+    unit_length_qk: ClassVar[bool] = False  # whether q and k are divided by their length, in float32 or wider
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
+    output_gate: ClassVar[Callable] = staticmethod(silu_gate)  # of the gate's logits and the output
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -40,11 +44,11 @@ class Mixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=self.projection_bias)
-        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=self.projection_bias)
-        self.conv = None
+        self.q_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.k_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.v_proj = Linear(config.hidden_size, value_size, bias=self.projection_bias)
+        self.o_proj = Linear(value_size, config.hidden_size, bias=self.projection_bias)
+        self.conv, self.o_norm, self.g_proj = None, None, None
         if config.use_short_conv:
             channels = 2 * key_size + value_size
             self.conv = ShortConvolution(channels, config.conv_size, config.is_causal, self.conv_activation)
@@ -74,11 +78,15 @@ class Mixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary and self.rotates:
             q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
+        if self.unit_length_qk:
+            q = unit_length(q)
+            k = unit_length(k)
         state = previous_state(cache, self.layer_idx, "recurrent_states")
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
-        return self.o_proj(o.flatten(-2)), None
+        del q, k, v  # nothing below needs them, and a long text makes them large
+        return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 
     def attend(
         self,
@@ -90,23 +98,24 @@ class Mixer(nn.Module):
         output_final_state: bool,
         layout: SequenceLayout,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> the normed, gated output `[B, T, H, V]` and the state."""
+        """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> what the op gives `[B, T, H, V]`, and the state."""
         raise NotImplementedError
 
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
-        self.g_proj = nn.Linear(hidden_size, value_size, bias=False) if gated else None
+        self.g_proj = Linear(hidden_size, value_size, bias=False) if gated else None
         self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
 
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`norm(o) * swish(x W)` for the heads `o [B, T, H, V]` and the mixer's input x `[B, T, D]`."""
+        """`norm(o) * act(x W)`, as far as there are such: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
         o = o if self.o_norm is None else self.o_norm(o)
-        return o if self.g_proj is None else o * nn.functional.silu(self.g_proj(hidden_states)).view_as(o)
+        return o if self.g_proj is None else self.output_gate(self.g_proj(hidden_states).view_as(o), o)
 
 
 class SoftmaxAttention(nn.Module):
-    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface."""
+    """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface, or
+    in blocks where batch_layout.attends_in_blocks says so."""
 
     def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
         super().__init__()
@@ -116,10 +125,10 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // key_heads
         self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
         key_size = key_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -141,6 +150,10 @@ class SoftmaxAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary:
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if self.sliding_window is not None and self.layer_type not in masks:
+            o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
+            return self.o_proj(o.flatten(-2)), None
         if self.sliding_window is not None:
             q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -157,13 +170,31 @@ class SoftmaxAttention(nn.Module):
             k,
             v,
             masks[self.layer_type],
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
         o = o.flatten(-2)
         return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+
+    def _attend_in_blocks(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dropout: float,
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
+        if cache is not None:
+            past_k, past_v = (layout.pads_first(x).transpose(1, 2) for x in (k, v))
+            cache.update(past_k, past_v, self.layer_idx)
+        window: Any = self.sliding_window
+        return sliding_attention(
+            q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
+        )
 
     @staticmethod
     def _slide_cache(

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_base import LalmConfig
+from .layers import Linear
 from .modeling_base import LalmModel, LalmPreTrainedModel
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import causal_lm_loss
 
 
 class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
@@ -35,7 +36,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -69,8 +70,9 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None and in_pieces and type(self.lm_head) is nn.Linear and self._has_stock_loss():
-            loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        is_stock = type(self.lm_head) is Linear and self.loss_function is ForCausalLMLoss
+        if labels is not None and in_pieces and is_stock:
+            loss = causal_lm_loss(hidden_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
         elif labels is not None:
             every = self.lm_head(hidden_states) if in_pieces else logits
             loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -80,21 +82,6 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def _has_stock_loss(self) -> bool:
-        return self.loss_function is ForCausalLMLoss
-
-    def _loss_in_pieces(
-        self, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
-    ) -> torch.Tensor:
-        """`ForCausalLMLoss` of the logits of `hidden_states [B, T, D]`, without these."""
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shift_labels.reshape(-1).to(hidden_states.device)
-        head = self.lm_head
-        return linear_cross_entropy(
-            hidden_states.flatten(0, -2), head.weight, head.bias, targets, num_items_in_batch, ignore_index
         )
 
 
@@ -110,7 +97,7 @@ class LalmForMaskedLM(LalmPreTrainedModel):
             raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -142,7 +129,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = nn.Linear(config.embedding_size, self.num_labels, bias=False)
+        self.score = Linear(config.embedding_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -207,7 +194,7 @@ class LalmForTokenClassification(LalmPreTrainedModel):
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.embedding_size, self.num_labels)
+        self.score = Linear(config.embedding_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_lam import LamConfig
-from .layers import MLP, NORMS, RMSNorm, unit_length
+from .layers import MLP, NORMS, Linear, RMSNorm
 from .linearize import copy_weights, student_config
 from .mixers import Mixer
 from .modeling_base import Block, LalmModel
@@ -32,6 +32,7 @@ from .dual_state import (
     cpp_dual_state_delta,
     cpp_kernel,
     recurrent_dual_state_delta,
+    triton_dual_state_delta,
 )
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
@@ -55,7 +56,7 @@ class LamGates(nn.Module):
             "decay": memories * config.use_adaptive_decay,
         }
         self.sizes |= {"leak": memories * config.use_leak}
-        self.proj = nn.Linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
+        self.proj = Linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
         self.decay_bias = nn.Parameter(torch.empty(self.directions, self.heads, memories))
         self.flux_weight, self.flux_bias = None, None
         if config.use_flux:
@@ -84,8 +85,8 @@ class LamGates(nn.Module):
         g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
         beta = parts["beta"].sigmoid()
         if self.flux_weight is not None and self.flux_bias is not None:
-            flux = torch.einsum("bthk,hkv,bthv->bth", k.to(v.dtype), self.flux_weight.to(v.dtype), v)
-            psi = (flux.to(x.dtype) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
+            written = torch.einsum("bthk,hkv->bthv", k.to(x.dtype), self.flux_weight.to(x.dtype))
+            psi = ((written * v).sum(-1) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
             beta = beta * torch.cat([psi, 1 - psi], dim=-1)
         beta = beta.expand_as(g)
         read = parts["read"] if self.sizes["read"] else torch.ones_like(g)
@@ -103,28 +104,32 @@ class LamGates(nn.Module):
 class LamMixer(Mixer):
     """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
 
-    projection_bias, conv_activation = True, False
+    projection_bias, conv_activation, unit_length_qk = True, False, True
+    output_gate = staticmethod(lambda gate, o: gate.sigmoid() * o)
 
     def __init__(self, config: LamConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gates = LamGates(config)
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
-        self.g_proj = nn.Linear(config.hidden_size, value_size) if config.use_output_gate else None
+        self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        k = unit_length(k)
-        kernel = cpp_kernel(q, v, self.config.num_memories, self.config.use_delta_rule)
+        memories, delta = self.config.num_memories, self.config.use_delta_rule
+        implementation = self.config.linear_attn_implementation
+        work = None if implementation == "cpp" else q.numel() * self.value_dim * memories
+        kernel = cpp_kernel(q, v, memories, delta, work)
         op = choose(
             "dual_state_delta",
-            self.config.linear_attn_implementation,
+            implementation,
             q,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
             cpp=None if kernel is None else cpp_dual_state_delta,
+            triton=triton_dual_state_delta,
         )
-        o, state = op(
-            unit_length(q),
+        return op(
+            q,
             k,
             v,
             **self.gates(hidden_states, k, v),
@@ -133,10 +138,8 @@ class LamMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
-            use_delta_rule=self.config.use_delta_rule,
+            use_delta_rule=delta,
         )
-        o = o if self.o_norm is None else self.o_norm(o)
-        return o if self.g_proj is None else o * self.g_proj(hidden_states).sigmoid().view_as(o), state
 
 
 class LamMLP(MLP):

@@ -32,7 +32,8 @@ class _ShortConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, skip, documents = ctx.saved_tensors
-        dx, d_weight, dy = torch.zeros_like(x), torch.zeros_like(weight), dy.contiguous()
+        dx = torch.empty_like(x) if skip is None else torch.zeros_like(x)
+        d_weight, dy = torch.zeros_like(weight), dy.contiguous()
         ctx.kernel.backward(_ShortConv.inputs(x, weight, skip, documents), pointer(dy), pointer(dx), pointer(d_weight))
         return None, dx, d_weight, None, None
 
@@ -52,7 +53,8 @@ def cpp_short_conv(
     """
     if x.device.type != "cpu" or compute_dtype(x, weight) != torch.float32 or torch.compiler.is_compiling():
         return None
-    kernel = load_kernel("short_conv", WIDTH=weight.shape[1], BEFORE=before, SILU=int(activation))
+    sizes = {"WIDTH": weight.shape[1], "BEFORE": before, "SILU": int(activation)}
+    kernel = load_kernel("short_conv", work=x.numel() * weight.shape[1], **sizes)
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()

@@ -1,0 +1,112 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""What surrounds the matrix products, each in one pass over memory by a C++ kernel on the CPU, else in plain torch."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.nn import functional as F
+
+from .cpp import load_kernel, pointer
+from .diagonal_recurrence import compute_dtype
+
+# For fewer numbers than this a pass costs less than calling it.
+_FEWEST = 1 << 16
+
+
+class _NormInputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight")),
+        *((name, ctypes.c_int64) for name in ("rows", "size", "threads")),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, eps, x, weight):
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        kernel.forward(_RMSNorm.inputs(x, weight, eps), pointer(y), pointer(rstd))
+        ctx.kernel, ctx.eps = kernel, eps
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        dx, dy = torch.empty_like(x), dy.contiguous()
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[3] else None
+        inputs = _RMSNorm.inputs(x, weight, ctx.eps)
+        ctx.kernel.backward(inputs, pointer(rstd), pointer(dy), pointer(dx), pointer(d_weight))
+        return None, None, dx, d_weight
+
+    @staticmethod
+    def inputs(x, weight, eps):
+        rows = x.numel() // x.shape[-1]
+        return ctypes.byref(
+            _NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], torch.get_num_threads(), eps)
+        )
+
+
+class _GateInputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "factor")),
+        *((name, ctypes.c_int64) for name in ("count", "threads")),
+    ]
+
+
+class _SiluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, x, factor):
+        y = torch.empty_like(x)
+        kernel.forward(_SiluGate.inputs(x, factor), pointer(y))
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, factor)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, factor = ctx.saved_tensors
+        dx, d_factor, dy = torch.empty_like(x), torch.empty_like(x), dy.contiguous()
+        ctx.kernel.backward(_SiluGate.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
+        return None, dx, d_factor
+
+    @staticmethod
+    def inputs(x, factor):
+        return ctypes.byref(_GateInputs(x.data_ptr(), factor.data_ptr(), x.numel(), torch.get_num_threads()))
+
+
+def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor) -> ctypes.CDLL | None:
+    if x.device.type != "cpu" or x.numel() < _FEWEST or compute_dtype(x, *others) != torch.float32:
+        return None
+    return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel())
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` along the last axis (Zhang and Sennrich, arXiv 1910.07467, equation 4).
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`.
+
+    Returns:
+        `[..., D]` in the dtype of x; computed in float32, or in float64 if an input is.
+    """
+    dtype, kernel = compute_dtype(x, weight), _kernel("rms_norm", x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if kernel is None:
+            return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+        return _RMSNorm.apply(kernel, eps, x.to(dtype).contiguous(), weight.to(dtype).contiguous()).to(x.dtype)
+
+
+def silu_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`silu(x) * factor` (SwiGLU, arXiv 2002.05202, equation 5), both of one shape and dtype."""
+    kernel = _kernel("silu_gate", x, factor)
+    if kernel is None or x.shape != factor.shape:
+        return F.silu(x) * factor
+    return _SiluGate.apply(kernel, x.float().contiguous(), factor.float().contiguous()).to(
+        torch.result_type(x, factor)
+    )

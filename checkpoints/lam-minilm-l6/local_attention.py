@@ -1,0 +1,233 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Softmax attention inside windows (Roy et al., arXiv 2003.05997, section 3.1, as in lucidrains' local-attention).
+
+Tokens of a document lie in windows of w. With W(i) = floor(i / w), token i attends token j of its document if
+    causal:         W(j) is W(i) - 1 or W(i), and j <= i            (w to 2 w - 1 tokens back, not a sliding window)
+    bidirectional:  W(j) is W(i) - 1, W(i) or W(i) + 1
+The cost is linear in T: blocks of w queries meet blocks of 2 w or 3 w keys. Where documents, padding or a past move
+the borders of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
+
+`sliding_attention` has windows that slide with the token; there too blocks of w queries meet 2 w or 3 w keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .diagonal_recurrence import compute_dtype
+from .document_positions import document_positions
+from .layout import SequenceLayout, check_shapes
+
+# Label of what is no token: no neighbour of any window, which are numbered from 0.
+_NONE = -4
+
+
+class LocalState(NamedTuple):
+    """What causal local attention remembers: the last tokens of the document, back to the start of the window before
+    the one that the next token falls into."""
+
+    window: torch.Tensor  # keys beside values [B, 2 w, H, K + V], the latest last; 0 where there are fewer
+    filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
+
+
+def local_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_size: int,
+    initial_state: LocalState | None = None,
+    output_final_state: bool = False,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    dropout: float = 0.0,
+    layout: SequenceLayout | None = None,
+) -> tuple[torch.Tensor, LocalState | None]:
+    """Local attention over all tokens at once, or over a piece after a state.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, T, G, K]` and `[B, T, G, V]`; G divides H, and each head serves H / G neighbouring heads of q.
+        window_size: w, in real tokens from the start of each document; T need not be a multiple.
+        initial_state: what the tokens before left; None for nothing.
+        output_final_state: also return the state after the last token, whose size does not depend on T.
+        scale: factor on q . k; None for `K ** -0.5`.
+        causal: False attends both sides, without states.
+        dropout: probability, on the attention weights.
+        layout: padding and document borders of a batch.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it.
+    """
+    layout = layout or SequenceLayout()
+    _check(q, k, v, window_size, initial_state, output_final_state, causal, layout)
+    aligned = initial_state is None and layout.mask is None and layout.segments is None
+    documents, positions, totals = document_positions(
+        layout, q, None if initial_state is None else initial_state.filled
+    )
+    # Equal or neighbouring labels: equal or neighbouring windows of one document.
+    labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
+    if layout.mask is not None:
+        labels = labels.masked_fill(~layout.mask, _NONE)
+    q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
+    key_labels = labels
+    if initial_state is not None:
+        past_k, past_v = initial_state.window.to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
+        past_labels = _labels_of_past(initial_state.filled, window_size)
+        k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
+        key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
+    blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
+    o = layout.restore(_attend(blocks, q.shape[1], scale, dropout))
+    return o, _final_state(k, v, totals, window_size) if output_final_state else None
+
+
+def sliding_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    dropout: float = 0.0,
+    layout: SequenceLayout | None = None,
+) -> torch.Tensor:
+    """Softmax attention over a sliding window, all tokens at once. Token i attends token j of its document if
+        causal:         i - w < j <= i
+        bidirectional:  i - w <= j <= i + w
+    counted in real tokens. These are the masks that transformers makes for `sliding_window` = w, and the result is
+    that of `F.scaled_dot_product_attention` under the whole mask `[T, T]`.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, T, G, K]` and `[B, T, G, V]`; G divides H, and each head serves H / G neighbouring heads of q.
+        window_size: w, in tokens; T need not be a multiple.
+        scale: factor on q . k; None for `K ** -0.5`.
+        causal: False attends both sides.
+        dropout: probability, on the attention weights.
+        layout: padding and document borders of a batch.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of v.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it.
+    """
+    layout = layout or SequenceLayout()
+    _check(q, k, v, window_size, None, False, causal, layout)
+    documents, length = layout.document_ids(), q.shape[1]
+    labels = q.new_zeros((1, length), dtype=torch.int64) if documents is None else documents
+    if layout.mask is not None:
+        labels = labels.masked_fill(~layout.mask, _NONE)
+    q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
+    size = min(window_size, length)
+    reach = size if length > size else 0
+    ahead = 0 if causal else reach
+    q, k, v, q_labels, k_labels = _cut(q, k, v, labels, labels, size, reach, ahead)
+    # Key c of a block stands c - reach tokens after the first query.
+    nearest, farthest = (0, window_size - 1) if causal else (window_size, window_size)
+    visible = q_labels[..., :, None] == k_labels[..., None, :]
+    visible = visible.tril(reach + nearest).triu(reach - farthest)
+    return layout.restore(_attend(_Blocks(q, k, v, visible, False), length, scale, dropout))
+
+
+def _check(q, k, v, window_size, state, output_final_state, causal, layout):
+    if q.ndim != 4 or k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "q must be [B, T, H, K] and k [B, T, G, K] with a number of heads G that divides H, got q "
+            f"{tuple(q.shape)} and k {tuple(k.shape)}."
+        )
+    check_shapes(q[:, :, : k.shape[2]], k, v, layout)
+    if window_size < 1:
+        raise ValueError(f"window_size must be at least 1, got {window_size}.")
+    if not causal and (state is not None or output_final_state):
+        raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
+    expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
+    if state is not None and (tuple(state.window.shape) != expected or state.filled.shape != k.shape[:1]):
+        raise ValueError(
+            f"initial_state must hold a window {expected} and a count {tuple(k.shape[:1])}, got "
+            f"{tuple(state.window.shape)} and {tuple(state.filled.shape)}."
+        )
+
+
+def _labels_of_past(filled: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`[B, 2 w]`: the last `filled` slots are windows 0 and 1 of the row's first document."""
+    steps = torch.arange(2 * window_size, device=filled.device) - (2 * window_size - filled.long()[:, None])
+    return torch.where(steps >= 0, steps // window_size, _NONE)
+
+
+def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
+    filled = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
+    size = 2 * window_size
+    window = torch.cat([F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)) for x in (k, v)], dim=-1)
+    old = torch.arange(size, device=k.device) < size - filled[:, None]
+    return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
+
+
+class _Blocks(NamedTuple):
+    q: torch.Tensor  # [B, N, S, H, K]: N blocks of S queries
+    k: torch.Tensor  # [B, N, C, G, K]: all keys that a block could see
+    v: torch.Tensor  # [B, N, C, G, V]
+    visible: torch.Tensor | None  # bool [B or 1, N, S, C]; None for all
+    is_causal: bool  # where `visible` is None
+
+
+def _blocks(q, k, v, q_labels, k_labels, window_size: int, aligned: bool, causal: bool) -> _Blocks:
+    """Cut into blocks of a window. Blocks that are windows look one window back (and ahead), others two; the keys of
+    a past, 2 w of them, stand in front already."""
+    length, past = q.shape[1], k.shape[1] - q.shape[1]
+    size = min(window_size, length)
+    number = -(-length // size)
+    reach = (1 if aligned else 2) * size if number > 1 else 0
+    back, ahead = max(past, reach), 0 if causal else reach
+    if aligned and number == 1:
+        return _Blocks(q[:, None], k[:, None], v[:, None], None, causal)
+    q, k, v, q_labels, k_labels = _cut(q, k, v, q_labels, k_labels, size, back - past, ahead)
+    visible = (q_labels[..., :, None] - k_labels[..., None, :]).abs() <= 1
+    return _Blocks(q, k, v, visible.tril(back) if causal else visible, False)
+
+
+def _cut(q, k, v, q_labels, k_labels, size: int, front: int, ahead: int):
+    """Blocks of `size` queries, and for each the keys around it, of which `front` are missing before the first and
+    `ahead` after the last. What fills up has the label of no token."""
+    number = -(-q.shape[1] // size)
+    tail = number * size - q.shape[1]
+    q, q_labels = _pad(q, 0, tail), _pad(q_labels, 0, tail, _NONE)
+    k, v = _pad(k, front, tail + ahead), _pad(v, front, tail + ahead)
+    k_labels = _pad(k_labels, front, tail + ahead, _NONE)
+    q, q_labels = (x.unflatten(1, (number, size)) for x in (q, q_labels))
+    k, v, k_labels = (_spans(x, number, size) for x in (k, v, k_labels))
+    return q, k, v, q_labels, k_labels
+
+
+def _pad(x: torch.Tensor, front: int, end: int, value: int = 0) -> torch.Tensor:
+    """Lengthen the time axis of `[B, T, ...]`."""
+    return F.pad(x, (*[0, 0] * (x.ndim - 2), front, end), value=value) if front or end else x
+
+
+def _spans(x: torch.Tensor, number: int, size: int) -> torch.Tensor:
+    """`[B, T, ...] -> [B, N, C, ...]`: block n has what starts at n S and leaves N - 1 - n blocks behind it."""
+    if number == 1:
+        return x[:, None]
+    cut = x.unflatten(1, (-1, size))
+    return torch.cat([cut[:, i : i + number] for i in range(cut.shape[1] - number + 1)], dim=2)
+
+
+def _attend(blocks: _Blocks, length: int, scale: float | None, dropout: float) -> torch.Tensor:
+    """o `[B, T, H, V]`. A query of padding sees padding, so that no row of weights is empty."""
+    batch, number, _, heads, _ = blocks.q.shape
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in blocks[:3])
+    k, v = (x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+    mask = None
+    if blocks.visible is not None:
+        mask = blocks.visible.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=blocks.is_causal, scale=scale
+    )
+    return o.transpose(1, 2).unflatten(0, (batch, number)).flatten(1, 2)[:, :length]
