@@ -47,7 +47,8 @@ struct Inputs {
 };
 
 struct Gradients {
-  float *q, *k, *v, *decay, *beta, *read, *coupling;  // added to
+  float *q, *k, *v;                       // written by the first direction, added to by the second
+  float *decay, *beta, *read, *coupling;  // added to
   float* state;                                       // [B, H, M, KEY, VALUE]: in, that of the last state; out, of the first
 };
 }
@@ -116,9 +117,10 @@ struct Trace {
   Row errors[M], reads[M];
 };
 
-// grad, that of the state after the token, becomes that of the state before it; the gradients of its inputs are added.
+// grad, that of the state after the token, becomes that of the state before it; the gradients of its inputs are handed in.
 void retreat(State& grad, const Token& now, const State& before, const State& after, const Trace& trace,
-             const float* d_o, int column, int64_t n, const Gradients& d) {
+             const float* d_o, int column, int64_t n, const Inputs& x, const Gradients& d) {
+  const bool adds = x.reverse || column;  // to what another direction or block of columns has left
   Row d_out, weighed[M], updates[M], d_updates[M] = {};
   vec d_coupling[M][M] = {};
   load(d_out, d_o + n * VALUE + column);
@@ -148,11 +150,12 @@ void retreat(State& grad, const Token& now, const State& before, const State& af
         }
       }
     }
-    add_to<KEY>(d.q + n * KEY, first, sums(queries));
+    hand_in<KEY>(d.q + n * KEY, first, sums(queries), adds);
   }
   Row lost[M], d_v;
   vec d_decay[M] = {};
-  load(d_v, d.v + n * VALUE + column);
+  d_v = Row{};
+  if (x.reverse) load(d_v, d.v + n * VALUE + column);
   EACH_MEMORY(a) {
     d.read[n * M + a] += sum(dot(trace.reads[a], d_out));
     d.beta[n * M + a] += sum(dot(d_updates[a], trace.errors[a]));
@@ -180,7 +183,7 @@ void retreat(State& grad, const Token& now, const State& before, const State& af
         cell = now.decay[a] * d_kept;
       }
     }
-    add_to<KEY>(d.k + n * KEY, first, sums(keys));
+    hand_in<KEY>(d.k + n * KEY, first, sums(keys), adds);
   }
   EACH_MEMORY(a) d.decay[n * M + a] += sum(d_decay[a]);
 }
@@ -212,7 +215,7 @@ void run(const Inputs& x, const Tokens& tokens, int64_t h, int64_t first, int64_
 
 extern "C" {
 
-// Adds the reads to o, and writes the last states to final_state.
+// Writes the reads to o, adds them where it reads backwards, and writes the last states to final_state.
 void forward(const Inputs* in, float* o, float* final_state) {
   const Inputs x = *in;
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
@@ -225,7 +228,8 @@ void forward(const Inputs* in, float* o, float* final_state) {
       run(x, tokens, h, 0, tokens.count(), column, state, [&](int64_t s, const Token& now, const Trace& trace) {
         float* const to = o + (tokens.at[s] * x.heads + h) * VALUE + column;
         Row total;
-        load(total, to);
+        total = Row{};
+        if (x.reverse) load(total, to);
         EACH_MEMORY(a) EACH_PART(p) total.part[p] += now.read[a] * trace.reads[a].part[p];
         store(to, total);
       });
@@ -272,7 +276,7 @@ void backward(const Inputs* in, const float* d_o, const Gradients* out) {
             const int64_t n = tokens.at[s] * x.heads + h;
             const State& before = tokens.begins[s] ? empty : s == first ? entering[segment] : after[s - first - 1];
             now.load(x, n);
-            retreat(grad, now, before, after[s - first], traces[s - first], d_o, column, n, d);
+            retreat(grad, now, before, after[s - first], traces[s - first], d_o, column, n, x, d);
             if (tokens.begins[s]) grad = empty;
           }
         }

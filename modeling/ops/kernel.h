@@ -142,6 +142,12 @@ struct ColumnOf {
   void clear() { std::memset(this, 0, sizeof(*this)); }
 };
 
+// x[first + j] = values[j] for the rows that there are.
+template <int SIZE>
+inline void write_to(float* x, int first, vec values) {
+  std::memcpy(x + first, &values, (first + LANES <= SIZE ? LANES : SIZE - first) * sizeof(float));
+}
+
 // x[first + j] += scale * values[j] for the rows that there are.
 template <int SIZE>
 inline void add_to(float* x, int first, vec values, float scale = 1) {
@@ -150,6 +156,12 @@ inline void add_to(float* x, int first, vec values, float scale = 1) {
   } else {
     for (int i = first; i < SIZE; ++i) x[i] += scale * values[i - first];
   }
+}
+
+// Writes, or adds to what is there.
+template <int SIZE>
+inline void hand_in(float* x, int first, vec values, bool adds) {
+  adds ? add_to<SIZE>(x, first, values) : write_to<SIZE>(x, first, values);
 }
 
 // The tokens of a row that are no padding, in the order in which they are read.

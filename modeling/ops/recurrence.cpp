@@ -62,8 +62,9 @@ struct Inputs {
 };
 
 struct Gradients {
-  float *q, *k, *v, *g, *beta;  // zeros at first
-  float* state;                 // [B, H, KEY, VALUE]: in, that of the last state; out, of the first
+  float *q, *k, *v, *g;  // written
+  float *beta;           // added to
+  float* state;          // [B, H, KEY, VALUE]: in, that of the last state; out, of the first
 };
 }
 
@@ -135,9 +136,10 @@ void pass_on(State& grad, const Token& later, const Row& d_error) {
   }
 }
 
-// The gradient runs back over `later` and then over the token: d_u = that of its write; d_k gets its key's.
+// The gradient runs back over `later` and then over the token: d_u = that of its write; d_k gets its key's (`adds`: to
+// what other columns left there).
 inline void retreat(State& grad, const Token& later, const Row& d_error, const Token& now, const Row& d_o, const Row& u,
-                    float* d_k, Row& d_u) {
+                    float* d_k, bool adds, Row& d_u) {
   Row total[CHAINS] = {};
   for (int first = 0; first < ROWS; first += LANES) {
     vec keys[LANES];
@@ -153,14 +155,14 @@ inline void retreat(State& grad, const Token& later, const Row& d_error, const T
         keys[j] += x * u.part[p];
       }
     }
-    add_to<KEY>(d_k, first, sums(keys));
+    hand_in<KEY>(d_k, first, sums(keys), adds);
   }
   d_u = joined(total);
 }
 
 // As `advance`, for the gradients of q, and of k by what it found.
 inline void follow(State& state, const Token& now, const Row& u, const Row& d_o, const Row& d_error, float scale,
-                   float* d_q, float* d_k) {
+                   float* d_q, bool adds, float* d_k) {
   constexpr int HALF = DELTA ? LANES / 2 : LANES;
   for (int first = 0; first < ROWS; first += LANES) {
     vec queries[LANES], found[LANES];
@@ -177,7 +179,7 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
         }
       }
     }
-    add_to<KEY>(d_q, first, sums(queries), scale);
+    hand_in<KEY>(d_q, first, scale * sums(queries), adds);
     if (DELTA) add_to<KEY>(d_k, first, sums(found), -now.decay);
   }
 }
@@ -375,7 +377,7 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
           leaving[s / ANCHOR] = state;
         }
         const Row error = load((DELTA ? errors : x.v) + n * VALUE + column);
-        retreat(state, later, d_error, now, load(d_o + n * VALUE + column), now.beta * error, d.k + n * KEY, d_u);
+        retreat(state, later, d_error, now, load(d_o + n * VALUE + column), now.beta * error, d.k + n * KEY, column, d_u);
         if (DELTA) {
           d.beta[n] += sum(dot(d_u, error));
           d_error = now.beta * d_u;
@@ -398,7 +400,8 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
         if (tokens.begins[s]) state = empty;
         const Row u = now.beta * load((DELTA ? errors : x.v) + n * VALUE + column);
         d_error = load(d.v + n * VALUE + column);
-        follow(state, now, u, load(d_o + n * VALUE + column), d_error, float(x.scale), d.q + n * KEY, d.k + n * KEY);
+        follow(state, now, u, load(d_o + n * VALUE + column), d_error, float(x.scale), d.q + n * KEY, column,
+               d.k + n * KEY);
         if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
           for (int i = 0; i < KEY; ++i)
             ends[s / ANCHOR * WIDTH + i % WIDTH] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));

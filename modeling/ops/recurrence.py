@@ -63,7 +63,9 @@ class _CppRecurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
         *tensors, errors = ctx.saved_tensors
-        found = [None if x is None else torch.zeros_like(x) for x in tensors[:5]]
+        fresh = torch.empty_like if tensors[6] is None else torch.zeros_like
+        found = [None if x is None else fresh(x) for x in tensors[:4]]
+        found.append(None if tensors[4] is None else torch.zeros_like(tensors[4]))
         do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
         gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
         inputs = _inputs(tensors, ctx.scale)
