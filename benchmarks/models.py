@@ -72,13 +72,16 @@ def facts(model: Any, count: int) -> dict[str, int]:
     return {"parameters": total, "matrix_parameters": total if tied else total - looked_up, "tokens": count}
 
 
-def train_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """Forward with loss, backward, AdamW; without a cache, which nobody needs for training."""
+def train_step(model: Any, ids: torch.Tensor, bfloat16: bool = False) -> Callable[[], None]:
+    """Forward with loss, backward, AdamW; without a cache, which nobody needs for training. With `bfloat16` the forward
+    runs under autocast, as Trainer does it."""
     optimizer = _optimizer(model)
 
     def run() -> None:
         model.train()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
