@@ -73,8 +73,8 @@ def facts(model: Any, count: int) -> dict[str, int]:
 
 
 def train_step(model: Any, ids: torch.Tensor, bfloat16: bool = False) -> Callable[[], None]:
-    """Forward with loss, backward, AdamW; without a cache, which nobody needs for training. With `bfloat16` the forward
-    runs under autocast, as Trainer does it."""
+    """Forward with loss, backward, AdamW; without a cache, which nobody needs for training. With `bfloat16` the
+    forward pass runs under autocast, as Trainer does it."""
     optimizer = _optimizer(model)
 
     def run() -> None:
