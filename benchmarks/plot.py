@@ -2,6 +2,8 @@
 """Draws the models of a results file over the length of the text: time, memory, tokens/s, share of the machine.
 
 python -m benchmarks.plot benchmarks/results/NAME.json --output docs/speed.png
+
+Of several files the last has the word on a case.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from benchmarks.timing import spread
 
 Points = dict[str, list[tuple[int, float]]]
 BASELINES = ("llama",)  # drawn in black
+SHARE = "share of the rate of large matrix products"
 _COLUMNS = 3
 
 
@@ -45,7 +48,7 @@ def panels(report: dict[str, Any]) -> dict[str, Points]:
         "train, tokens/s": by_length(report, "train_", lambda facts, median: facts["tokens"] / median),
         "prefill, tokens/s": by_length(report, "prefill_", lambda facts, median: facts["tokens"] / median),
         "peak memory of a train step, MiB": by_length(report, "memory", lambda facts, median: median),
-        "share of the rate of large matrix products": by_length(
+        SHARE: by_length(
             report,
             "train_",
             lambda facts, median: 6 * facts["matrix_parameters"] * facts["tokens"] / median / rate,
@@ -59,6 +62,8 @@ def draw(report: dict[str, Any], path: Path) -> list[str]:
     from matplotlib.figure import Figure
 
     drawn = {label: points for label, points in panels(report).items() if points}
+    if any(share > 1 for pairs in drawn.get(SHARE, {}).values() for _, share in pairs):
+        del drawn[SHARE]  # the machine was slower when its rate was taken
     if not drawn:
         return []
     rows = -(-(len(drawn) + 1) // _COLUMNS)  # one place more, for the legend
@@ -89,15 +94,27 @@ def draw_panel(axes: Any, label: str, points: Points) -> None:
     axes.grid(alpha=0.3)
 
 
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report with all cases, on the first one's machine at its fastest."""
+    machine = dict(reports[0]["machine"])
+    rates = [report["machine"]["matrix_product_gflops"] for report in reports]
+    machine["matrix_product_gflops"] = {dtype: max(rate[dtype] for rate in rates) for dtype in rates[0]}
+    cases: dict[str, Any] = {}
+    for report in reports:
+        cases |= report["cases"]
+    return {"machine": machine, "cases": cases}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, help="the JSON of python -m benchmarks.run --json")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of python -m benchmarks.run --json")
     parser.add_argument("--output", type=Path, default=Path("speed.png"), help="the picture")
     arguments = parser.parse_args(argv)
-    drawn = draw(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.output)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    drawn = draw(merged(reports), arguments.output)
     if not drawn:
-        parser.error(f"{arguments.results} has no train, prefill or memory case to draw")
+        parser.error(f"{', '.join(map(str, arguments.results))} has no train, prefill or memory case to draw")
     print(f"{arguments.output}: {', '.join(drawn)}")
 
 
