@@ -33,6 +33,10 @@ def pytest_configure(config):
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     transformers.logging.disable_progress_bar()
+    # Short texts too get the C++ kernels, whatever happens to be compiled on this machine.
+    from lalm.modeling.ops import cpp
+
+    cpp._EARNS_COMPILING = 0
 
 
 @pytest.fixture(autouse=True)
