@@ -237,10 +237,10 @@ class _CppDual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, *tensors):
-        q, _, v, decay, *_ = tensors
+        q, _, v, decay, *_, skip, _ = tensors
         ctx.kernel = kernel
         ctx.save_for_backward(*tensors)
-        o = v.new_zeros(v.shape)
+        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
         final = v.new_empty(q.shape[0], q.shape[2], decay.shape[-1], q.shape[3], v.shape[3])
         for inputs in _CppDual.directions(*tensors):
             kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final))
@@ -250,7 +250,8 @@ class _CppDual(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
         saved = ctx.saved_tensors
-        found = [torch.zeros_like(x) for x in saved[:7]]
+        fresh = torch.empty_like if saved[8] is None else torch.zeros_like
+        found = [fresh(x) for x in saved[:3]] + [torch.zeros_like(x) for x in saved[3:7]]
         do, d_state = do.contiguous(), d_final
         for direction, inputs in enumerate(_CppDual.directions(*saved)):
             d_state = d_final.clone(memory_format=torch.contiguous_format)

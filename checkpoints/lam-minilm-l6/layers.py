@@ -22,15 +22,15 @@ class Linear(nn.Linear):
     """torch's Linear, in float32 where a processor has no arithmetic for the 16-bit type asked for (products.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind, bias = x.device.type, self.bias
-        asked = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.device.type != "cpu":
+            return super().forward(x)
+        asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         dtype = product_dtype(x, asked)
         if dtype == asked:
             return super().forward(x)
-        with torch.autocast(kind, enabled=False):
-            return nn.functional.linear(
-                x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype)
-            ).to(asked)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(asked)
 
 
 class RMSNorm(nn.RMSNorm):
