@@ -24,7 +24,11 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
+        if torch.is_autocast_enabled("cpu") and torch.float64 not in kinds:  # which autocast leaves alone
+            asked = torch.get_autocast_dtype("cpu")
+        elif len(kinds) > 1:  # torch has the words for that
+            return super().forward(x)
         dtype = product_dtype(x, asked)
         if dtype == asked:
             return super().forward(x)

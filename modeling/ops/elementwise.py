@@ -93,13 +93,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         weight: `[D]`.
 
     Returns:
-        `[..., D]` in the dtype of x; computed in float32, or in float64 if an input is.
+        `[..., D]` in the dtype of x, also under autocast; the mean is taken in float32, or in float64 if an input is.
     """
-    dtype, kernel = compute_dtype(x, weight), _kernel("rms_norm", x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        if kernel is None:
-            return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
-        return _RMSNorm.apply(kernel, eps, x.to(dtype).contiguous(), weight.to(dtype).contiguous()).to(x.dtype)
+    kernel = _kernel("rms_norm", x, weight)
+    if kernel is None:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return _RMSNorm.apply(kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
 
 
 def silu_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

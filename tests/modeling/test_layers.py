@@ -58,6 +58,15 @@ def test_autocast_gets_the_type_it_asks_for(dtype, emulated):
     assert torch.equal(found, F.linear(x, layer.weight, layer.bias).to(dtype))
 
 
+def test_float64_and_mixed_types_are_left_to_torch(emulated):
+    """Autocast does not touch float64, and without it factors of two types are an error at any number of rows."""
+    layer, x = layer_and_input(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer.float()(x.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("dtype", "rows", "native"),
     [(torch.bfloat16, 14, False), (torch.bfloat16, 16, True), (torch.float32, 16, False), (torch.float64, 16, False)],
