@@ -54,7 +54,7 @@ class BasedMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim + 1, 0),
+            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim, 0, normalized=True),
         )
         return op(
             q,

@@ -50,7 +50,7 @@ class LinearAttentionMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim + self.normalize, 0),
+            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim, 0, normalized=self.normalize),
         )
         return op(
             q,

@@ -4,12 +4,13 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T     z_t = exp(g_t) z_{t-1} + k_t
     o_t = S_t^T q_t / (z_t . q_t + eps)    (eq. 16-20; without the denominator when normalize=False)
 
-The caller applies the feature map to q and k. The normaliser z rides as one more column of the state, kept up by a
-value that is always 1.
+The caller applies the feature map to q and k. The normaliser z is one more column of the state, kept up by a value
+that is always 1; the C++ kernel knows it by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -44,15 +45,23 @@ def apply_linear_attention(
     if not causal:
         refuse_states(initial_state, output_final_state)
         core = bidirectional_diagonal(core)
-    value_size = v.shape[-1]
-    check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], value_size + normalize))
+    if normalize:
+        core = partial(cpp_diagonal, eps=eps) if core is cpp_diagonal else _normalized(core, eps)
+    check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[-1] + normalize))
     with torch.autocast(q.device.type, enabled=False):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        values = F.pad(v, (0, 1), value=1.0) if normalize else v
-        o, state = core(q, k, values, None if g is None else g[..., None], scale, initial_state, layout)
-        if normalize:
-            o = _Quotient.apply(o, eps)
+        o, state = core(q, k, v, None if g is None else g[..., None], scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None
+
+
+def _normalized(core: Callable, eps: float) -> Callable:
+    """A core whose outputs are divided by z . q + eps."""
+
+    def read(q, k, v, g, scale, state, layout):
+        o, state = core(q, k, F.pad(v, (0, 1), value=1.0), g, scale, state, layout)
+        return _Quotient.apply(o, eps), state
+
+    return read
 
 
 class _Quotient(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The C++ form of the diagonal recurrences and of the delta rule against their definitions in float64."""
+"""The C++ forms of the diagonal recurrences and of the delta rule against their definitions in float64."""
 
 import dataclasses
 
@@ -12,7 +12,8 @@ from lalm.modeling.ops.gla import cpp_gla, recurrent_gla
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.recurrence import cpp_delta, cpp_diagonal, cpp_kernel, if_compiled
 
-KINDS = ("linear", "retention", "gla", "delta", "gated delta")
+KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "delta", "gated delta")
+EPS = 0.1  # of a normaliser; far smaller ones leave the only token of a text a gradient of rounding errors
 BATCH, HEADS = 2, 3
 # powers of two and beside them, rows and columns that fill no register, several blocks of columns, a key as of Taylor
 SIZES = [(32, 32), (64, 65), (17, 33), (40, 16), (128, 128), (16, 96), (153, 17)]
@@ -29,14 +30,20 @@ class Case:
     g: torch.Tensor | None
     beta: torch.Tensor | None
     state: torch.Tensor | None
+    normalized: bool = False
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
     def run(self, form: str, dtype, layout, weights=None):
         """o, final state and, given weights of the two, the gradients of all inputs."""
-        inputs = [None if x is None else x.to(dtype).requires_grad_(weights is not None) for x in vars(self).values()]
+        inputs = [getattr(self, field.name) for field in dataclasses.fields(self)][:6]
+        inputs = [None if x is None else x.to(dtype).requires_grad_(weights is not None) for x in inputs]
         q, k, v, g, beta, state = inputs
         if beta is None:
-            core = {"cpp": cpp_diagonal, "recurrent": recurrent_diagonal}[form]
-            o, final = core(q, k, v, g, 0.3, state, layout)
+            core = {"cpp": cpp_diagonal, "recurrent": divided if self.normalized else recurrent_diagonal}[form]
+            eps = (EPS,) if self.normalized else ()
+            o, final = core(q, k, v, g, 0.3, state, layout, *eps)
         else:
             core = {"cpp": cpp_delta, "recurrent": recurrent_delta}[form]
             k, g = layout.freeze(k, None if g is None else g[..., None])
@@ -50,17 +57,28 @@ class Case:
 def make(kind: str, key: int, value: int, length: int, state=True, decay=0.5, seed=0) -> Case:
     torch.manual_seed(seed)
     q, k, v = (torch.randn(BATCH, length, HEADS, size) for size in (key, key, value))
-    gate = {"retention": (1,), "gla": (key,), "gated delta": ()}.get(kind)
+    gate = {"retention": (1,), "normalized decay": (1,), "gla": (key,), "gated delta": ()}.get(kind)
     g = None if gate is None else -decay * torch.rand(BATCH, length, HEADS, *gate)
     beta = torch.rand(BATCH, length, HEADS) if "delta" in kind else None
     first = torch.randn(BATCH, HEADS, key, value) if state else None
-    return Case(q, k / k.norm(dim=-1, keepdim=True), v, g, beta, first)
+    k = k / k.norm(dim=-1, keepdim=True)
+    if not kind.startswith("normalized"):
+        return Case(q, k, v, g, beta, first)
+    first = torch.cat([first, torch.rand(BATCH, HEADS, key, 1)], -1) if state else None
+    return Case(q.abs(), k.abs(), v, g, beta, first, normalized=True)
+
+
+def divided(q, k, v, g, scale, state, layout, eps):
+    """The definition of normalised sums: one more column, whose value is always 1, divides the others."""
+    o, final = recurrent_diagonal(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), g, scale, state, layout)
+    return o[..., :-1] / (o[..., -1:] + eps), final
 
 
 def compare(case: Case, layout=None, tolerance=2e-6):
     """C++ in float32 against the definition in float64, values and all gradients, relative to the largest number."""
     layout = layout or SequenceLayout()
-    read, final = torch.randn_like(case.v), torch.randn(BATCH, HEADS, case.q.shape[-1], case.v.shape[-1])
+    columns = case.v.shape[-1] + case.normalized
+    read, final = torch.randn_like(case.v), torch.randn(BATCH, HEADS, case.q.shape[-1], columns)
     real = torch.ones(case.v.shape[:2], dtype=torch.bool) if layout.mask is None else layout.mask
     read *= real[:, :, None, None]  # what stands on padding is unspecified
     expected = case.run("recurrent", torch.float64, layout, (read, final))
@@ -86,8 +104,8 @@ def test_lengths_around_the_anchors_of_the_decay_gradient(kind, length):
     compare(make(kind, 32, 32, length, state=length % 2 == 0), tolerance=4e-6)
 
 
-@pytest.mark.parametrize("decay", [0.0, 20.0, 200.0])
-@pytest.mark.parametrize("kind", ["retention", "gla", "gated delta"])
+@pytest.mark.parametrize("decay", [0.0, 3.0, 20.0, 200.0])
+@pytest.mark.parametrize("kind", ["retention", "normalized decay", "gla", "gated delta"])
 def test_any_decay_is_safe(kind, decay):
     # Under strong decay the gate's gradient is what is left of reads and writes that nearly cancel.
     compare(make(kind, 32, 32, 300, decay=decay), tolerance=1e-5)
@@ -135,29 +153,47 @@ def test_a_row_of_padding_passes_its_state_on(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_equal_the_whole_and_threads_change_nothing(kind):
+def test_pieces_equal_the_whole(kind):
+    """The delta rule goes token by token, to the last bit; blocks of the others begin anew with a piece."""
     case = make(kind, 32, 32, 50)
     whole, last = case.run("cpp", torch.float32, SequenceLayout())
     state, pieces = case.state, []
     for start, stop in ((0, 1), (1, 30), (30, 50)):
-        part = {name: x[:, start:stop] for name, x in vars(case).items() if x is not None and name != "state"}
-        o, state = Case(**{"g": None, "beta": None} | part, state=state).run("cpp", torch.float32, SequenceLayout())
+        part = {name: x[:, start:stop] for name, x in case.tensors().items()} | {"state": state}
+        o, state = dataclasses.replace(case, **part).run("cpp", torch.float32, SequenceLayout())
         pieces.append(o)
-    assert torch.equal(torch.cat(pieces, 1), whole)
-    assert torch.equal(state, last)
-    threads = torch.get_num_threads()
+    tolerance = {"rtol": 0, "atol": 0} if "delta" in kind else {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **tolerance)
+    torch.testing.assert_close(state, last, **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_nothing(kind):
+    case, threads = make(kind, 32, 32, 50), torch.get_num_threads()
+    weights = [torch.randn_like(x) for x in case.run("cpp", torch.float32, SequenceLayout())]
+    alone = case.run("cpp", torch.float32, SequenceLayout(), weights)
     try:
         torch.set_num_threads(threads + 2)
-        assert torch.equal(case.run("cpp", torch.float32, SequenceLayout())[0], whole)
+        together = case.run("cpp", torch.float32, SequenceLayout(), weights)
     finally:
         torch.set_num_threads(threads)
+    assert all(map(torch.equal, together, alone))
+
+
+def test_decays_that_differ_by_key_and_by_head():
+    """One key of one head forgets at once, some tokens forget all: blocks end at other places in every head."""
+    case = make("gla", 32, 32, 90, decay=0.1)
+    case.g[:, :, 1, 5] = -9.0
+    case.g[:, ::7, 2] = -300.0
+    compare(case, SequenceLayout(mask=masks(90), segments=documents(90)), tolerance=4e-6)
 
 
 def test_views_and_half_precision_are_accepted():
     case = make("gla", 32, 32, 20)
-    strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in vars(case).items() if x is not None}
+    strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in case.tensors().items()}
     expected = case.run("cpp", torch.float32, SequenceLayout())
-    assert torch.equal(Case(**{"beta": None} | strided).run("cpp", torch.float32, SequenceLayout())[0], expected[0])
+    found = dataclasses.replace(case, **strided).run("cpp", torch.float32, SequenceLayout())
+    assert torch.equal(found[0], expected[0])
     q, k, v = (x.bfloat16() for x in (case.q, case.k, case.v))
     o, state = cpp_gla(q, k, v, case.g, output_final_state=True)
     assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)

@@ -1,19 +1,16 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// Diagonal recurrences and the delta rule token by token, for one CPU core per head:
-//     S <- diag(a) S      u = beta (v - S^T k), or v where DELTA is 0      S <- S + k u^T      o = scale S^T q
+// The delta rule token by token, for one CPU core per head:
+//     S <- a S      u = beta (v - S^T k)      S <- S + k u^T      o = scale S^T q
 //
 // A state of KEY x BLOCK floats stays in the first-level cache and is passed over once a token, so that stepping runs
 // at the speed of the vector units and needs neither chunks nor solves. The columns of a state never mix, hence blocks.
 // The backward pass keeps no states: gradients of states run backwards (dk, dv), then states forwards (dq and the rest
 // of dk), and the gradient of a log decay g = log a follows from these. For G = dL/dS after a token, <G, S> changes at a
-// token by what reads and writes there, q dq - v dv (delta rule) or, row by row, q dq - k dk; its exact value is taken
-// every ANCHOR tokens.
+// token by what reads and writes there, q dq - v dv; its exact value is taken every ANCHOR tokens.
 //
-// Compiled for one KEY, VALUE (a multiple of 16, without the delta rule also 1 more: the column of a normaliser),
-// DECAY (0 none, 1 a number a head, 2 a number a key row) and DELTA.
-// Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], beta [B, T, H], states
-// [B, H, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
-// with skip != 0 is padding and does nothing else.
+// Compiled for one KEY, VALUE (a multiple of 16) and DECAY (0 none, 1 a number a head). Layouts as in recurrence.h.
+
+#include "recurrence.h"
 
 #include "kernel.h"
 
@@ -21,13 +18,10 @@
 
 namespace {
 
-constexpr int TAIL = DELTA ? 0 : VALUE % LANES, WHOLE = VALUE - TAIL;  // columns beyond whole registers
-constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, WHOLE), BLOCK = PARTS * LANES;
+constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, VALUE), BLOCK = PARTS * LANES;
 constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
 constexpr int ANCHOR = 256, AHEAD = 4;
-constexpr int WIDTH = DECAY == 2 ? KEY : 1;  // numbers of a log decay
-static_assert(WHOLE % LANES == 0 && WHOLE > 0 && TAIL <= 1, "VALUE must be a multiple of 16, or 1 above");
-static_assert(!(DELTA && DECAY == 2), "the delta rule has one decay a head");
+static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be a multiple of 16");
 
 typedef RowOf<PARTS> Row;
 typedef ColumnOf<KEY> Column;
@@ -50,29 +44,9 @@ void store_state(const State& state, float* to, int column) {
   for (int i = 0; i < KEY; ++i) store(to + i * VALUE + column, state.row[i]);
 }
 
-}  // namespace
-
-extern "C" {
-
-struct Inputs {
-  const float *q, *k, *v, *decay, *beta, *state;
-  const uint8_t *skip, *starts;
-  double scale;
-  int64_t batch, length, heads, threads;
-};
-
-struct Gradients {
-  float *q, *k, *v, *g;  // written
-  float *beta;           // added to
-  float* state;          // [B, H, KEY, VALUE]: in, that of the last state; out, of the first
-};
-}
-
-namespace {
-
 // What a token does to the rows of a state.
 struct Token {
-  Column k, q, a, ak;
+  Column k, q, ak;
   float decay, beta;
 
   Token() { std::memset(this, 0, sizeof(Token)); }
@@ -83,10 +57,9 @@ struct Token {
     fetch<VALUE>(x.v + soon * VALUE);
     k.load(x.k + n * KEY);
     q.load(x.q + n * KEY, float(x.scale));
-    decay = DECAY == 1 ? x.decay[n] : 1;
-    beta = DELTA ? x.beta[n] : 1;
-    if (DECAY == 2) a.load(x.decay + n * KEY);
-    for (int i = 0; DELTA && i < ROWS; ++i) ak.at[i] = decay * k.at[i];
+    decay = DECAY ? x.decay[n] : 1;
+    beta = x.beta[n];
+    for (int i = 0; i < ROWS; ++i) ak.at[i] = decay * k.at[i];
   }
 
   // decays, and nothing else
@@ -94,15 +67,9 @@ struct Token {
     k.clear();
     ak.clear();
     decay = 1;
-    for (int i = 0; DECAY == 2 && i < ROWS; ++i) a.at[i] = 1;
   }
 
-  inline vec decayed(vec x, int i) const { return DECAY == 0 ? x : (DECAY == 1 ? decay : a.at[i]) * x; }
-
-  // the same for the rows i .. i + 15 of a single column
-  inline vec decayed_rows(vec x, int i) const { return DECAY == 0 ? x : DECAY == 1 ? decay * x : rows(a, i) * x; }
-
-  static inline vec rows(const Column& column, int i) { return *reinterpret_cast<const loose*>(column.at + i); }
+  inline vec decayed(vec x) const { return DECAY ? decay * x : x; }
 };
 
 // In the order of `advance`, so that a text read in pieces gives the same to the last bit.
@@ -118,10 +85,10 @@ inline void advance(State& state, const Token& now, const Token& next, const Row
   for (int i = 0; i < ROWS; i += CHAINS)
     _Pragma("GCC unroll 4") for (int c = 0; c < CHAINS; ++c) EACH_PART(p) {
       vec& cell = state.row[i + c].part[p];
-      const vec x = now.decayed(cell, i + c) + now.k.at[i + c] * u.part[p];
+      const vec x = now.decayed(cell) + now.k.at[i + c] * u.part[p];
       cell = x;
       reads[c].part[p] += now.q.at[i + c] * x;
-      if (DELTA) finds[c].part[p] += next.ak.at[i + c] * x;
+      finds[c].part[p] += next.ak.at[i + c] * x;
     }
   o = joined(reads);
   found = joined(finds);
@@ -130,9 +97,8 @@ inline void advance(State& state, const Token& now, const Token& next, const Row
 // grad <- what the token `later`, whose error has the gradient d_error, leaves of it for the state before.
 void pass_on(State& grad, const Token& later, const Row& d_error) {
   for (int i = 0; i < ROWS; ++i) EACH_PART(p) {
-    vec x = later.decayed(grad.row[i].part[p], i);
-    if (DELTA) x -= later.ak.at[i] * d_error.part[p];
-    grad.row[i].part[p] = x;
+    vec& cell = grad.row[i].part[p];
+    cell = later.decayed(cell) - later.ak.at[i] * d_error.part[p];
   }
 }
 
@@ -148,8 +114,7 @@ inline void retreat(State& grad, const Token& later, const Row& d_error, const T
       keys[j] = vec{};
       EACH_PART(p) {
         vec& cell = grad.row[i].part[p];
-        vec x = later.decayed(cell, i) + now.q.at[i] * d_o.part[p];
-        if (DELTA) x -= later.ak.at[i] * d_error.part[p];
+        const vec x = later.decayed(cell) + now.q.at[i] * d_o.part[p] - later.ak.at[i] * d_error.part[p];
         cell = x;
         total[j % CHAINS].part[p] += now.k.at[i] * x;
         keys[j] += x * u.part[p];
@@ -163,7 +128,7 @@ inline void retreat(State& grad, const Token& later, const Row& d_error, const T
 // As `advance`, for the gradients of q, and of k by what it found.
 inline void follow(State& state, const Token& now, const Row& u, const Row& d_o, const Row& d_error, float scale,
                    float* d_q, bool adds, float* d_k) {
-  constexpr int HALF = DELTA ? LANES / 2 : LANES;
+  constexpr int HALF = LANES / 2;  // as many sums as registers hold
   for (int first = 0; first < ROWS; first += LANES) {
     vec queries[LANES], found[LANES];
     for (int part = 0; part < LANES; part += HALF) {
@@ -172,15 +137,15 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
         queries[j] = found[j] = vec{};
         EACH_PART(p) {
           vec& cell = state.row[i].part[p];
-          if (DELTA) found[j] += cell * d_error.part[p];
-          const vec x = now.decayed(cell, i) + now.k.at[i] * u.part[p];
+          found[j] += cell * d_error.part[p];
+          const vec x = now.decayed(cell) + now.k.at[i] * u.part[p];
           cell = x;
           queries[j] += x * d_o.part[p];
         }
       }
     }
     hand_in<KEY>(d_q, first, scale * sums(queries), adds);
-    if (DELTA) add_to<KEY>(d_k, first, sums(found), -now.decay);
+    add_to<KEY>(d_k, first, sums(found), -now.decay);
   }
 }
 
@@ -204,103 +169,13 @@ double product(const float* x, const float* y) {
 void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
                     const std::vector<double>& ends) {
   const int64_t count = tokens.count();
-  double running[WIDTH] = {};
+  double running = 0;
   for (int64_t s = count - 1; s >= 0; --s) {
     const int64_t n = tokens.at[s] * x.heads + h;
-    if (s == count - 1 || s % ANCHOR == ANCHOR - 1) std::copy_n(&ends[s / ANCHOR * WIDTH], WIDTH, running);
-    if (DECAY == 2) {
-      const float *q = x.q + n * KEY, *k = x.k + n * KEY, *d_q = d.q + n * KEY, *d_k = d.k + n * KEY;
-      for (int i = 0; i < KEY; ++i) running[i] += double(q[i]) * d_q[i] - double(k[i]) * d_k[i];
-    } else {
-      running[0] += product<KEY>(x.q + n * KEY, d.q + n * KEY);
-      running[0] -= DELTA ? product<VALUE>(x.v + n * VALUE, d.v + n * VALUE) : product<KEY>(x.k + n * KEY, d.k + n * KEY);
-    }
-    if (tokens.begins[s] || (s == 0 && !x.state)) std::fill_n(running, WIDTH, 0.0);  // no state to decay
-    for (int i = 0; i < WIDTH; ++i) d.g[n * WIDTH + i] = float(running[i]);
-  }
-}
-
-// A single column, the last: its rows lie side by side in registers, and what the others sum over their columns is a
-// plain product here.
-struct Single {
-  vec rows[ROWS / LANES];
-
-  void load(const float* state) {
-    Column column;
-    for (int i = 0; i < ROWS; ++i) column.at[i] = state && i < KEY ? state[i * VALUE + VALUE - 1] : 0;
-    std::memcpy(rows, column.at, sizeof(rows));
-  }
-
-  void store(float* state) const {
-    for (int i = 0; i < KEY; ++i) state[i * VALUE + VALUE - 1] = rows[i / LANES][i % LANES];
-  }
-};
-
-#define EACH_GROUP(g) for (int g = 0; g < ROWS / LANES; ++g)
-
-void forward_single(const Inputs& x, const Tokens& tokens, int64_t task, float* o, float* final_state) {
-  Single state;
-  Token now;
-  state.load(x.state ? x.state + task * KEY * VALUE : nullptr);
-  for (int64_t s = 0; s < tokens.count(); ++s) {
-    const int64_t n = tokens.at[s] * x.heads + task % x.heads, last = n * VALUE + VALUE - 1;
-    now.load(x, n, n + AHEAD * x.heads);
-    if (tokens.begins[s]) state = Single{};
-    vec read = {};
-    EACH_GROUP(g) {
-      state.rows[g] = now.decayed_rows(state.rows[g], g * LANES) + x.v[last] * Token::rows(now.k, g * LANES);
-      read += state.rows[g] * Token::rows(now.q, g * LANES);
-    }
-    o[last] = sum(read);
-  }
-  if (tokens.ends_empty) state = Single{};
-  state.store(final_state + task * KEY * VALUE);
-}
-
-void backward_single(const Inputs& x, const Tokens& tokens, int64_t task, const float* d_o, const Gradients& d,
-                     std::vector<double>& ends) {
-  const int64_t count = tokens.count(), h = task % x.heads;
-  std::vector<Single> leaving(DECAY ? (count + ANCHOR - 1) / ANCHOR : 0);
-  Single state;
-  Token both[2];
-  state.load(d.state + task * KEY * VALUE);
-  if (tokens.ends_empty) state = Single{};
-  both[count % 2].rest();
-  for (int64_t s = count - 1; s >= 0; --s) {
-    const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
-    Token &now = both[s % 2], &later = both[(s + 1) % 2];
-    now.load(x, n, n + AHEAD * x.heads);
-    vec d_u = {};
-    EACH_GROUP(g) state.rows[g] = later.decayed_rows(state.rows[g], g * LANES);
-    if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) leaving[s / ANCHOR] = state;
-    EACH_GROUP(g) {
-      state.rows[g] += d_o[last] * Token::rows(now.q, g * LANES);
-      d_u += state.rows[g] * Token::rows(now.k, g * LANES);
-      add_to<KEY>(d.k + n * KEY, g * LANES, state.rows[g], x.v[last]);
-    }
-    d.v[last] = sum(d_u);
-    if (tokens.begins[s]) {
-      state = Single{};
-      now.rest();
-    }
-  }
-  EACH_GROUP(g) state.rows[g] = both[0].decayed_rows(state.rows[g], g * LANES);
-  state.store(d.state + task * KEY * VALUE);
-
-  state.load(x.state ? x.state + task * KEY * VALUE : nullptr);
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t n = tokens.at[s] * x.heads + h, last = n * VALUE + VALUE - 1;
-    Token& now = both[0];
-    now.load(x, n, n + AHEAD * x.heads);
-    if (tokens.begins[s]) state = Single{};
-    EACH_GROUP(g) {
-      state.rows[g] = now.decayed_rows(state.rows[g], g * LANES) + x.v[last] * Token::rows(now.k, g * LANES);
-      add_to<KEY>(d.q + n * KEY, g * LANES, state.rows[g], float(x.scale) * d_o[last]);
-    }
-    if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
-      for (int i = 0; i < KEY; ++i)
-        ends[s / ANCHOR * WIDTH + i % WIDTH] +=
-            double(leaving[s / ANCHOR].rows[i / LANES][i % LANES]) * state.rows[i / LANES][i % LANES];
+    if (s == count - 1 || s % ANCHOR == ANCHOR - 1) running = ends[s / ANCHOR];
+    running += product<KEY>(x.q + n * KEY, d.q + n * KEY) - product<VALUE>(x.v + n * VALUE, d.v + n * VALUE);
+    if (tokens.begins[s] || (s == 0 && !x.state)) running = 0;  // no state to decay
+    d.g[n] = float(running);
   }
 }
 
@@ -321,10 +196,10 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
     State state;
     Token both[2], none;
     Row read, found;
-    for (int column = 0; column < WHOLE; column += BLOCK) {
+    for (int column = 0; column < VALUE; column += BLOCK) {
       load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
       if (count) both[0].load(x, tokens.at[0] * x.heads + h, tokens.at[0] * x.heads + h);
-      if (DELTA) found = find(state, both[0].ak);
+      found = find(state, both[0].ak);
       for (int64_t s = 0; s < count; ++s) {
         const int64_t n = tokens.at[s] * x.heads + h;
         const Token& now = both[s % 2];
@@ -334,22 +209,19 @@ void forward(const Inputs* in, float* o, float* final_state, float* errors) {
           found = Row{};
         }
         Row u = load(x.v + n * VALUE + column);
-        if (DELTA) {
-          EACH_PART(p) u.part[p] -= found.part[p];
-          if (errors) store(errors + n * VALUE + column, u);
-          u = now.beta * u;
-        }
+        EACH_PART(p) u.part[p] -= found.part[p];
+        if (errors) store(errors + n * VALUE + column, u);
+        u = now.beta * u;
         advance(state, now, s + 1 < count ? both[(s + 1) % 2] : none, u, read, found);
         store(o + n * VALUE + column, read);
       }
       if (tokens.ends_empty) state = empty;
       store_state(state, final_state + task * KEY * VALUE, column);
     }
-    if (TAIL) forward_single(x, tokens, task, o, final_state);
   }
 }
 
-void backward(const Inputs* in, const float* d_o, const float* errors, const Gradients* out) {
+void backward(const Inputs* in, const float*, const float* d_o, const float* errors, const Gradients* out) {
   const Inputs x = *in;
   const Gradients d = *out;
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
@@ -358,11 +230,11 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
     const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
     const int64_t count = tokens.count(), anchors = (count + ANCHOR - 1) / ANCHOR;
     std::vector<State> leaving(DECAY ? anchors : 0);
-    std::vector<double> ends(anchors * WIDTH);
+    std::vector<double> ends(anchors);
     const State empty = {};
     State state;
     Token both[2];
-    for (int column = 0; column < WHOLE; column += BLOCK) {
+    for (int column = 0; column < VALUE; column += BLOCK) {
       load_state(state, d.state + task * KEY * VALUE, column);
       if (tokens.ends_empty) state = empty;
       Row d_error = {}, d_u;
@@ -376,14 +248,11 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
           later.rest();
           leaving[s / ANCHOR] = state;
         }
-        const Row error = load((DELTA ? errors : x.v) + n * VALUE + column);
+        const Row error = load(errors + n * VALUE + column);
         retreat(state, later, d_error, now, load(d_o + n * VALUE + column), now.beta * error, d.k + n * KEY, column, d_u);
-        if (DELTA) {
-          d.beta[n] += sum(dot(d_u, error));
-          d_error = now.beta * d_u;
-          d_u = d_error;
-        }
-        store(d.v + n * VALUE + column, d_u);
+        d.beta[n] += sum(dot(d_u, error));
+        d_error = now.beta * d_u;
+        store(d.v + n * VALUE + column, d_error);
         if (tokens.begins[s]) {
           state = empty;
           now.rest();
@@ -398,16 +267,14 @@ void backward(const Inputs* in, const float* d_o, const float* errors, const Gra
         Token& now = both[0];
         now.load(x, n, n + AHEAD * x.heads);
         if (tokens.begins[s]) state = empty;
-        const Row u = now.beta * load((DELTA ? errors : x.v) + n * VALUE + column);
+        const Row u = now.beta * load(errors + n * VALUE + column);
         d_error = load(d.v + n * VALUE + column);
         follow(state, now, u, load(d_o + n * VALUE + column), d_error, float(x.scale), d.q + n * KEY, column,
                d.k + n * KEY);
         if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
-          for (int i = 0; i < KEY; ++i)
-            ends[s / ANCHOR * WIDTH + i % WIDTH] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));
+          for (int i = 0; i < KEY; ++i) ends[s / ANCHOR] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));
       }
     }
-    if (TAIL) backward_single(x, tokens, task, d_o, d, ends);
     if (DECAY) decay_gradient(x, d, tokens, h, ends);
   }
 }

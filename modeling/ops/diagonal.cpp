@@ -1,0 +1,443 @@
+// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+// Diagonal recurrences in blocks of at most 16 tokens, for one CPU core per head:
+//     S <- diag(a) S + k v^T        o = scale S^T q, under NORMALIZED divided by z . q + eps with z <- diag(a) z + k
+//
+// With f_i the product of the decays of a block from its second token on, q~_i = scale q_i f_i and k~_j = k_j / f_j,
+//     S' = a_1 S        o_i = S'^T q~_i + sum over j <= i of (q~_i . k~_j) v_j        S <- f_n (S' + sum of k~_j v_j^T)
+// so that a block is a few small matrix products, whose operands stay in the first caches. Where f would fall below
+// SMALLEST a new block begins, and so does every document: nothing overflows, nothing leaks.
+//
+// The backward pass keeps no states: D, the gradient of S, runs backwards (dk, dv and what dq owes to the block), then
+// S forwards (the rest of dq). The gradient of a log decay g = log a follows from these: <D, S> changes at a token by
+// q dq - k dk, row by row; its exact value is taken every ANCHOR blocks.
+//
+// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED.
+// Layouts as in recurrence.h; under NORMALIZED the last of the VALUE + 1 columns of a state is z.
+
+#include <algorithm>
+
+#include "blocks.h"
+#include "recurrence.h"
+
+namespace {
+
+constexpr int KEYS = rounded(KEY), COLUMNS = VALUE + NORMALIZED;  // of a state outside
+constexpr int ANCHOR = 16, WIDTH = DECAY == 2 ? KEY : 1;          // windows; numbers of a log decay
+constexpr float SMALLEST = 2e-9f;                                 // exp(-20)
+static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be a multiple of 16");
+
+#define EACH_GROUP(g) _Pragma("GCC unroll 4") for (int g = 0; g < KEYS; g += LANES)
+
+// What the rows of a state are multiplied by; 1 for the rows that only fill up a register.
+struct Factor {
+  static constexpr int SIZE = DECAY == 2 ? KEYS : LANES;
+  alignas(64) float at[SIZE];
+
+  void fill(float x) {
+    for (int g = 0; g < SIZE; g += LANES) aligned(at + g) = x - vec{};
+  }
+  void take(const float* x) {
+    if (DECAY == 2) {
+      for (int g = 0; g < SIZE; g += LANES) aligned(at + g) = part_of<KEY>(x, g, 1);
+    } else {
+      fill(*x);
+    }
+  }
+  void multiply(const Factor& other) {
+    for (int g = 0; g < SIZE; g += LANES) aligned(at + g) *= aligned(other.at + g);
+  }
+  void invert(const Factor& other) {
+    for (int g = 0; g < SIZE; g += LANES) aligned(at + g) = 1 / aligned(other.at + g);
+  }
+  bool above(float limit) const {
+    bool all = true;
+    for (int g = 0; g < SIZE; g += LANES) all &= !any(aligned(at + g) < limit - vec{});
+    return all;
+  }
+  float row(int i) const { return at[DECAY == 2 ? i : 0]; }
+  vec rows(int i) const { return aligned(at + (DECAY == 2 ? i : 0)); }
+};
+
+// The state of a head, or its gradient: [KEYS][VALUE], or across [VALUE][KEYS]; its rows are still to be multiplied by
+// `pending`.
+struct State {
+  alignas(64) float at[KEYS * VALUE], z[KEYS];
+  Factor pending;
+
+  void empty() {
+    std::memset(at, 0, sizeof(at));
+    std::memset(z, 0, sizeof(z));
+  }
+
+  void load(const float* from) {
+    empty();
+    pending.fill(1);
+    for (int i = 0; from && i < KEY; ++i) {
+      std::memcpy(at + i * VALUE, from + i * COLUMNS, VALUE * sizeof(float));
+      if (NORMALIZED) z[i] = from[i * COLUMNS + VALUE];
+    }
+  }
+
+  void store(float* to) {
+    settle();
+    for (int i = 0; i < KEY; ++i) {
+      std::memcpy(to + i * COLUMNS, at + i * VALUE, VALUE * sizeof(float));
+      if (NORMALIZED) to[i * COLUMNS + VALUE] = z[i];
+    }
+  }
+
+  void settle() {
+    if (!DECAY) return;
+    for (int i = 0; i < KEY; ++i)
+      for (int c = 0; c < VALUE; c += LANES) aligned(at + i * VALUE + c) *= pending.row(i);
+    settle_z();
+  }
+
+  void settle_across() {
+    if (!DECAY) return;
+    for (int c = 0; c < VALUE; ++c) EACH_GROUP(g) aligned(at + c * KEYS + g) *= pending.rows(g);
+    settle_z();
+  }
+
+  void add_to_z(const float (&rows)[LANES][KEYS], int count, const float* weights) {
+    for (int t = 0; t < count; ++t) EACH_GROUP(g) aligned(z + g) += (weights ? weights[t] : 1) * aligned(rows[t] + g);
+  }
+
+ private:
+  void settle_z() {
+    EACH_GROUP(g) aligned(z + g) *= pending.rows(g);
+    pending.fill(1);
+  }
+};
+
+struct Block {
+  int first, count;  // of the tokens of a window
+  bool fresh;        // begins from an empty state
+};
+
+// 16 tokens of a row, the same for all heads, and the blocks of one head in them.
+struct Window {
+  const Inputs& x;
+  const Tokens& tokens;
+  int64_t first;
+  int count, blocks = 0;
+  Block block[LANES];
+  Factor kept[LANES];  // f_i
+
+  Window(const Inputs& x, const Tokens& tokens, int64_t index)
+      : x(x), tokens(tokens), first(index * LANES), count(std::min<int64_t>(LANES, tokens.count() - first)) {}
+
+  int64_t at(int t, int64_t head) const { return tokens.at[first + t] * x.heads + head; }
+
+  void divide(int64_t head) {
+    blocks = 0;
+    for (int t = 0; t < count; ++t) {
+      bool joins = t && !tokens.begins[first + t];
+      if (DECAY && joins) {
+        kept[t].take(x.decay + at(t, head) * WIDTH);
+        kept[t].multiply(kept[t - 1]);
+        joins = kept[t].above(SMALLEST);
+      }
+      if (joins) {
+        ++block[blocks - 1].count;
+      } else {
+        block[blocks++] = {t, 1, bool(tokens.begins[first + t])};
+        kept[t].fill(1);
+      }
+    }
+  }
+};
+
+// A block. Rows of tokens that a short one lacks hold what was there before: no sum reads them.
+struct Workspace {
+  alignas(64) float q[LANES][KEYS], k[LANES][KEYS], k_across[KEYS][LANES], v[LANES][VALUE], v_across[VALUE][LANES];
+  alignas(64) float o[LANES][VALUE], d_q[LANES][KEYS], d_k[LANES][KEYS], d_v[LANES][VALUE], across[VALUE][KEYS];
+  alignas(64) float scores[LANES][LANES], d_scores[LANES][LANES], size[LANES];
+  int64_t at[LANES];  // in [B, T, H]
+  Factor kept[LANES], inverse[LANES], enter, leave;  // f_i, 1 / f_i, a_1, f_n
+
+  void load(const Inputs& x, const Window& window, const Block& block, int64_t head) {
+    for (int t = 0; t < block.count; ++t) {
+      const int64_t n = at[t] = window.at(block.first + t, head);
+      if (DECAY) {
+        kept[t] = window.kept[block.first + t];
+        inverse[t].invert(kept[t]);
+      }
+      EACH_GROUP(g) {
+        const vec a = part_of<KEY>(x.q + n * KEY, g), b = part_of<KEY>(x.k + n * KEY, g);
+        aligned(q[t] + g) = float(x.scale) * (DECAY ? kept[t].rows(g) * a : a);
+        aligned(k[t] + g) = DECAY ? inverse[t].rows(g) * b : b;
+      }
+      std::memcpy(v[t], x.v + n * VALUE, sizeof(v[t]));
+    }
+    if (DECAY) {
+      enter.take(x.decay + at[0] * WIDTH);
+      leave = kept[block.count - 1];
+    }
+  }
+
+  // S', read by rows or across
+  void enter_block(State& state, bool fresh, bool read_across) const {
+    if (fresh) {
+      state.empty();
+    } else if (DECAY) {
+      state.pending.multiply(enter);
+      read_across ? state.settle_across() : state.settle();
+    }
+    state.pending.fill(1);
+  }
+
+  // q~_i . k~_j for j <= i
+  void score(int count) {
+    transpose<LANES, KEYS>(k[0], k_across[0]);
+    multiply<LANES, KEYS, 1>(scores[0], q[0], k_across[0], count, KEY);
+    keep_lower(scores, count);
+  }
+
+  float read_size(int t, const float* z) const {
+    vec total = aligned(scores[t]);
+    EACH_GROUP(g) total += aligned(q[t] + g) * aligned(z + g);
+    return sum(total);
+  }
+
+  // Gradients of the reads, into o, and under NORMALIZED of the divisors, into size.
+  void load_gradient(int count, const float* o_before, const float* d_o, const float* sizes) {
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = at[t];
+      vec along = {};
+      const float inverse = NORMALIZED ? 1 / sizes[n] : 1;
+      for (int c = 0; c < VALUE; c += LANES) {
+        const vec d = inverse * unaligned(d_o + n * VALUE + c);
+        aligned(o[t] + c) = d;
+        if (NORMALIZED) along += d * unaligned(o_before + n * VALUE + c);
+      }
+      if (NORMALIZED) size[t] = -sum(along);
+    }
+  }
+
+  // The gradients of a block inside it and by what it writes; `state` is D before, and after it.
+  void retreat(const Inputs& x, const Gradients& d, const Block& block, State& state) {
+    const int count = block.count;
+    if (DECAY) state.pending.multiply(leave);
+    state.settle();
+    transpose<KEYS, VALUE>(state.at, across[0]);
+    transpose<LANES, VALUE>(v[0], v_across[0]);
+    score(count);
+    multiply<LANES, VALUE, 1>(d_scores[0], o[0], v_across[0], count, VALUE);
+    for (int t = 0; NORMALIZED && t < count; ++t) aligned(d_scores[t]) += size[t];
+    keep_lower(d_scores, count);
+    multiply<VALUE, KEYS, 1>(d_v[0], k[0], state.at, count, KEY);
+    multiply<VALUE, 1, LANES, UPPER, true>(d_v[0], scores[0], o[0], count, count);
+    multiply<KEYS, VALUE, 1>(d_k[0], v[0], across[0], count, VALUE);
+    multiply<KEYS, 1, LANES, UPPER, true>(d_k[0], d_scores[0], q[0], count, count);
+    multiply<KEYS, LANES, 1, LOWER>(d_q[0], d_scores[0], k[0], count, count);
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = at[t];
+      std::memcpy(d.v + n * VALUE, d_v[t], sizeof(d_v[t]));
+      vec change = {};
+      EACH_GROUP(g) {
+        vec to_q = aligned(d_q[t] + g), to_k = aligned(d_k[t] + g);
+        if (NORMALIZED) to_k += aligned(state.z + g);
+        const vec part = aligned(q[t] + g) * to_q - aligned(k[t] + g) * to_k;
+        if (DECAY == 2) write_to<KEY>(d.g + n * KEY, g, part);
+        change += part;
+        if (DECAY) {
+          to_q *= kept[t].rows(g);
+          to_k *= inverse[t].rows(g);
+        }
+        write_to<KEY>(d.q + n * KEY, g, float(x.scale) * to_q);
+        write_to<KEY>(d.k + n * KEY, g, to_k);
+      }
+      if (DECAY == 1) d.g[n] = sum(change);
+    }
+    multiply<VALUE, 1, KEYS, WHOLE, true>(state.at, q[0], o[0], KEYS, count);
+    if (NORMALIZED) state.add_to_z(q, count, size);
+    state.pending = enter;
+    if (block.fresh) state.empty();
+  }
+
+  // What dq owes to the state that the block reads, which lies across.
+  void follow(const Inputs& x, const Gradients& d, const Block& block, State& state) {
+    const int count = block.count;
+    enter_block(state, block.fresh, true);
+    multiply<KEYS, VALUE, 1>(d_q[0], o[0], state.at, count, VALUE);
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = at[t];
+      vec change = {};
+      EACH_GROUP(g) {
+        vec to_q = aligned(d_q[t] + g);
+        if (NORMALIZED) to_q += size[t] * aligned(state.z + g);
+        const vec part = aligned(q[t] + g) * to_q;
+        if (DECAY == 2) add_to<KEY>(d.g + n * KEY, g, part);
+        change += part;
+        if (DECAY) to_q *= kept[t].rows(g);
+        add_to<KEY>(d.q + n * KEY, g, to_q, float(x.scale));
+      }
+      if (DECAY == 1) d.g[n] += sum(change);
+    }
+    multiply<KEYS, 1, VALUE, WHOLE, true>(state.at, v[0], k[0], VALUE, count);
+    if (NORMALIZED) state.add_to_z(k, count, nullptr);
+    state.pending = leave;
+  }
+};
+
+// Both across: D, and S that is still to be multiplied by what is pending.
+struct Leaving : State {
+  void keep(State& gradient) {
+    gradient.settle();
+    transpose<KEYS, VALUE>(gradient.at, at);
+    std::memcpy(z, gradient.z, sizeof(z));
+  }
+
+  // Sums over the columns of D S, row by row or of all rows.
+  void meet(const State& state, double* ends) const {
+    for (int g = 0; g < KEYS; g += LANES) {
+      vec total = NORMALIZED ? aligned(z + g) * aligned(state.z + g) : vec{};
+      for (int c = 0; c < VALUE; ++c) total += aligned(at + c * KEYS + g) * aligned(state.at + c * KEYS + g);
+      total *= state.pending.rows(g);
+      for (int i = g; i < g + LANES && i < KEY; ++i) ends[i % WIDTH] += total[i - g];
+    }
+  }
+};
+
+// d.g holds q dq - k dk of every token: running sums from the exact values at the anchors, `ends` [anchor][head][WIDTH].
+void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t begin, int64_t end,
+                    const std::vector<double>& ends) {
+  const int64_t last = tokens.count() - 1, size = (end - begin) * WIDTH;
+  std::vector<double> running(size);
+  for (int64_t s = last; s >= 0; --s) {
+    if (s == last || s % (ANCHOR * LANES) == ANCHOR * LANES - 1)
+      std::copy_n(&ends[s / (ANCHOR * LANES) * size], size, running.begin());
+    const bool none = tokens.begins[s] || (s == 0 && !x.state);  // no state to decay
+    float* g = d.g + (tokens.at[s] * x.heads + begin) * WIDTH;
+    for (int64_t i = 0; i < size; ++i) {
+      running[i] = none ? 0 : running[i] + g[i];
+      g[i] = float(running[i]);
+    }
+  }
+}
+
+// Heads of a row that a core reads side by side, window by window, as they lie in memory: as many as leave every core
+// some, and as have room for their states in a second-level cache.
+struct Groups {
+  int64_t size, count;
+
+  explicit Groups(const Inputs& x) {
+    const int64_t wanted = std::min(x.heads, (x.threads + x.batch - 1) / x.batch);
+    const int64_t room = std::max<int64_t>(1, (1 << 19) / sizeof(State));
+    size = std::min(room, (x.heads + wanted - 1) / wanted);
+    count = (x.heads + size - 1) / size;
+  }
+};
+
+thread_local Workspace work;
+thread_local std::vector<State> held;
+
+}  // namespace
+
+extern "C" {
+
+// Writes the reads to o and under NORMALIZED what they were divided by to sizes [B, T, H] (neither for padding), and
+// the last states to final_state.
+void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
+  const Inputs x = *in;
+  const Groups groups(x);
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t task = 0; task < x.batch * groups.count; ++task) {
+    Workspace& w = work;
+    const int64_t row = task / groups.count, begin = task % groups.count * groups.size;
+    const int64_t end = std::min(x.heads, begin + groups.size);
+    const Tokens tokens(row, x.length, x.skip, x.starts, false);
+    if (held.size() < size_t(groups.size)) held.resize(groups.size);
+    State* states = held.data() - begin;
+    const auto place = [&](int64_t head) { return (row * x.heads + head) * KEY * COLUMNS; };
+    for (int64_t head = begin; head < end; ++head) states[head].load(x.state ? x.state + place(head) : nullptr);
+    for (int64_t i = 0; i * LANES < tokens.count(); ++i) {
+      Window window(x, tokens, i);
+      for (int64_t head = begin; head < end; ++head) {
+        State& state = states[head];
+        window.divide(head);
+        for (int b = 0; b < window.blocks; ++b) {
+          const Block& block = window.block[b];
+          w.load(x, window, block, head);
+          w.enter_block(state, block.fresh, false);
+          multiply<VALUE, KEYS, 1>(w.o[0], w.q[0], state.at, block.count, KEY);
+          w.score(block.count);
+          multiply<VALUE, LANES, 1, LOWER, true>(w.o[0], w.scores[0], w.v[0], block.count, block.count);
+          for (int t = 0; t < block.count; ++t) {
+            const float size = NORMALIZED ? w.read_size(t, state.z) + float(x.eps) : 1;
+            if (NORMALIZED && sizes) sizes[w.at[t]] = size;
+            for (int c = 0; c < VALUE; c += LANES)
+              unaligned(o + w.at[t] * VALUE + c) = NORMALIZED ? aligned(w.o[t] + c) / size : aligned(w.o[t] + c);
+          }
+          multiply<VALUE, LANES, 1, WHOLE, true>(state.at, w.k_across[0], w.v[0], KEYS, block.count);
+          if (NORMALIZED) state.add_to_z(w.k, block.count, nullptr);
+          state.pending = w.leave;
+        }
+      }
+    }
+    for (int64_t head = begin; head < end; ++head) {
+      if (tokens.ends_empty) states[head].empty();
+      states[head].store(final_state + place(head));
+    }
+  }
+}
+
+void backward(const Inputs* in, const float* o, const float* d_o, const float* sizes, const Gradients* out) {
+  const Inputs x = *in;
+  const Gradients d = *out;
+  const Groups groups(x);
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t task = 0; task < x.batch * groups.count; ++task) {
+    Workspace& w = work;
+    const int64_t row = task / groups.count, begin = task % groups.count * groups.size;
+    const int64_t end = std::min(x.heads, begin + groups.size);
+    const Tokens tokens(row, x.length, x.skip, x.starts, false);
+    const int64_t windows = (tokens.count() + LANES - 1) / LANES, anchors = (windows + ANCHOR - 1) / ANCHOR;
+    std::vector<Leaving> leaving(DECAY ? anchors * (end - begin) : 0);
+    std::vector<double> ends(anchors * (end - begin) * WIDTH);
+    const auto anchored = [&](int64_t i) { return DECAY && (i == windows - 1 || i % ANCHOR == ANCHOR - 1); };
+    const auto anchor = [&](int64_t head, int64_t i) { return i / ANCHOR * (end - begin) + head - begin; };
+    if (held.size() < size_t(groups.size)) held.resize(groups.size);
+    State* states = held.data() - begin;
+    const auto place = [&](int64_t head) { return (row * x.heads + head) * KEY * COLUMNS; };
+
+    for (int64_t head = begin; head < end; ++head) {
+      states[head].load(d.state + place(head));
+      if (tokens.ends_empty) states[head].empty();
+    }
+    for (int64_t i = windows - 1; i >= 0; --i) {
+      Window window(x, tokens, i);
+      for (int64_t head = begin; head < end; ++head) {
+        if (anchored(i)) leaving[anchor(head, i)].keep(states[head]);
+        window.divide(head);
+        for (int b = window.blocks - 1; b >= 0; --b) {
+          w.load(x, window, window.block[b], head);
+          w.load_gradient(window.block[b].count, o, d_o, sizes);
+          w.retreat(x, d, window.block[b], states[head]);
+        }
+      }
+    }
+    for (int64_t head = begin; head < end; ++head) {
+      states[head].store(d.state + place(head));
+      states[head].load(x.state ? x.state + place(head) : nullptr);
+      std::memcpy(w.across[0], states[head].at, sizeof(w.across));
+      transpose<KEYS, VALUE>(w.across[0], states[head].at);
+    }
+    for (int64_t i = 0; i < windows; ++i) {
+      Window window(x, tokens, i);
+      for (int64_t head = begin; head < end; ++head) {
+        window.divide(head);
+        for (int b = 0; b < window.blocks; ++b) {
+          w.load(x, window, window.block[b], head);
+          w.load_gradient(window.block[b].count, o, d_o, sizes);
+          w.follow(x, d, window.block[b], states[head]);
+        }
+        if (anchored(i)) leaving[anchor(head, i)].meet(states[head], &ends[anchor(head, i) * WIDTH]);
+      }
+    }
+    if (DECAY) decay_gradient(x, d, tokens, begin, end, ends);
+  }
+}
+
+}  // extern "C"
