@@ -7,18 +7,15 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int SUMS = 16;  // vectors of 16 floats that registers hold beside the operands
-#else
-constexpr int SUMS = 4;
-#endif
+constexpr int TOKENS = 16;           // of a block at most
+constexpr int SUMS = REGISTERS / 2;  // beside them, registers hold operands
 
 inline vec& aligned(float* x) { return *reinterpret_cast<vec*>(x); }
 inline const vec& aligned(const float* x) { return *reinterpret_cast<const vec*>(x); }
 inline loose& unaligned(float* x) { return *reinterpret_cast<loose*>(x); }
 inline const loose& unaligned(const float* x) { return *reinterpret_cast<const loose*>(x); }
 
-// 16 of SIZE numbers, `beyond` after the last.
+// LANES of SIZE numbers, `beyond` after the last.
 template <int SIZE>
 inline vec part_of(const float* x, int first, float beyond = 0) {
   if (first + LANES <= SIZE) return unaligned(x + first);
@@ -38,7 +35,7 @@ inline bool any(Lanes holds) {
 
 enum Shape { WHOLE, LOWER, UPPER };
 
-// ROWS x (16 PARTS) of `multiply`, from row `first` on.
+// ROWS rows and PARTS vectors of `multiply`, from row `first` on.
 template <int ROWS, int PARTS, int COLUMNS, int DOWN, int ALONG, Shape SHAPE, bool ADDS>
 inline void tile(float* out, const float* x, const float* y, int first, int count) {
   vec total[ROWS][PARTS];
@@ -79,44 +76,36 @@ inline void multiply(float* out, const float* x, const float* y, int rows, int c
   if (REST) strip<REST ? REST : 1, COLUMNS, DOWN, ALONG, SHAPE, ADDS>(out + c, x, y + c, rows, count);
 }
 
-// Swaps the lanes with bit D set of a with those of b that have it not.
+// The transpose of a square, by swapping the off-diagonal quarters of ever smaller squares.
 template <int D>
-inline void swap_lanes(vec& a, vec& b) {
-#define FROM_A(j) ((j) & D ? 16 + (j) - D : (j))
-#define FROM_B(j) ((j) & D ? 16 + (j) : (j) + D)
-#define ALL(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
-  const vec first = SHUFFLE(a, b, ALL(FROM_A)), second = SHUFFLE(a, b, ALL(FROM_B));
-#undef FROM_A
-#undef FROM_B
-#undef ALL
-  a = first;
-  b = second;
+inline void transpose_square(vec (&x)[LANES]) {
+  if constexpr (D > 0) {
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) {
+      if (i & D) continue;
+      const vec a = x[i], b = x[i + D];
+      x[i] = lower<D>(a, b);
+      x[i + D] = upper<D>(a, b);
+    }
+    transpose_square<D / 2>(x);
+  }
 }
 
-template <int D>
-inline void swap_all(vec (&x)[LANES]) {
-  _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) if (!(i & D)) swap_lanes<D>(x[i], x[i + D]);
-}
-
-// to [COLUMNS, ROWS] = from [ROWS, COLUMNS], both multiples of 16.
+// to [COLUMNS, ROWS] = from [ROWS, COLUMNS], both multiples of LANES.
 template <int ROWS, int COLUMNS>
 inline void transpose(const float* from, float* to) {
   for (int r = 0; r < ROWS; r += LANES)
     for (int c = 0; c < COLUMNS; c += LANES) {
       vec x[LANES];
       _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) x[i] = aligned(from + (r + i) * COLUMNS + c);
-      swap_all<8>(x);
-      swap_all<4>(x);
-      swap_all<2>(x);
-      swap_all<1>(x);
+      transpose_square<LANES / 2>(x);
       _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) aligned(to + (c + i) * ROWS + r) = x[i];
     }
 }
 
 // Zeros above the diagonal, whatever stood there.
-inline void keep_lower(float (&x)[LANES][LANES], int rows) {
+inline void keep_lower(float (&x)[TOKENS][TOKENS], int rows) {
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < LANES; ++j) x[i][j] = j <= i ? x[i][j] : 0;
+    for (int j = 0; j < TOKENS; ++j) x[i][j] = j <= i ? x[i][j] : 0;
 }
 
 }  // namespace

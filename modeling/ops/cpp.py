@@ -23,7 +23,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger("transformers.lalm")
 
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+# Made in half the time, it is as fast.
+_LEVELS = {"diagonal": "-O2"}
+_FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
@@ -61,7 +63,9 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
         return None
     defines = tuple(f"-D{key}={value}" for key, value in sizes)
     texts = b"".join(path.read_bytes() for path in (*sorted(source.parent.glob("*.h")), source))
-    texts += " ".join([compiler, *_FLAGS, *defines, platform.machine(), _cpu_flags()]).encode()
+    texts += " ".join(
+        [compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines, platform.machine(), _cpu_flags()]
+    ).encode()
     library = _folder() / f"{name}-{hashlib.sha256(texts).hexdigest()[:20]}.so"
     return _Plan(name, compiler, source, defines, library)
 
@@ -104,7 +108,8 @@ def _compile(plan: _Plan) -> None:
     with tempfile.TemporaryDirectory(dir=plan.library.parent) as folder:
         made = Path(folder) / plan.library.name
         for index, optional in enumerate(_OPTIONAL):
-            command = [plan.compiler, *_FLAGS, *optional, *plan.defines, str(plan.source), "-o", str(made)]
+            flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
+            command = [plan.compiler, *flags, str(plan.source), "-o", str(made)]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 break

@@ -21,7 +21,7 @@ namespace {
 constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, VALUE), BLOCK = PARTS * LANES;
 constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
 constexpr int ANCHOR = 256, AHEAD = 4;
-static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be a multiple of 16");
+static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
 
 typedef RowOf<PARTS> Row;
 typedef ColumnOf<KEY> Column;
@@ -149,19 +149,21 @@ inline void follow(State& state, const Token& now, const Row& u, const Row& d_o,
   }
 }
 
-typedef double fine __attribute__((vector_size(LANES * sizeof(double))));
+typedef double fine __attribute__((vector_size(LANES * sizeof(float))));
+typedef float half __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(4), may_alias));
 
 // sum of x y in doubles
 template <int SIZE>
 double product(const float* x, const float* y) {
+  constexpr int STEP = LANES / 2;
   fine total = {};
   int i = 0;
-  for (; i + LANES <= SIZE; i += LANES) {
-    const vec a = *reinterpret_cast<const loose*>(x + i), b = *reinterpret_cast<const loose*>(y + i);
+  for (; i + STEP <= SIZE; i += STEP) {
+    const half a = *reinterpret_cast<const half*>(x + i), b = *reinterpret_cast<const half*>(y + i);
     total += __builtin_convertvector(a, fine) * __builtin_convertvector(b, fine);
   }
   double found = 0;
-  for (int j = 0; j < LANES; ++j) found += total[j];
+  for (int j = 0; j < STEP; ++j) found += total[j];
   for (; i < SIZE; ++i) found += double(x[i]) * y[i];
   return found;
 }

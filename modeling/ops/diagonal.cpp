@@ -24,7 +24,7 @@ namespace {
 constexpr int KEYS = rounded(KEY), COLUMNS = VALUE + NORMALIZED;  // of a state outside
 constexpr int ANCHOR = 16, WIDTH = DECAY == 2 ? KEY : 1;          // windows; numbers of a log decay
 constexpr float SMALLEST = 2e-9f;                                 // exp(-20)
-static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be a multiple of 16");
+static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
 
 #define EACH_GROUP(g) _Pragma("GCC unroll 4") for (int g = 0; g < KEYS; g += LANES)
 
@@ -99,7 +99,7 @@ struct State {
     settle_z();
   }
 
-  void add_to_z(const float (&rows)[LANES][KEYS], int count, const float* weights) {
+  void add_to_z(const float (&rows)[TOKENS][KEYS], int count, const float* weights) {
     for (int t = 0; t < count; ++t) EACH_GROUP(g) aligned(z + g) += (weights ? weights[t] : 1) * aligned(rows[t] + g);
   }
 
@@ -121,11 +121,11 @@ struct Window {
   const Tokens& tokens;
   int64_t first;
   int count, blocks = 0;
-  Block block[LANES];
-  Factor kept[LANES];  // f_i
+  Block block[TOKENS];
+  Factor kept[TOKENS];  // f_i
 
   Window(const Inputs& x, const Tokens& tokens, int64_t index)
-      : x(x), tokens(tokens), first(index * LANES), count(std::min<int64_t>(LANES, tokens.count() - first)) {}
+      : x(x), tokens(tokens), first(index * TOKENS), count(std::min<int64_t>(TOKENS, tokens.count() - first)) {}
 
   int64_t at(int t, int64_t head) const { return tokens.at[first + t] * x.heads + head; }
 
@@ -150,11 +150,12 @@ struct Window {
 
 // A block. Rows of tokens that a short one lacks hold what was there before: no sum reads them.
 struct Workspace {
-  alignas(64) float q[LANES][KEYS], k[LANES][KEYS], k_across[KEYS][LANES], v[LANES][VALUE], v_across[VALUE][LANES];
-  alignas(64) float o[LANES][VALUE], d_q[LANES][KEYS], d_k[LANES][KEYS], d_v[LANES][VALUE], across[VALUE][KEYS];
-  alignas(64) float scores[LANES][LANES], d_scores[LANES][LANES], size[LANES];
-  int64_t at[LANES];  // in [B, T, H]
-  Factor kept[LANES], inverse[LANES], enter, leave;  // f_i, 1 / f_i, a_1, f_n
+  alignas(64) float q[TOKENS][KEYS], k[TOKENS][KEYS], k_across[KEYS][TOKENS], v[TOKENS][VALUE];
+  alignas(64) float v_across[VALUE][TOKENS], o[TOKENS][VALUE], across[VALUE][KEYS];
+  alignas(64) float d_q[TOKENS][KEYS], d_k[TOKENS][KEYS], d_v[TOKENS][VALUE], size[TOKENS];
+  alignas(64) float scores[TOKENS][TOKENS], d_scores[TOKENS][TOKENS];
+  int64_t at[TOKENS];  // in [B, T, H]
+  Factor kept[TOKENS], inverse[TOKENS], enter, leave;  // f_i, 1 / f_i, a_1, f_n
 
   void load(const Inputs& x, const Window& window, const Block& block, int64_t head) {
     for (int t = 0; t < block.count; ++t) {
@@ -189,13 +190,14 @@ struct Workspace {
 
   // q~_i . k~_j for j <= i
   void score(int count) {
-    transpose<LANES, KEYS>(k[0], k_across[0]);
-    multiply<LANES, KEYS, 1>(scores[0], q[0], k_across[0], count, KEY);
+    transpose<TOKENS, KEYS>(k[0], k_across[0]);
+    multiply<TOKENS, KEYS, 1>(scores[0], q[0], k_across[0], count, KEY);
     keep_lower(scores, count);
   }
 
   float read_size(int t, const float* z) const {
-    vec total = aligned(scores[t]);
+    vec total = {};
+    for (int j = 0; j < TOKENS; j += LANES) total += aligned(scores[t] + j);
     EACH_GROUP(g) total += aligned(q[t] + g) * aligned(z + g);
     return sum(total);
   }
@@ -221,16 +223,17 @@ struct Workspace {
     if (DECAY) state.pending.multiply(leave);
     state.settle();
     transpose<KEYS, VALUE>(state.at, across[0]);
-    transpose<LANES, VALUE>(v[0], v_across[0]);
+    transpose<TOKENS, VALUE>(v[0], v_across[0]);
     score(count);
-    multiply<LANES, VALUE, 1>(d_scores[0], o[0], v_across[0], count, VALUE);
-    for (int t = 0; NORMALIZED && t < count; ++t) aligned(d_scores[t]) += size[t];
+    multiply<TOKENS, VALUE, 1>(d_scores[0], o[0], v_across[0], count, VALUE);
+    for (int t = 0; NORMALIZED && t < count; ++t)
+      for (int j = 0; j < TOKENS; j += LANES) aligned(d_scores[t] + j) += size[t];
     keep_lower(d_scores, count);
     multiply<VALUE, KEYS, 1>(d_v[0], k[0], state.at, count, KEY);
-    multiply<VALUE, 1, LANES, UPPER, true>(d_v[0], scores[0], o[0], count, count);
+    multiply<VALUE, 1, TOKENS, UPPER, true>(d_v[0], scores[0], o[0], count, count);
     multiply<KEYS, VALUE, 1>(d_k[0], v[0], across[0], count, VALUE);
-    multiply<KEYS, 1, LANES, UPPER, true>(d_k[0], d_scores[0], q[0], count, count);
-    multiply<KEYS, LANES, 1, LOWER>(d_q[0], d_scores[0], k[0], count, count);
+    multiply<KEYS, 1, TOKENS, UPPER, true>(d_k[0], d_scores[0], q[0], count, count);
+    multiply<KEYS, TOKENS, 1, LOWER>(d_q[0], d_scores[0], k[0], count, count);
     for (int t = 0; t < count; ++t) {
       const int64_t n = at[t];
       std::memcpy(d.v + n * VALUE, d_v[t], sizeof(d_v[t]));
@@ -306,8 +309,8 @@ void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, i
   const int64_t last = tokens.count() - 1, size = (end - begin) * WIDTH;
   std::vector<double> running(size);
   for (int64_t s = last; s >= 0; --s) {
-    if (s == last || s % (ANCHOR * LANES) == ANCHOR * LANES - 1)
-      std::copy_n(&ends[s / (ANCHOR * LANES) * size], size, running.begin());
+    if (s == last || s % (ANCHOR * TOKENS) == ANCHOR * TOKENS - 1)
+      std::copy_n(&ends[s / (ANCHOR * TOKENS) * size], size, running.begin());
     const bool none = tokens.begins[s] || (s == 0 && !x.state);  // no state to decay
     float* g = d.g + (tokens.at[s] * x.heads + begin) * WIDTH;
     for (int64_t i = 0; i < size; ++i) {
@@ -352,7 +355,7 @@ void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
     State* states = held.data() - begin;
     const auto place = [&](int64_t head) { return (row * x.heads + head) * KEY * COLUMNS; };
     for (int64_t head = begin; head < end; ++head) states[head].load(x.state ? x.state + place(head) : nullptr);
-    for (int64_t i = 0; i * LANES < tokens.count(); ++i) {
+    for (int64_t i = 0; i * TOKENS < tokens.count(); ++i) {
       Window window(x, tokens, i);
       for (int64_t head = begin; head < end; ++head) {
         State& state = states[head];
@@ -363,14 +366,14 @@ void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
           w.enter_block(state, block.fresh, false);
           multiply<VALUE, KEYS, 1>(w.o[0], w.q[0], state.at, block.count, KEY);
           w.score(block.count);
-          multiply<VALUE, LANES, 1, LOWER, true>(w.o[0], w.scores[0], w.v[0], block.count, block.count);
+          multiply<VALUE, TOKENS, 1, LOWER, true>(w.o[0], w.scores[0], w.v[0], block.count, block.count);
           for (int t = 0; t < block.count; ++t) {
             const float size = NORMALIZED ? w.read_size(t, state.z) + float(x.eps) : 1;
             if (NORMALIZED && sizes) sizes[w.at[t]] = size;
             for (int c = 0; c < VALUE; c += LANES)
               unaligned(o + w.at[t] * VALUE + c) = NORMALIZED ? aligned(w.o[t] + c) / size : aligned(w.o[t] + c);
           }
-          multiply<VALUE, LANES, 1, WHOLE, true>(state.at, w.k_across[0], w.v[0], KEYS, block.count);
+          multiply<VALUE, TOKENS, 1, WHOLE, true>(state.at, w.k_across[0], w.v[0], KEYS, block.count);
           if (NORMALIZED) state.add_to_z(w.k, block.count, nullptr);
           state.pending = w.leave;
         }
@@ -393,7 +396,7 @@ void backward(const Inputs* in, const float* o, const float* d_o, const float* s
     const int64_t row = task / groups.count, begin = task % groups.count * groups.size;
     const int64_t end = std::min(x.heads, begin + groups.size);
     const Tokens tokens(row, x.length, x.skip, x.starts, false);
-    const int64_t windows = (tokens.count() + LANES - 1) / LANES, anchors = (windows + ANCHOR - 1) / ANCHOR;
+    const int64_t windows = (tokens.count() + TOKENS - 1) / TOKENS, anchors = (windows + ANCHOR - 1) / ANCHOR;
     std::vector<Leaving> leaving(DECAY ? anchors * (end - begin) : 0);
     std::vector<double> ends(anchors * (end - begin) * WIDTH);
     const auto anchored = [&](int64_t i) { return DECAY && (i == windows - 1 || i % ANCHOR == ANCHOR - 1); };

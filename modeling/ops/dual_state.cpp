@@ -15,7 +15,7 @@ namespace {
 
 constexpr int ROWS = rounded(KEY), PARTS = parts_of(4, M * ROWS, VALUE), BLOCK = PARTS * LANES;
 constexpr int SEGMENT = 32;  // tokens whose states the backward pass holds at once
-static_assert(VALUE % LANES == 0, "VALUE must be a multiple of 16");
+static_assert(VALUE % LANES == 0, "VALUE must be whole registers");
 
 typedef RowOf<PARTS> Row;
 typedef ColumnOf<KEY> Column;

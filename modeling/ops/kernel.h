@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// What the C++ kernels of recurrences share: vectors of 16 floats, rows of a state, the tokens of a text.
+// What the C++ kernels share: vectors as wide as the machine's registers, rows of a state, the tokens of a text.
 
 #pragma once
 
@@ -9,18 +9,45 @@
 
 namespace {
 
-constexpr int LANES = 16;
+// Compilers pass vectors wider than a register through memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
+#else
+constexpr int LANES = 4;
+#define EACH_LANE(f) f(0), f(1), f(2), f(3)
+#ifdef __aarch64__
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+#endif
 constexpr int CACHE = 40960;  // bytes of a state: most of a first-level cache
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef float loose __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
 #ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(a, b, f) __builtin_shufflevector(a, b, EACH_LANE(f))
 #else
 typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#define SHUFFLE(a, b, f) __builtin_shuffle(a, b, (lanes){EACH_LANE(f)})
 #endif
+
+// Of the lanes with bit D set those of b, each from D lanes below; and those of a without it, from D lanes above.
+#define FROM_BELOW(j) ((j) & D ? LANES + (j) - D : (j))
+#define FROM_ABOVE(j) ((j) & D ? LANES + (j) : (j) + D)
+template <int D>
+inline vec lower(vec a, vec b) {
+  return SHUFFLE(a, b, FROM_BELOW);
+}
+template <int D>
+inline vec upper(vec a, vec b) {
+  return SHUFFLE(a, b, FROM_ABOVE);
+}
 
 inline float sum(vec x) {
   float total = 0;
@@ -48,32 +75,19 @@ inline vec sigmoid(vec x) {
   return x < -87.f - (vec){} ? (vec){} : y;
 }
 
-inline vec pairs(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-inline vec quads(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-inline vec eights(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-         SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-}
-inline vec halves(vec a, vec b) {
-  return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+// The sums over the lanes of COUNT vectors, each in its own lane.
+template <int COUNT>
+inline vec sums_of(const vec* x) {
+  if constexpr (COUNT == 1) {
+    return *x;
+  } else {
+    constexpr int HALF = COUNT / 2;
+    const vec a = sums_of<HALF>(x), b = sums_of<HALF>(x + HALF);
+    return lower<HALF>(a, b) + upper<HALF>(a, b);
+  }
 }
 
-// The sums over the lanes of 16 vectors.
-inline vec sums(const vec (&x)[LANES]) {
-  vec e[2];
-  for (int j = 0; j < 2; ++j) {
-    const vec* y = x + 8 * j;
-    e[j] = eights(quads(pairs(y[0], y[1]), pairs(y[2], y[3])), quads(pairs(y[4], y[5]), pairs(y[6], y[7])));
-  }
-  return halves(e[0], e[1]);
-}
+inline vec sums(const vec (&x)[LANES]) { return sums_of<LANES>(x); }
 
 // Has SIZE numbers brought to the cache. The tokens of a head lie too far apart for the processor to foresee them.
 template <int SIZE>

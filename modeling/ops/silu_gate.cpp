@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t PIECE = 4096;
 
-// Sixteen numbers from `place`, fewer at the end.
+// A vector of numbers from `place`, fewer at the end.
 inline vec take(const float* x, int64_t place, int64_t count) {
   vec found = {};
   if (place + LANES <= count) return *reinterpret_cast<const loose*>(x + place);

@@ -1,6 +1,8 @@
 """The C++ forms of the diagonal recurrences and of the delta rule against their definitions in float64."""
 
 import dataclasses
+import platform
+import shutil
 
 import pytest
 import torch
@@ -186,6 +188,27 @@ def test_decays_that_differ_by_key_and_by_head():
     case.g[:, :, 1, 5] = -9.0
     case.g[:, ::7, 2] = -300.0
     compare(case, SequenceLayout(mask=masks(90), segments=documents(90)), tolerance=4e-6)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86 processors")
+@pytest.mark.parametrize("kind", ["normalized decay", "gla", "gated delta"])
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
+def test_narrower_registers(processor, kind, monkeypatch, tmp_path):
+    """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
+    if processor == "x86-64-v3" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor has no AVX2")
+    compiler = tmp_path / "compiler"
+    chosen = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler.write_text(f'#!/bin/bash\nexec {chosen} "${{@/-march=native/-march={processor}}}"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
+    cpp._plan.cache_clear()
+    try:
+        compare(make(kind, 40, 48, 37))
+        assert len(list(tmp_path.glob("*.so"))) == 1
+    finally:
+        cpp._plan.cache_clear()
 
 
 def test_views_and_half_precision_are_accepted():
