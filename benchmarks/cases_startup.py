@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.forks import in_a_fork
 from benchmarks.models import LLAMA, VARIANTS, build, decodes_exactly, tokens
 from benchmarks.registry import Contest, Contestant, Ratio, register
 
@@ -62,20 +62,6 @@ def first_forward(name: str) -> float:
         start = time.perf_counter()
         model(input_ids=ids)
         return time.perf_counter() - start
-
-
-def in_a_fork(task: Callable[[], float]) -> float:
-    """What `task` returns in a copy of this process, which keeps nothing of it."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.write(writer, repr(task()).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        value = pipe.read()
-    os.waitpid(child, 0)
-    return float(value)
 
 
 def forwards() -> dict[str, float]:

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from benchmarks.forks import in_a_fork
 from benchmarks.machine import describe, matrix_product_rates
 from benchmarks.registry import CASES, Case, Contest, GateError, Ratio, select
 from benchmarks.timing import Spread, alternate, spread
@@ -92,6 +94,7 @@ def measure(case: Case, only: str = "*", haste: float = 1.0) -> tuple[list[Line]
 
 def attempt(case: Case, only: str, haste: float) -> tuple[list[Line], dict[str, Any]]:
     """`measure`, or one line that says why there is nothing to measure."""
+    torch.manual_seed(0)
     missing = {"case": case.name, "ours": case.what}
     if case.needs == "cuda" and not torch.cuda.is_available():
         return [missing | {"status": "no GPU"}], {}
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    machine = describe()
+    machine = in_a_fork(describe)
     command = "python -m benchmarks.run " + shlex.join(sys.argv[1:] if argv is None else argv)
     report: dict[str, Any] = {"command": command.strip(), "machine": machine, "lines": [], "cases": {}}
     print(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, "
@@ -173,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     for case in arguments.cases:
         began = time.monotonic()
-        torch.manual_seed(0)
-        lines, details = attempt(case, arguments.only, 10.0 if arguments.quick else 1.0)
+        # What a case leaves behind, in the allocator above all, would change the figures of the next.
+        lines, details = in_a_fork(partial(attempt, case, arguments.only, 10.0 if arguments.quick else 1.0))
         print("\n".join(map(row, lines)), flush=True)
         report["lines"] += lines
         report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "contestants": details}
         if arguments.json:
             write(arguments.json, report)
-    again = matrix_product_rates()
+    again = in_a_fork(matrix_product_rates)
     machine["matrix_product_gflops"] = {
         dtype: max(rate, again[dtype]) for dtype, rate in machine["matrix_product_gflops"].items()
     }

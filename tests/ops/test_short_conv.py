@@ -53,6 +53,31 @@ def test_cpp_is_torch(kind, causal, width, activation):
         assert relative_error(actual, expected) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["plain", "padding", "documents", "both"])
+@pytest.mark.parametrize("width", [1, 4, LENGTH + 3])
+def test_state_for_a_cache(kind, width, monkeypatch):
+    """The kernel leaves the state that plain torch does; values and gradients."""
+    torch.manual_seed(0)
+    conv, parts, where = (
+        ShortConvolution(21, width),
+        [torch.randn(3, LENGTH, 5), torch.randn(3, LENGTH, 16)],
+        layouts(),
+    )
+    torch.nn.init.normal_(conv.weight)
+
+    def state_of():
+        leaves = [part.clone().requires_grad_() for part in parts]
+        outputs, state = conv(leaves, None, where[kind], True)
+        loss = (state * torch.linspace(-1, 1, state.numel()).view_as(state)).sum()
+        return state, *torch.autograd.grad(loss + 0 * sum(y.sum() for y in outputs), leaves)
+
+    found = state_of()
+    assert found[0].shape == (3, width - 1, 21)
+    monkeypatch.setattr("lalm.modeling.layers.cpp_short_conv", lambda *arguments: None)
+    for actual, expected in zip(found, state_of(), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_threads_give_the_same():
     conv, parts, where = ShortConvolution(130, 4), [torch.randn(3, LENGTH, 130)], layouts()["both"]
     torch.nn.init.normal_(conv.weight)
