@@ -118,6 +118,7 @@ for _size, _length in SHAPES:
             least_rounds=2 if _length > 2048 else 3,
             warm_up=_length <= 2048,
             long=_length > 2048,
+            extra=_dtype != torch.float32,
         )
 register(
     "encoder_memory",

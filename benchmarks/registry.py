@@ -79,7 +79,8 @@ class Case:
         what: ours against whom, for the list and for the line of a case that cannot run.
         build: makes the models and tensors.
         budget: seconds for the samples; rounds follow from it.
-        warm_up: run a round that is not counted; the long cases leave that to their gates.
+        warm_up: run a round that is not counted; of long cases only its first contestant runs, the others have their
+            gates.
         least_rounds: rounds that run whatever the budget.
         needs: "cpu" or "cuda".
         long: left out by --quick.

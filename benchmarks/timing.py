@@ -57,14 +57,14 @@ def alternate(runs: Runs, budget: float, least_rounds: int = 3, warm_up: bool = 
 
     Args:
         budget: seconds. After `least_rounds` a round begins only if one as long as the last fits.
-        warm_up: a first round that is not counted.
+        warm_up: a first round that is not counted; else its first run alone, which leaves the process the memory that
+            the others use as well.
 
     Returns:
         the samples of every run, as many of each.
     """
-    if warm_up:
-        for run in runs.values():
-            sample(run)
+    for run in list(runs.values())[: None if warm_up else 1]:
+        sample(run)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = last = time.perf_counter()
     for number in range(MOST_ROUNDS):
