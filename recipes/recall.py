@@ -40,6 +40,7 @@ from lalm.training.recall import evaluate_recall, multi_query_associative_recall
 from lalm.training.recipe import read_recipe  # noqa: E402
 from lalm.training.run_results import read_json, write_json  # noqa: E402
 
+WEIGHT_DECAY = 0.1  # of both papers
 TOLERANCE = 1e-4  # float32, of the logits of decoding against those of one forward
 # No two splits share a seed, whatever the seed of the run.
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 1_000_000, 1, 2
@@ -58,7 +59,6 @@ class Plan:
         evaluation_texts: validation and test texts a slice.
         batch_size: texts a step.
         max_steps: steps of a run, the first tenth of them warm-up, the rate falling by a cosine to 0.
-        weight_decay: of AdamW.
         learning_rates: tried with the first seed.
         seeds: of weights, order and training texts.
         decode_after: tokens that have been read when decoding is timed.
@@ -81,7 +81,6 @@ class Plan:
     seeds: list[int]
     sizes: dict[str, Any]
     models: dict[str, dict[str, Any]]
-    weight_decay: float = 0.1
     decode_after: int = 256
     decode_batch: int = 64
     decode_steps: int = 16
@@ -164,7 +163,7 @@ class Runs:
         """All that a run follows from."""
         plan = self.plan
         names = ("vocab_size", "train_length", "train_pairs", "train_texts", "evaluation_texts", "batch_size")
-        common = {field: getattr(plan, field) for field in (*names, "max_steps", "weight_decay")}
+        common = {field: getattr(plan, field) for field in (*names, "max_steps")}
         return common | {"learning_rate": rate, "seed": seed, "model": plan.sizes | plan.models[name]}
 
     def finished(self, name: str, rate: float, seed: int) -> dict[str, Any]:
@@ -224,7 +223,7 @@ def train(plan: Plan, name: str, rate: float, seed: int, place: Path) -> tuple[A
         learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=plan.max_steps // 10,
-        weight_decay=plan.weight_decay,
+        weight_decay=WEIGHT_DECAY,
         seed=seed,
         logging_steps=max(1, plan.max_steps // 20),
         save_strategy="no",

@@ -21,6 +21,7 @@ from datasets import Dataset
 
 IGNORED = -100
 _DRAWN_AT_ONCE = 1 << 23  # random numbers held at a time, 64 MiB
+_NUMBERS_A_CHUNK = 1 << 30
 
 
 def multi_query_associative_recall(
@@ -122,10 +123,15 @@ def _gaps(source: np.random.Generator, space: int, power: float, shape: tuple[in
     return gaps
 
 
-def _column(rows: np.ndarray) -> pa.ListArray:
-    """`[N, L]` as N lists, without passing through Python's."""
-    offsets = np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.reshape(-1)))
+def _column(rows: np.ndarray) -> pa.ChunkedArray:
+    """`[N, L]` as N lists, without passing through Python's. The offsets of one chunk are 32 bits wide."""
+    length, at_once = rows.shape[1], max(1, _NUMBERS_A_CHUNK // rows.shape[1])
+    chunks = []
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
+        offsets = pa.array(np.arange(0, part.size + 1, length, dtype=np.int32))
+        chunks.append(pa.ListArray.from_arrays(offsets, pa.array(part.reshape(-1))))
+    return pa.chunked_array(chunks)
 
 
 def predicted_tokens(logits: Any, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -112,10 +112,13 @@ def test_seed_decides():
     assert (one != other).any(axis=1).all()
 
 
-def test_large_draws_are_made_in_pieces(monkeypatch):
+def test_large_data_sets_are_made_in_pieces(monkeypatch):
+    """Pieces of the draws change nothing that is drawn, pieces of the columns nothing that is read."""
+    whole = arrays(64, 33, 40, 5)
     monkeypatch.setattr("lalm.training.recall._DRAWN_AT_ONCE", 100)
-    ids, labels = arrays(64, 33, 40, 5)
-    assert all(len(queries_of(*text)) == 5 for text in zip(ids, labels, strict=True))
+    monkeypatch.setattr("lalm.training.recall._NUMBERS_A_CHUNK", 100)
+    for part, expected in zip(arrays(64, 33, 40, 5), whole, strict=True):
+        assert (part == expected).all()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def done(tmp_path_factory):
 
 def test_results(done):
     folder, results = done
-    assert results["plan"] == PLAN | {"weight_decay": 0.1}
+    assert results["plan"] == PLAN
     assert list(results["models"]) == sorted(PLAN["models"])  # write_json sorts
     for model in results["models"].values():
         rates = model["validation_by_rate"]
