@@ -111,8 +111,12 @@ class Plan:
             expected = typing.get_origin(field.type) or field.type
             if not isinstance(value, (int, float) if expected is float else expected) or not value:
                 raise UserError(f"{field.name} must be of type {expected.__name__} and not empty or 0, got {value!r}")
+            if expected in (int, float) and value < 0:
+                raise UserError(f"{field.name} must be positive, got {value}")
         if not all(isinstance(rate, float) and rate > 0 for rate in self.learning_rates):
             raise UserError(f"learning_rates must be positive numbers such as 1.0e-3, got {self.learning_rates}")
+        if not all(isinstance(seed, int) and seed > 0 for seed in self.seeds):
+            raise UserError(f"seeds must be 1 or more, since validation and test draw from below, got {self.seeds}")
         try:
             for length, pairs in [*self.training_slices(), *self.test]:
                 self.texts(length, pairs, 1, 0)

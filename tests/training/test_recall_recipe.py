@@ -162,6 +162,8 @@ def test_speed_is_not_reported_of_a_model_that_decodes_wrongly(done, monkeypatch
         ({"batch": 4}, "unknown field 'batch'"),
         ({"max_steps": "ten"}, "max_steps must be of type int and not empty or 0, got 'ten'"),
         ({"seeds": []}, "seeds must be of type list and not empty"),
+        ({"seeds": [0, 1]}, "seeds must be 1 or more"),
+        ({"batch_size": -4}, "batch_size must be positive, got -4"),
         ({"learning_rates": ["1e-3"]}, "learning_rates must be positive numbers"),
         ({"test": [[16, 5]]}, "length must be at least 20, or num_pairs at most 4"),
         ({"test": [[16]]}, "train_length, train_pairs and test do not fit"),
