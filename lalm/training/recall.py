@@ -9,7 +9,7 @@ arXiv 2402.18668). It needs no tokenizer and no training: any causal language mo
     texts = multi_query_associative_recall(model.config.vocab_size, num_examples=1000, length=256, num_pairs=16)
     print(evaluate_recall(model, texts))
 
-Code symbol -> paper: length -> N, num_pairs -> D, power -> alpha; V vocab_size, L length, P num_pairs below.
+Symbols below: V vocab_size, L length, P num_pairs (`num_kv_pairs` in the authors' code), power (their `power_a`).
 """
 
 from typing import Any

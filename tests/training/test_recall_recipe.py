@@ -1,6 +1,7 @@
 """recipes/recall.py end to end, resumed, and what it says of a plan that does not fit."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -191,3 +192,13 @@ def test_the_recipe_of_the_repository_reads():
     plan = recall.Plan.read(str(ROOT / "recipes" / "recall.yaml"))
     assert {config.model_type for config in map(plan.config, plan.models)} >= {"llama", "lalm_based", "lalm_gla"}
     assert plan.config("llama").num_hidden_layers == plan.config("based f=8").num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("document", ["README.md", "model_cards/based.md"])
+def test_the_command_in_the_documents_names_the_recipe(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (command,) = re.findall(r"python (recipes/recall\.py .*)$", text, flags=re.MULTILINE)
+    script, plan, *rest = command.split()
+    assert (ROOT / script).is_file()
+    assert (ROOT / plan).samefile(ROOT / "recipes" / "recall.yaml")
+    assert rest == ["--output_dir", "runs/recall"]
