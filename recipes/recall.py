@@ -14,6 +14,7 @@ Task: Zoology (Arora et al., arXiv 2312.04927, section 4). Recall against state 
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import statistics
@@ -315,8 +316,8 @@ def span(scores: list[float]) -> str:
     return middle if len(scores) == 1 else f"{middle} ({min(scores):.3f}-{max(scores):.3f})"
 
 
-def panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By title, and by family in it: (bytes after as many tokens, value) of each model."""
+def panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By title, and by family in it: (KiB after as many tokens, value) of each model."""
     plan, drawn = results["plan"], {}
     hardest = [plan["train_length"], max(plan["train_pairs"])]
     for length, pairs in [one for one in (hardest, plan["test"][-1]) if one in plan["test"]]:
@@ -331,10 +332,10 @@ def panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float
     return drawn
 
 
-def points(results: dict[str, Any], length: int, value: Any) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
+def points(results: dict[str, Any], length: int, value: Any) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
     for name, model in results["models"].items():
-        found.setdefault(name.split()[0], []).append((model["state_bytes"][str(length)], value(model)))
+        found.setdefault(name.split()[0], []).append((model["state_bytes"][str(length)] / 1024, value(model)))
     return {family: sorted(pairs) for family, pairs in found.items()}
 
 
@@ -351,9 +352,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for family, pairs in families.items():
             style = {"color": "black"} if family == "llama" else {}
             axes.plot(*zip(*pairs, strict=True), "o-", markersize=4, label=family, **style)
-        axes.set(title=title, xscale="log", xlabel="bytes of cache a text", ylim=(0, None))
+        axes.set(title=title, xscale="log", xlabel="KiB of cache a text", ylim=(0, None))
+        low, high = (bound(x for pairs in families.values() for x, _ in pairs) for bound in (min, max))
+        ticks = [2**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
-    places[0].legend(fontsize="small")
+    places[-1].legend(fontsize="small", loc="lower left")
     machine = results["machine"]
     figure.suptitle(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), {machine['date'][:10]}")
     part = path.with_name(path.name + ".part")
