@@ -144,6 +144,22 @@ def test_a_failing_run_leaves_the_results(done, monkeypatch):
     assert files(folder / "out") == before
 
 
+def test_training_validation_and_test_share_no_text(tmp_path, monkeypatch):
+    drawn, make = {}, recall.multi_query_associative_recall
+
+    def recorded(*sizes, seed):
+        texts = make(*sizes, seed=seed)
+        drawn.setdefault(seed, set()).update(map(tuple, texts["input_ids"]))
+        return texts
+
+    monkeypatch.setattr(recall, "multi_query_associative_recall", recorded)
+    plan = {"learning_rates": [1e-3], "seeds": [1], "models": {"based": BASED | {"feature_dim": 2}}}
+    recall.main([write(tmp_path, **plan), "--output_dir", str(tmp_path / "out")])
+    del drawn[0]  # the check that the slices can be made
+    assert len(drawn) == 4  # two numbers of pairs in training, then validation and test
+    assert len(set().union(*drawn.values())) == sum(map(len, drawn.values())) == 2 * 16 + 2 * 12 + 2 * 12
+
+
 def test_runs_of_another_plan_are_refused(done):
     folder, _ = done
     with pytest.raises(UserError, match="another batch_size; choose a new --output_dir"):
