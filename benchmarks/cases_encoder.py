@@ -114,7 +114,7 @@ for _size, _length in SHAPES:
             f"encoder_{_size}x{_length}{_short}",
             f"LAM against all-MiniLM-L6-v2 on SDPA, {_size} texts of {_length} tokens, {str(_dtype)[6:]}",
             partial(against_minilm, _size, _length, _dtype),
-            budget=8,
+            budget=5,
             least_rounds=2 if _length > 2048 else 3,
             warm_up=_length <= 2048,
             long=_length > 2048,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import gates
-from benchmarks.memory import keep_freed_memory, measured_apart
+from benchmarks.memory import measured_apart
 from benchmarks.models import (
     LLAMA,
     SIZES,
@@ -43,10 +43,8 @@ def against_llama(job: Any, gate: Any, length: int, target: float, what: str) ->
 def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Contest:
     """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
 
-    The layers of a stack cost alike, and there is no head, whose share would hide what they cost. The allocator keeps
-    what is freed: at `long` an activation is a block that it would else give back, which no step of `short` pays for.
+    The layers of a stack cost alike, and there is no head, whose share would hide what they cost.
     """
-    keep_freed_memory()
     contestants, ratios = {}, []
     for name in names:
         model = build(name, num_hidden_layers=3 if name == "based" else 1)
@@ -97,7 +95,7 @@ def peak_memory(lengths: tuple[int, ...]) -> Contest:
         return measured_apart("train_step", name, *lengths)
 
     for name in (LLAMA, *VARIANTS):
-        gate = None if name == LLAMA else partial(trains_exactly, build(name))
+        gate = None if name == LLAMA else cache(partial(trains_exactly, build(name)))
         for length in lengths:
             run = partial(lambda name, length: peaks(name)[str(length)], name, length)
             contestants[f"{name} {length}"] = Contestant(run, gate, facts(build(name), length))
@@ -178,7 +176,7 @@ _LENGTHS = (512, 2048, 8192)
 _KINDS = ("gla", "gated_delta_net", "based", "local_global", "lam")  # one of each recurrence
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
-for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (30, 60, 60), strict=True):
+for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (20, 60, 60), strict=True):
     register(
         f"train_{_length}",
         f"train step, {_MODEL}, every causal variant against Llama on SDPA, T = {_length}",
