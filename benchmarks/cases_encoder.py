@@ -92,15 +92,17 @@ def run(*arguments: Any) -> None:
 def peak_memory(lengths: tuple[int, ...]) -> Contest:
     """What encoding one text takes on top of the model and the libraries; each in its own process."""
 
+    names = ("minilm", "lam")
+
     @cache
-    def peaks(name: str) -> dict[str, float]:
-        return measured_apart("encode", name, *lengths)
+    def peaks() -> dict[str, dict[str, float]]:
+        return measured_apart("encode", names, lengths)
 
     contestants = {}
-    for name in ("minilm", "lam"):
+    for name in names:
         gate = partial(encodes_exactly, encoder(name), *batch(1, 256)) if name == "lam" else None
         for length in lengths:
-            sample = partial(lambda name, length: peaks(name)[str(length)], name, length)
+            sample = partial(lambda name, length: peaks()[name][str(length)], name, length)
             contestants[f"{name} {length}"] = Contestant(sample, gate, {"tokens": length})
     last = lengths[-1]
     ratio = Ratio(f"lam {last}", f"minilm {last}", f"[1, {last}] forward", 1.0, at_most=True)

@@ -91,13 +91,13 @@ def peak_memory(lengths: tuple[int, ...]) -> Contest:
     contestants, ratios = {}, []
 
     @cache
-    def peaks(name: str) -> dict[str, float]:
-        return measured_apart("train_step", name, *lengths)
+    def peaks() -> dict[str, dict[str, float]]:
+        return measured_apart("train_step", (LLAMA, *VARIANTS), lengths)
 
     for name in (LLAMA, *VARIANTS):
         gate = None if name == LLAMA else cache(partial(trains_exactly, build(name)))
         for length in lengths:
-            run = partial(lambda name, length: peaks(name)[str(length)], name, length)
+            run = partial(lambda name, length: peaks()[name][str(length)], name, length)
             contestants[f"{name} {length}"] = Contestant(run, gate, facts(build(name), length))
             if name != LLAMA and length == lengths[-1]:
                 shape = f"[1, {length}] train step"
@@ -161,8 +161,8 @@ def against_package(blindspot: int, length: int = 2048) -> Contest:
         model.zero_grad()
 
     contestants = {
-        "package": Contestant(partial(step, theirs), same, facts_of_package(theirs, length)),
         "local_global": Contestant(partial(step, ours), same, facts(ours, length)),
+        "package": Contestant(partial(step, theirs), same, facts_of_package(theirs, length)),
     }
     shape = f"[1, {length}] fwd+bwd, 12 layers"
     return Contest(contestants, [Ratio("local_global", "package", shape, 1.5)])

@@ -92,13 +92,13 @@ def first_forwards() -> Contest:
     return Contest(contestants, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
 
 
-register("import", "import lalm against importing transformers' Llama", importing, budget=25, warm_up=False)
+register("import", "import lalm against importing transformers' Llama", importing, budget=15, warm_up=False)
 if hasattr(os, "fork"):
     register(
         "first_forward",
         "first forward of a tiny model against Llama's, kernels compiled before and not",
         first_forwards,
-        budget=25,
+        budget=12,
         warm_up=False,
     )
 

@@ -5,7 +5,7 @@ What counts is the high-water mark of resident memory (VmHWM) over what was resi
 matrix libraries and C++ kernels and what the allocator does not give back, which torch's profiler does not. It must be
 a fresh process, as memory that was freed before would be used again unseen; and it is not `ru_maxrss`, which a child
 inherits from the parent that started it. A first run over few tokens comes before, so that weights, the optimizer's
-averages and libraries are no part of the figure. Threads are all cores, as only bytes matter.
+averages and libraries are no part of the figure.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,19 @@ _WARM_UP = 64  # tokens
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def measured_apart(job: str, name: str, *lengths: int) -> dict[str, float]:
-    """MiB that the job of that name takes at each length (ascending), from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", job, name, *map(str, lengths)]
-    patient = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # for machines that do other work too
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=patient)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+def measured_apart(job: str, names: Sequence[str], lengths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """MiB that the job takes with each name, at each length (ascending); every name has a process of its own, and two
+    of them run at a time."""
+
+    def one(name: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks.memory", job, name, *map(str, lengths)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {run.stderr[-2000:]}")
+        return json.loads(run.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def keep_freed_memory() -> None:
@@ -90,7 +95,7 @@ def peaks(run: Callable[[int], Any], lengths: list[int]) -> dict[int, float]:
 def main() -> None:
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     job, name, *lengths = sys.argv[1:]
     run = {"train_step": train_step, "encode": encode}[job](name)
     print(json.dumps(peaks(run, list(map(int, lengths)))))

@@ -72,12 +72,12 @@ def figure(ratio: Ratio, contest: Contest, samples: dict[str, list[float]]) -> L
     }
 
 
-def measure(case: Case, only: str = "*", haste: float = 1.0) -> tuple[list[Line], dict[str, Any]]:
-    """The lines of a case, and what its contestants were and took. `haste` divides the budget."""
+def measure(case: Case, only: str = "*", haste: float = 1.0, rounds: int = 1) -> tuple[list[Line], dict[str, Any]]:
+    """The lines of a case, and what its contestants were and took. `haste` divides the budget; `rounds` at least."""
     contest = case.build().only(only)
     failed = check(contest)
     runs = {name: contestant.run for name, contestant in contest.contestants.items() if name not in failed}
-    least = case.least_rounds if haste == 1 else 1
+    least = max(rounds, case.least_rounds if haste == 1 else 1)
     samples = alternate(runs, case.budget / haste, least, case.warm_up) if len(runs) > 1 else {}
     lines = []
     for ratio in contest.ratios:
@@ -94,7 +94,7 @@ def measure(case: Case, only: str = "*", haste: float = 1.0) -> tuple[list[Line]
     return lines, details
 
 
-def attempt(case: Case, only: str, haste: float) -> tuple[list[Line], dict[str, Any]]:
+def attempt(case: Case, only: str, haste: float, rounds: int) -> tuple[list[Line], dict[str, Any]]:
     """`measure`, or one line that says why there is nothing to measure."""
     torch.manual_seed(0)
     keep_freed_memory()
@@ -102,7 +102,7 @@ def attempt(case: Case, only: str, haste: float) -> tuple[list[Line], dict[str, 
     if case.needs == "cuda" and not torch.cuda.is_available():
         return [missing | {"status": "no GPU"}], {}
     try:
-        return measure(case, only, haste)
+        return measure(case, only, haste, rounds)
     except ImportError as error:
         return [missing | {"status": "not installed", "reason": str(error)}], {}
     except Exception as error:
@@ -151,6 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no long cases: to see that all runs")
     parser.add_argument("--full", action="store_true", help="the cases too that do not fit into 20 minutes")
+    parser.add_argument("--rounds", type=int, default=1, help="of every case at least, whatever its budget")
     parser.add_argument("--threads", type=int, default=1, help="of the timed work (1)")
     parser.add_argument("--list", action="store_true", help="name the cases")
     arguments = parser.parse_args(argv)
@@ -176,11 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, "
           f"transformers {machine['versions']['transformers']}, {machine['date']}, load {machine['load']:.1f}, "
           f"large products {machine['matrix_product_gflops']} GFLOP/s\n\n{_columns(*_HEAD)}")  # fmt: skip
-    start = time.monotonic()
+    start, haste = time.monotonic(), 10.0 if arguments.quick else 1.0
     for case in arguments.cases:
         began = time.monotonic()
         # What a case leaves behind, in the allocator above all, would change the figures of the next.
-        lines, details = in_a_fork(partial(attempt, case, arguments.only, 10.0 if arguments.quick else 1.0))
+        lines, details = in_a_fork(partial(attempt, case, arguments.only, haste, arguments.rounds))
         print("\n".join(map(row, lines)), flush=True)
         report["lines"] += lines
         report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "contestants": details}

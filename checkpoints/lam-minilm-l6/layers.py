@@ -116,11 +116,12 @@ class ShortConvolution(nn.Module):
         """
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
-        if state is None and not keeps_state:
+        if state is None:
             pieces = zip(parts, self.weight.split(sizes), strict=True)
             outputs = [cpp_short_conv(x, weight, before, self.activation, layout) for x, weight in pieces]
             if all(output is not None for output in outputs):
-                return cast(Sequence[torch.Tensor], outputs), None
+                state = layout.last_inputs(parts, before) if keeps_state else None
+                return cast(Sequence[torch.Tensor], outputs), state
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         length = x.shape[1]
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])

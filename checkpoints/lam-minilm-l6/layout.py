@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass
@@ -53,6 +54,21 @@ class SequenceLayout:
         slots = torch.arange(joined.shape[1], device=joined.device)[None]
         source = torch.where(slots < padding + past.shape[1], (slots - padding).clamp(min=0), slots)
         return _gather_time(joined, source)
+
+    def last_inputs(self, parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+        """The last `count` real inputs of each row's last document: `parts` `[B, T, D_i]` -> `[B, count, D]`; zeros
+        stand first where there are fewer."""
+        length = parts[0].shape[1]
+        recent = slice(max(length - count, 0), None)  # [-0:] would be everything
+        index = None if self.order is None else self.order[:, recent]
+        last = [x[:, recent] if index is None else _gather_time(x, index) for x in parts]
+        x = torch.cat(last, dim=-1)
+        if self.mask is not None:
+            x = x * self.pads_first(self.mask)[:, recent, None]
+        segments = self.segments_pads_first()
+        if segments is not None:
+            x = x * (segments[:, recent] == segments[:, -1:])[..., None]
+        return F.pad(x, (0, 0, count - x.shape[1], 0))
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `pads_first`."""
