@@ -27,9 +27,12 @@ FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "c
 PACKAGE_DATA = {
     "lalm/py.typed",
     "lalm/training/sts_default_pairs.tsv",
+    "lalm/modeling/ops/blocks.h",
+    "lalm/modeling/ops/delta_rule.cpp",
+    "lalm/modeling/ops/diagonal.cpp",
     "lalm/modeling/ops/dual_state.cpp",
     "lalm/modeling/ops/kernel.h",
-    "lalm/modeling/ops/recurrence.cpp",
+    "lalm/modeling/ops/recurrence.h",
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",
     "lalm/modeling/ops/silu_gate.cpp",
