@@ -31,6 +31,7 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/delta_rule.cpp",
     "lalm/modeling/ops/diagonal.cpp",
     "lalm/modeling/ops/dual_state.cpp",
+    "lalm/modeling/ops/dual_state.h",
     "lalm/modeling/ops/kernel.h",
     "lalm/modeling/ops/recurrence.h",
     "lalm/modeling/ops/rms_norm.cpp",

@@ -14,8 +14,6 @@
 // Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED.
 // Layouts as in recurrence.h; under NORMALIZED the last of the VALUE + 1 columns of a state is z.
 
-#include <algorithm>
-
 #include "blocks.h"
 #include "recurrence.h"
 
@@ -303,16 +301,34 @@ struct Leaving : State {
   }
 };
 
+// Some heads of a row and their states.
+struct Task {
+  const Inputs& x;
+  const Group group;
+  const Tokens tokens;
+  std::vector<State>& states;
+
+  Task(const Inputs& x, const Groups& groups, int64_t index, std::vector<State>& held)
+      : x(x), group(groups, index), tokens(group.row, x.length, x.skip, x.starts, false), states(held) {
+    if (states.size() < size_t(groups.size)) states.resize(groups.size);
+  }
+
+  int64_t heads() const { return group.end - group.begin; }
+  int64_t windows() const { return (tokens.count() + TOKENS - 1) / TOKENS; }
+  State& state(int64_t head) const { return states[head - group.begin]; }
+  int64_t place(int64_t head) const { return (group.row * x.heads + head) * KEY * COLUMNS; }  // in [B, H, KEY, COLUMNS]
+};
+
 // d.g holds q dq - k dk of every token: running sums from the exact values at the anchors, `ends` [anchor][head][WIDTH].
-void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t begin, int64_t end,
-                    const std::vector<double>& ends) {
-  const int64_t last = tokens.count() - 1, size = (end - begin) * WIDTH;
+void decay_gradient(const Task& task, const Gradients& d, const std::vector<double>& ends) {
+  const Tokens& tokens = task.tokens;
+  const int64_t last = tokens.count() - 1, size = task.heads() * WIDTH;
   std::vector<double> running(size);
   for (int64_t s = last; s >= 0; --s) {
     if (s == last || s % (ANCHOR * TOKENS) == ANCHOR * TOKENS - 1)
       std::copy_n(&ends[s / (ANCHOR * TOKENS) * size], size, running.begin());
-    const bool none = tokens.begins[s] || (s == 0 && !x.state);  // no state to decay
-    float* g = d.g + (tokens.at[s] * x.heads + begin) * WIDTH;
+    const bool none = tokens.begins[s] || (s == 0 && !task.x.state);  // no state to decay
+    float* g = d.g + (tokens.at[s] * task.x.heads + task.group.begin) * WIDTH;
     for (int64_t i = 0; i < size; ++i) {
       running[i] = none ? 0 : running[i] + g[i];
       g[i] = float(running[i]);
@@ -320,21 +336,10 @@ void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, i
   }
 }
 
-// Heads of a row that a core reads side by side, window by window, as they lie in memory: as many as leave every core
-// some, and as have room for their states in a second-level cache.
-struct Groups {
-  int64_t size, count;
-
-  explicit Groups(const Inputs& x) {
-    const int64_t wanted = std::min(x.heads, (x.threads + x.batch - 1) / x.batch);
-    const int64_t room = std::max<int64_t>(1, (1 << 19) / sizeof(State));
-    size = std::min(room, (x.heads + wanted - 1) / wanted);
-    count = (x.heads + size - 1) / size;
-  }
-};
-
 thread_local Workspace work;
 thread_local std::vector<State> held;
+
+#define EACH_HEAD(head) for (int64_t head = task.group.begin; head < task.group.end; ++head)
 
 }  // namespace
 
@@ -344,21 +349,16 @@ extern "C" {
 // the last states to final_state.
 void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
   const Inputs x = *in;
-  const Groups groups(x);
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t task = 0; task < x.batch * groups.count; ++task) {
+  for (int64_t index = 0; index < groups.total; ++index) {
     Workspace& w = work;
-    const int64_t row = task / groups.count, begin = task % groups.count * groups.size;
-    const int64_t end = std::min(x.heads, begin + groups.size);
-    const Tokens tokens(row, x.length, x.skip, x.starts, false);
-    if (held.size() < size_t(groups.size)) held.resize(groups.size);
-    State* states = held.data() - begin;
-    const auto place = [&](int64_t head) { return (row * x.heads + head) * KEY * COLUMNS; };
-    for (int64_t head = begin; head < end; ++head) states[head].load(x.state ? x.state + place(head) : nullptr);
-    for (int64_t i = 0; i * TOKENS < tokens.count(); ++i) {
-      Window window(x, tokens, i);
-      for (int64_t head = begin; head < end; ++head) {
-        State& state = states[head];
+    const Task task(x, groups, index, held);
+    EACH_HEAD(head) task.state(head).load(x.state ? x.state + task.place(head) : nullptr);
+    for (int64_t i = 0; i < task.windows(); ++i) {
+      Window window(x, task.tokens, i);
+      EACH_HEAD(head) {
+        State& state = task.state(head);
         window.divide(head);
         for (int b = 0; b < window.blocks; ++b) {
           const Block& block = window.block[b];
@@ -379,9 +379,9 @@ void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
         }
       }
     }
-    for (int64_t head = begin; head < end; ++head) {
-      if (tokens.ends_empty) states[head].empty();
-      states[head].store(final_state + place(head));
+    EACH_HEAD(head) {
+      if (task.tokens.ends_empty) task.state(head).empty();
+      task.state(head).store(final_state + task.place(head));
     }
   }
 }
@@ -389,57 +389,53 @@ void forward(const Inputs* in, float* o, float* final_state, float* sizes) {
 void backward(const Inputs* in, const float* o, const float* d_o, const float* sizes, const Gradients* out) {
   const Inputs x = *in;
   const Gradients d = *out;
-  const Groups groups(x);
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t task = 0; task < x.batch * groups.count; ++task) {
+  for (int64_t index = 0; index < groups.total; ++index) {
     Workspace& w = work;
-    const int64_t row = task / groups.count, begin = task % groups.count * groups.size;
-    const int64_t end = std::min(x.heads, begin + groups.size);
-    const Tokens tokens(row, x.length, x.skip, x.starts, false);
-    const int64_t windows = (tokens.count() + TOKENS - 1) / TOKENS, anchors = (windows + ANCHOR - 1) / ANCHOR;
-    std::vector<Leaving> leaving(DECAY ? anchors * (end - begin) : 0);
-    std::vector<double> ends(anchors * (end - begin) * WIDTH);
+    const Task task(x, groups, index, held);
+    const int64_t windows = task.windows(), anchors = (windows + ANCHOR - 1) / ANCHOR;
+    std::vector<Leaving> leaving(DECAY ? anchors * task.heads() : 0);
+    std::vector<double> ends(anchors * task.heads() * WIDTH);
     const auto anchored = [&](int64_t i) { return DECAY && (i == windows - 1 || i % ANCHOR == ANCHOR - 1); };
-    const auto anchor = [&](int64_t head, int64_t i) { return i / ANCHOR * (end - begin) + head - begin; };
-    if (held.size() < size_t(groups.size)) held.resize(groups.size);
-    State* states = held.data() - begin;
-    const auto place = [&](int64_t head) { return (row * x.heads + head) * KEY * COLUMNS; };
+    const auto anchor = [&](int64_t head, int64_t i) { return i / ANCHOR * task.heads() + head - task.group.begin; };
 
-    for (int64_t head = begin; head < end; ++head) {
-      states[head].load(d.state + place(head));
-      if (tokens.ends_empty) states[head].empty();
+    EACH_HEAD(head) {
+      task.state(head).load(d.state + task.place(head));
+      if (task.tokens.ends_empty) task.state(head).empty();
     }
     for (int64_t i = windows - 1; i >= 0; --i) {
-      Window window(x, tokens, i);
-      for (int64_t head = begin; head < end; ++head) {
-        if (anchored(i)) leaving[anchor(head, i)].keep(states[head]);
+      Window window(x, task.tokens, i);
+      EACH_HEAD(head) {
+        if (anchored(i)) leaving[anchor(head, i)].keep(task.state(head));
         window.divide(head);
         for (int b = window.blocks - 1; b >= 0; --b) {
           w.load(x, window, window.block[b], head);
           w.load_gradient(window.block[b].count, o, d_o, sizes);
-          w.retreat(x, d, window.block[b], states[head]);
+          w.retreat(x, d, window.block[b], task.state(head));
         }
       }
     }
-    for (int64_t head = begin; head < end; ++head) {
-      states[head].store(d.state + place(head));
-      states[head].load(x.state ? x.state + place(head) : nullptr);
-      std::memcpy(w.across[0], states[head].at, sizeof(w.across));
-      transpose<KEYS, VALUE>(w.across[0], states[head].at);
+    EACH_HEAD(head) {
+      State& state = task.state(head);
+      state.store(d.state + task.place(head));
+      state.load(x.state ? x.state + task.place(head) : nullptr);
+      std::memcpy(w.across[0], state.at, sizeof(w.across));
+      transpose<KEYS, VALUE>(w.across[0], state.at);
     }
     for (int64_t i = 0; i < windows; ++i) {
-      Window window(x, tokens, i);
-      for (int64_t head = begin; head < end; ++head) {
+      Window window(x, task.tokens, i);
+      EACH_HEAD(head) {
         window.divide(head);
         for (int b = 0; b < window.blocks; ++b) {
           w.load(x, window, window.block[b], head);
           w.load_gradient(window.block[b].count, o, d_o, sizes);
-          w.follow(x, d, window.block[b], states[head]);
+          w.follow(x, d, window.block[b], task.state(head));
         }
-        if (anchored(i)) leaving[anchor(head, i)].meet(states[head], &ends[anchor(head, i) * WIDTH]);
+        if (anchored(i)) leaving[anchor(head, i)].meet(task.state(head), &ends[anchor(head, i) * WIDTH]);
       }
     }
-    if (DECAY) decay_gradient(x, d, tokens, begin, end, ends);
+    if (DECAY) decay_gradient(task, d, ends);
   }
 }
 

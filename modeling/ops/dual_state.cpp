@@ -1,288 +1,393 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// The dual-state delta rule token by token (dual_state.py has the formulas), for one CPU core per head.
+// The dual-state delta rule in blocks of at most 16 tokens, for one CPU core per head. dual_state.py has the formulas of
+// its chunk form, docs/derivations/lam.md those of the backward pass; the letters are theirs.
 //
-// A state of M x KEY x BLOCK floats stays in the first-level cache and is passed over once a token, so that stepping
-// runs at the speed of the vector units and needs no chunks. The columns of a state never mix, hence blocks of BLOCK
-// columns. The backward pass recomputes the states, SEGMENT tokens at a time.
-// Compiled for one KEY, VALUE, M (memories a head) and DELTA (0 writes v itself, not what it has over the memory).
+// A block is a few small matrix products and one triangular system. Every document begins a block. The forward pass
+// leaves the state that enters every SEGMENT tokens; the backward pass recomputes those between, a segment at a time, in
+// the second-level cache. A core reads a segment of all its heads before the next one, for they lie side by side.
+//
+// Compiled for one KEY, VALUE, M (memories a head), DELTA (0 writes v itself, not what it has over the memory), SEGMENT.
 // Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay, beta, read [B, T, H, M], coupling [B, T, H, M, M], states
 // [B, H, M, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
 // with skip != 0 is padding and does nothing else.
 
-#include "kernel.h"
+#include "dual_state.h"
 
 namespace {
 
-constexpr int ROWS = rounded(KEY), PARTS = parts_of(4, M * ROWS, VALUE), BLOCK = PARTS * LANES;
-constexpr int SEGMENT = 32;  // tokens whose states the backward pass holds at once
-static_assert(VALUE % LANES == 0, "VALUE must be whole registers");
+// And as its gradients are taken.
+struct Backward : Workspace {
+  alignas(64) float values_across[VALUE][TOKENS];
+  Values d_updates[M], d_errors[M], d_written[M], entered[M];
+  float reads[M][KEYS][TOKENS], d_across[KEYS][TOKENS], q_across[KEYS][TOKENS];
+  Pairs sights[M], errors_updates[M][M], d_between[M][M], d_scores, d_key_scores;
+  Keys d_q, d_k;
+  Lanes d_rho[M], d_beta[M], d_since[M][M], d_leaving[M][M], d_step[M][M], d_decay[M], d_read[M], d_coupling[M][M];
 
-typedef RowOf<PARTS> Row;
-typedef ColumnOf<KEY> Column;
-struct State {
-  Row of[M][ROWS];
-};
-
-#define EACH_MEMORY(a) _Pragma("GCC unroll 4") for (int a = 0; a < M; ++a)
-
-void load_state(State& state, const float* from, int column) {
-  std::memset(&state, 0, sizeof(State));
-  for (int a = 0; from && a < M; ++a)
-    for (int i = 0; i < KEY; ++i) load(state.of[a][i], from + (a * KEY + i) * VALUE + column);
-}
-
-void store_state(const State& state, float* to, int column) {
-  for (int a = 0; a < M; ++a)
-    for (int i = 0; i < KEY; ++i) store(to + (a * KEY + i) * VALUE + column, state.of[a][i]);
-}
-
-}  // namespace
-
-extern "C" {
-
-struct Inputs {
-  const float *q, *k, *v, *decay, *beta, *read, *coupling, *state;
-  const uint8_t *skip, *starts;
-  int64_t batch, length, heads, reverse, threads;
-};
-
-struct Gradients {
-  float *q, *k, *v;                       // written by the first direction, added to by the second
-  float *decay, *beta, *read, *coupling;  // added to
-  float* state;                                       // [B, H, M, KEY, VALUE]: in, that of the last state; out, of the first
-};
-}
-
-namespace {
-
-struct Token {
-  Column k, q;
-  const float *decay, *beta, *read, *coupling, *v;
-
-  Token() {
-    k.clear();
-    q.clear();
-  }
-
-  void load(const Inputs& x, int64_t n) {
-    k.load(x.k + n * KEY);
-    q.load(x.q + n * KEY);
-    decay = x.decay + n * M;
-    beta = x.beta + n * M;
-    read = x.read + n * M;
-    coupling = x.coupling + n * M * M;
-    v = x.v + n * VALUE;
-  }
-};
-
-// found[a] = Z_a^T k, in the order of `advance`, so that a text read in pieces gives the same to the last bit.
-void find(const State& state, const Column& k, Row (&found)[M]) {
-  EACH_MEMORY(a) found[a] = Row{};
-  for (int i = 0; i < ROWS; ++i) EACH_MEMORY(a) EACH_PART(p) found[a].part[p] += k.at[i] * state.of[a][i].part[p];
-}
-
-// errors[a] = v - decay_a Z_a^T k, from what k found.
-inline void compare(const Token& now, int column, const Row (&found)[M], Row (&errors)[M]) {
-  EACH_MEMORY(a) {
-    load(errors[a], now.v + column);
-    if (DELTA) EACH_PART(p) errors[a].part[p] -= now.decay[a] * found[a].part[p];
-  }
-}
-
-// state <- the state behind the token; reads[a] = Z_a^T q; found = what the next token's k finds.
-inline void advance(State& state, const Token& now, const Token& next, const Row (&errors)[M], Row (&reads)[M],
-                    Row (&found)[M]) {
-  Row writes[M] = {};
-  float keep[M][M];
-  EACH_MEMORY(b) EACH_PART(p) {
-    const vec update = now.beta[b] * errors[b].part[p];
-    EACH_MEMORY(a) writes[a].part[p] += now.coupling[a * M + b] * update;
-  }
-  EACH_MEMORY(a) EACH_MEMORY(b) keep[a][b] = now.coupling[a * M + b] * now.decay[b];
-  EACH_MEMORY(a) reads[a] = found[a] = Row{};
-  for (int i = 0; i < ROWS; ++i) EACH_PART(p) {
-    vec fresh[M];
-    EACH_MEMORY(a) {
-      fresh[a] = now.k.at[i] * writes[a].part[p];
-      EACH_MEMORY(b) fresh[a] += keep[a][b] * state.of[b][i].part[p];
-      reads[a].part[p] += now.q.at[i] * fresh[a];
-      if (DELTA) found[a].part[p] += next.k.at[i] * fresh[a];
+  // Gradients of a block: `grad`, that of the state behind it, becomes that of `before`, which enters it.
+  void retreat(const Inputs& x, const float* d_o, const Gradients& d, const State& before, State& grad) {
+    for (int t = 0; t < count; ++t) std::memcpy(o[t], d_o + at[t] * VALUE, sizeof(o[t]));
+    if (!grad.empty) write();
+    substitute(x, d, before, grad);
+    follow_values(before, grad);
+    follow_pairs();
+    follow_steps(before, grad);
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = at[t];
+      hand_in_row<KEY>(d.q + n * KEY, d_q[t], x.reverse, float(x.scale));
+      hand_in_row<KEY>(d.k + n * KEY, d_k[t], x.reverse);
+      EACH_MEMORY(a) {
+        d.decay[n * M + a] = d_decay[a][t];
+        d.beta[n * M + a] = d_beta[a][t];
+        d.read[n * M + a] = d_read[a][t];
+        EACH_MEMORY(b) d.coupling[(n * M + a) * M + b] = d_coupling[a][b][t];
+      }
     }
-    EACH_MEMORY(a) state.of[a][i].part[p] = fresh[a];
+    leave(before, grad);
   }
-}
 
-// What a token's gradients need beside the states before and after it.
-struct Trace {
-  Row errors[M], reads[M];
-};
-
-// grad, that of the state after the token, becomes that of the state before it; the gradients of its inputs are handed in.
-void retreat(State& grad, const Token& now, const State& before, const State& after, const Trace& trace,
-             const float* d_o, int column, int64_t n, const Inputs& x, const Gradients& d) {
-  const bool adds = x.reverse || column;  // to what another direction or block of columns has left
-  Row d_out, weighed[M], updates[M], d_updates[M] = {};
-  vec d_coupling[M][M] = {};
-  load(d_out, d_o + n * VALUE + column);
-  EACH_MEMORY(a) {
-    weighed[a] = now.read[a] * d_out;
-    updates[a] = now.beta[a] * trace.errors[a];
+ private:
+  // The system of `solve` from its end: gradients of the updates and of the errors.
+  void substitute(const Inputs& x, const Gradients& d, const State& before, const State& grad) {
+    EACH_MEMORY(b) multiply<VALUE, 1, TOKENS, UPPER>(d_updates[b][0], weights[b][0], o[0], count, count);
+    for (int a = 0; !grad.empty && a < M; ++a)
+      multiply<VALUE, KEYS, 1>(d_written[a][0], k[0], grad.of[a], count, KEY);
+    for (int t = 0; !grad.empty && t < count; ++t)
+      for (int c = 0; c < VALUE; c += LANES) EACH_MEMORY(b) {
+        vec total = aligned(d_updates[b][t] + c);
+        EACH_MEMORY(a) total += leaving[a][b][t] * aligned(d_written[a][t] + c);
+        aligned(d_updates[b][t] + c) = total;
+      }
+    for (int first = (count - 1) / GROUP * GROUP; first >= 0; first -= GROUP) {
+      const int end = std::min(first + GROUP, count);
+      if (DELTA && end < count) EACH_PAIR(a, b) {
+        multiply<VALUE, 1, TOKENS, WHOLE, true>(d_updates[b][first], inner[a][b][end] + first, d_errors[a][end], GROUP,
+                                                count - end);
+      }
+      for (int t = end - 1; t >= first; --t) {
+        vec strength[M] = {};
+        for (int c = 0; c < VALUE; c += PARTS * LANES) {
+          Row total[M], d_v;
+          EACH_MEMORY(b) total[b] = row_of(d_updates[b][t] + c);
+          for (int i = t + 1; DELTA && i < end; ++i) EACH_MEMORY(a) {
+            const Row row = row_of(d_errors[a][i] + c);
+            EACH_MEMORY(b) EACH_PART(p) total[b].part[p] += inner[a][b][i][t] * row.part[p];
+          }
+          d_v = Row{};
+          if (x.reverse) ::load(d_v, d.v + at[t] * VALUE + c);
+          EACH_MEMORY(b) {
+            strength[b] += ::dot(total[b], row_of(errors[b][t] + c));
+            total[b] = beta[b][t] * total[b];
+            ::store(d_errors[b][t] + c, total[b]);
+            EACH_PART(p) d_v.part[p] += total[b].part[p];
+          }
+          ::store(d.v + at[t] * VALUE + c, d_v);
+        }
+        EACH_MEMORY(b) d_beta[b][t] = sum(strength[b]);
+      }
+    }
+    for (int t = 0; DELTA && !before.empty && t < count; ++t)
+      for (int c = 0; c < VALUE; c += LANES) EACH_MEMORY(b) {
+        vec total = {};
+        EACH_MEMORY(a) total -= since[a][b][t] * aligned(d_errors[a][t] + c);
+        aligned(entered[b][t] + c) = total;
+      }
   }
-  for (int first = 0; first < ROWS; first += LANES) {
-    vec queries[LANES];
-    for (int j = 0; j < LANES; ++j) {
-      const int i = first + j;
-      const float q = now.q.at[i], k = now.k.at[i];
-      queries[j] = vec{};
-      EACH_PART(p) {
-        vec leaked[M], written[M];
+
+  // What queries and keys owe to the states, and sums over values: of reads with P and of writes with what leaves.
+  void follow_values(const State& before, const State& grad) {
+    std::memset(d_across, 0, sizeof(d_across));
+    transpose<TOKENS, VALUE>(o[0], values_across[0]);
+    transpose<TOKENS, KEYS>(q[0], q_across[0]);
+    EACH_MEMORY(b) {
+      if (before.empty) {
+        EACH_MEMORY(a) std::memset(d_since[a][b], 0, sizeof(Lanes));
+        continue;
+      }
+      multiply<TOKENS, VALUE, 1>(reads[b][0], before.of[b], values_across[0], KEYS, VALUE);
+      EACH_TOKENS(g) {
+        vec total = {};
+        for (int i = 0; i < KEYS; ++i) {
+          aligned(d_across[i] + g) += aligned(seen[b] + g) * aligned(reads[b][i] + g);
+          total += aligned(q_across[i] + g) * aligned(reads[b][i] + g);
+        }
+        EACH_MEMORY(a) aligned(d_since[a][b] + g) = aligned(rho[a] + g) * total;
         EACH_MEMORY(a) {
-          leaked[a] = grad.of[a][i].part[p] + q * weighed[a].part[p];
-          written[a] = now.decay[a] * before.of[a][i].part[p] + k * updates[a].part[p];
-          queries[j] += weighed[a].part[p] * after.of[a][i].part[p];
-        }
-        EACH_MEMORY(b) {
-          vec d_written = now.coupling[b] * leaked[0];
-          for (int a = 1; a < M; ++a) d_written += now.coupling[a * M + b] * leaked[a];
-          EACH_MEMORY(a) d_coupling[a][b] += leaked[a] * written[b];
-          d_updates[b].part[p] += k * d_written;
-          grad.of[b][i].part[p] = d_written;
+          const vec part = aligned(since[a][b] + g) * total;
+          aligned(d_rho[a] + g) = b ? aligned(d_rho[a] + g) + part : part;
         }
       }
-    }
-    hand_in<KEY>(d.q + n * KEY, first, sums(queries), adds);
-  }
-  Row lost[M], d_v;
-  vec d_decay[M] = {};
-  d_v = Row{};
-  if (x.reverse) load(d_v, d.v + n * VALUE + column);
-  EACH_MEMORY(a) {
-    d.read[n * M + a] += sum(dot(trace.reads[a], d_out));
-    d.beta[n * M + a] += sum(dot(d_updates[a], trace.errors[a]));
-    EACH_MEMORY(b) d.coupling[(n * M + a) * M + b] += sum(d_coupling[a][b]);
-    d_updates[a] = now.beta[a] * d_updates[a];  // now that of the error
-    lost[a] = now.decay[a] * d_updates[a];
-    EACH_PART(p) d_v.part[p] += d_updates[a].part[p];
-  }
-  store(d.v + n * VALUE + column, d_v);
-  for (int first = 0; first < ROWS; first += LANES) {
-    vec keys[LANES];
-    for (int j = 0; j < LANES; ++j) {
-      const int i = first + j;
-      keys[j] = vec{};
-      EACH_MEMORY(a) EACH_PART(p) {
-        vec& cell = grad.of[a][i].part[p];
-        const vec old = before.of[a][i].part[p];
-        vec d_kept = cell;
-        keys[j] += cell * updates[a].part[p];
-        if (DELTA) {
-          keys[j] -= old * lost[a].part[p];
-          d_kept -= now.k.at[i] * d_updates[a].part[p];
-        }
-        d_decay[a] += d_kept * old;
-        cell = now.decay[a] * d_kept;
+      for (int a = 0; DELTA && a < M; ++a) {
+        alignas(64) Lanes met;
+        vec sums[TOKENS] = {};
+        for (int t = 0; t < count; ++t) sums[t] = dot(d_errors[a][t], found[b][t]);
+        sum_each(sums, met);
+        EACH_TOKENS(g) aligned(d_since[a][b] + g) -= aligned(met + g);
       }
     }
-    hand_in<KEY>(d.k + n * KEY, first, sums(keys), adds);
-  }
-  EACH_MEMORY(a) d.decay[n * M + a] += sum(d_decay[a]);
-}
+    if (before.empty) std::memset(d_rho, 0, sizeof(d_rho));
+    transpose<KEYS, TOKENS>(d_across[0], d_q[0]);
 
-// Runs over the tokens first .. last of a text from `state`, which stays behind the last of them.
-template <typename See>
-void run(const Inputs& x, const Tokens& tokens, int64_t h, int64_t first, int64_t last, int column, State& state,
-         See see) {
-  const State empty = {};
-  Token both[2], none;
-  Row found[M] = {};
-  Trace trace;
-  if (first < last) both[first % 2].load(x, tokens.at[first] * x.heads + h);
-  if (DELTA && first < last) find(state, both[first % 2].k, found);
-  for (int64_t s = first; s < last; ++s) {
-    if (s + 1 < last) both[(s + 1) % 2].load(x, tokens.at[s + 1] * x.heads + h);
-    if (tokens.begins[s]) {
-      state = empty;
-      EACH_MEMORY(a) found[a] = Row{};
+    std::memset(d_across, 0, sizeof(d_across));
+    EACH_MEMORY(a) {
+      if (DELTA && !before.empty) {
+        transpose<TOKENS, VALUE>(entered[a][0], values_across[0]);
+        multiply<TOKENS, VALUE, 1, WHOLE, true>(d_across[0], before.of[a], values_across[0], KEYS, VALUE);
+      }
+      if (grad.empty) {
+        EACH_MEMORY(b) std::memset(d_leaving[a][b], 0, sizeof(Lanes));
+        continue;
+      }
+      transpose<TOKENS, VALUE>(written[a][0], values_across[0]);
+      multiply<TOKENS, VALUE, 1, WHOLE, true>(d_across[0], grad.of[a], values_across[0], KEYS, VALUE);
+      EACH_MEMORY(b) {
+        vec sums[TOKENS] = {};
+        for (int t = 0; t < count; ++t) sums[t] = dot(d_written[a][t], updates[b][t]);
+        sum_each(sums, d_leaving[a][b]);
+      }
     }
-    const Token &now = both[s % 2], &next = s + 1 < last ? both[(s + 1) % 2] : none;
-    compare(now, column, found, trace.errors);
-    advance(state, now, next, trace.errors, trace.reads, found);
-    see(s, now, trace);
+    transpose<KEYS, TOKENS>(d_across[0], d_k[0]);
   }
-}
+
+  // What the tokens of a block owe to each other.
+  void follow_pairs() {
+    EACH_MEMORY(b) {
+      transpose<TOKENS, VALUE>(updates[b][0], values_across[0]);
+      multiply<TOKENS, VALUE, 1>(sights[b][0], o[0], values_across[0], count, VALUE);
+      keep_lower(sights[b], count);
+      for (int a = 0; DELTA && a < M; ++a) {
+        multiply<TOKENS, VALUE, 1>(errors_updates[a][b][0], d_errors[a][0], values_across[0], count, VALUE);
+        keep_below(errors_updates[a][b], count);
+      }
+    }
+    vec d_reads[M][TOKENS] = {};
+    for (int t = 0; t < count; ++t) EACH_TOKENS(g) {
+      vec to_scores = {}, to_keys = {};
+      EACH_PAIR(a, b) {
+        const vec n = aligned(between[a][b][t] + g), sight = aligned(sights[b][t] + g);
+        const vec score = aligned(scores[t] + g);
+        vec to_between = rho[a][t] * score * sight;
+        to_scores += rho[a][t] * n * sight;
+        d_reads[a][t] += score * n * sight;
+        if (DELTA) {
+          const vec met = aligned(errors_updates[a][b][t] + g);
+          to_between -= aligned(key_scores[t] + g) * met;
+          to_keys -= n * met;
+        }
+        aligned(d_between[a][b][t] + g) = to_between;
+      }
+      aligned(d_scores[t] + g) = to_scores;
+      aligned(d_key_scores[t] + g) = to_keys;
+    }
+    EACH_MEMORY(a) {
+      alignas(64) Lanes total;
+      sum_each(d_reads[a], total);
+      EACH_TOKENS(g) aligned(d_rho[a] + g) += aligned(total + g);
+    }
+    multiply<KEYS, TOKENS, 1, LOWER, true>(d_q[0], d_scores[0], k[0], count, count);
+    multiply<KEYS, 1, TOKENS, UPPER, true>(d_k[0], d_scores[0], q[0], count, count);
+    if (!DELTA) return;
+    multiply<KEYS, TOKENS, 1, LOWER, true>(d_k[0], d_key_scores[0], k[0], count, count);
+    multiply<KEYS, 1, TOKENS, UPPER, true>(d_k[0], d_key_scores[0], k[0], count, count);
+  }
+
+  // Back through the products of small matrices to the gates.
+  void follow_steps(const State& before, const State& grad) {
+    const int end = count - 1;
+    EACH_TOKENS(g) {
+      EACH_MEMORY(a) {
+        vec total = {};
+        EACH_MEMORY(b) total += aligned(coupling[a][b] + g) * aligned(d_rho[b] + g);
+        aligned(d_read[a] + g) = total;
+        EACH_MEMORY(b) aligned(d_coupling[a][b] + g) = aligned(read[a] + g) * aligned(d_rho[b] + g);
+      }
+    }
+    if (!grad.empty) {  // C_last P_last and C_last N_last
+      float d_last[M][M];
+      EACH_PAIR(a, b) {
+        vec total = {};
+        for (int i = 0; !before.empty && i < KEYS * VALUE; i += LANES)
+          total += aligned(grad.of[a] + i) * aligned(before.of[b] + i);
+        d_last[a][b] = sum(total);
+      }
+      EACH_PAIR(a, c) {
+        vec total = {};
+        EACH_MEMORY(b) {
+          EACH_TOKENS(g) {
+            total += aligned(d_leaving[a][b] + g) * aligned(between[c][b][end] + g);
+            aligned(d_between[c][b][end] + g) += coupling[a][c][end] * aligned(d_leaving[a][b] + g);
+          }
+          if (before.empty) continue;
+          d_coupling[a][c][end] += d_last[a][b] * since[c][b][end];
+          d_since[c][b][end] += coupling[a][c][end] * d_last[a][b];
+        }
+        d_coupling[a][c][end] += sum(total);
+      }
+    }
+    vec totals[M][M][TOKENS] = {};
+    EACH_TOKENS(g) {
+      vec row[M][M] = {};
+      for (int t = end; t > 0; --t) {
+        EACH_PAIR(a, b) row[a][b] += aligned(d_between[a][b][t] + g);
+        vec next[M][M] = {};
+        EACH_PAIR(a, c) EACH_MEMORY(b) {
+          totals[a][c][t] += row[a][b] * aligned(between[c][b][t - 1] + g);
+          next[c][b] += step[a][c][t] * row[a][b];
+        }
+        EACH_PAIR(a, b) row[a][b] = next[a][b];
+      }
+    }
+    EACH_PAIR(a, c) sum_each(totals[a][c], d_step[a][c]);
+    for (int t = end; t >= 0; --t) {
+      EACH_MEMORY(a) d_decay[a][t] = t ? 0 : d_since[a][a][0];
+      for (int a = 0; t && a < M; ++a) EACH_MEMORY(c) {
+        float& total = d_step[a][c][t];
+        EACH_MEMORY(b) {
+          total += d_since[a][b][t] * since[c][b][t - 1];
+          d_since[c][b][t - 1] += step[a][c][t] * d_since[a][b][t];
+        }
+        d_decay[a][t] += total * coupling[a][c][t - 1];
+        d_coupling[a][c][t - 1] += total * decay[a][t];
+      }
+    }
+  }
+
+  void leave(const State& before, State& grad) {
+    if (before.empty) {
+      grad.empty = true;
+      return;
+    }
+    const bool adds = !grad.empty;
+    float turned[M][M];
+    EACH_PAIR(a, b) turned[a][b] = last[b][a];
+    if (adds) grad.mix(grad, turned);
+    EACH_MEMORY(b) {
+      for (int t = 0; t < count; ++t)
+        for (int c = 0; c < VALUE; c += LANES) aligned(written[b][t] + c) = seen[b][t] * aligned(o[t] + c);
+      grad.write(b, q, written[b], count, adds);
+      if (DELTA) grad.write(b, k, entered[b], count, true);
+    }
+    grad.empty = false;
+  }
+};
+
+// Some heads of a row, block by block, and a state of each.
+struct Task {
+  const Inputs& x;
+  const Group group;
+  const Tokens tokens;
+  const std::vector<Block> blocks;
+  std::vector<State>& states;
+
+  Task(const Inputs& x, const Groups& groups, int64_t index, std::vector<State>& held)
+      : x(x),
+        group(groups, index),
+        tokens(group.row, x.length, x.skip, x.starts, x.reverse),
+        blocks(blocks_of(tokens)),
+        states(held) {
+    if (states.size() < size_t(groups.size)) states.resize(groups.size);
+  }
+
+  State& state(int64_t head) const { return states[head - group.begin]; }
+  int64_t segment(size_t i) const { return blocks[i].first / SEGMENT; }
+
+  // The end of the segment that begins with block i.
+  size_t end(size_t i) const {
+    const int64_t here = segment(i);
+    while (i < blocks.size() && segment(i) == here) ++i;
+    return i;
+  }
+
+  // Where a head's state lies in [B, H, M, KEY, VALUE], and the one that enters a segment in `kept`.
+  int64_t place(int64_t head) const { return (group.row * x.heads + head) * M * KEY * VALUE; }
+  int64_t kept_place(int64_t head, int64_t segment) const {
+    return place(head) * ((x.length - 1) / SEGMENT) + (segment - 1) * M * KEY * VALUE;
+  }
+};
+
+thread_local Backward work;
+thread_local std::vector<State> held, entering;
+
+#define EACH_HEAD(head) for (int64_t head = task.group.begin; head < task.group.end; ++head)
 
 }  // namespace
 
 extern "C" {
 
-// Writes the reads to o, adds them where it reads backwards, and writes the last states to final_state.
-void forward(const Inputs* in, float* o, float* final_state) {
+// Writes the reads to o, adds them where it reads backwards, and writes, if not null, the last states to final_state
+// and those that enter segments to kept [B, H, (T - 1) / SEGMENT, M, KEY, VALUE].
+void forward(const Inputs* in, float* o, float* final_state, float* kept) {
   const Inputs x = *in;
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t task = 0; task < x.batch * x.heads; ++task) {
-    const int64_t h = task % x.heads;
-    const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, x.reverse);
-    State state;
-    for (int column = 0; column < VALUE; column += BLOCK) {
-      load_state(state, x.state ? x.state + task * M * KEY * VALUE : nullptr, column);
-      run(x, tokens, h, 0, tokens.count(), column, state, [&](int64_t s, const Token& now, const Trace& trace) {
-        float* const to = o + (tokens.at[s] * x.heads + h) * VALUE + column;
-        Row total;
-        total = Row{};
-        if (x.reverse) load(total, to);
-        EACH_MEMORY(a) EACH_PART(p) total.part[p] += now.read[a] * trace.reads[a].part[p];
-        store(to, total);
-      });
-      if (tokens.ends_empty) state = State{};
-      store_state(state, final_state + task * M * KEY * VALUE, column);
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Workspace& w = work;
+    const Task task(x, groups, index, held);
+    EACH_HEAD(head) task.state(head).load(x.state ? x.state + task.place(head) : nullptr);
+    for (size_t first = 0, end; first < task.blocks.size(); first = end) {
+      end = task.end(first);
+      EACH_HEAD(head) {
+        State& state = task.state(head);
+        if (kept && first) state.store(kept + task.kept_place(head, task.segment(first)));
+        for (size_t i = first; i < end; ++i) {
+          state.empty |= task.blocks[i].fresh;
+          w.load(x, task.tokens, task.blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(x, state);
+          w.output(x, state, o);
+          if (final_state || i + 1 < task.blocks.size()) w.advance(state, state);
+        }
+      }
+    }
+    if (final_state) EACH_HEAD(head) {
+      task.state(head).empty |= task.tokens.ends_empty;
+      task.state(head).store(final_state + task.place(head));
     }
   }
 }
 
-void backward(const Inputs* in, const float* d_o, const Gradients* out) {
+void backward(const Inputs* in, const float* d_o, const float* kept, const Gradients* out) {
   const Inputs x = *in;
   const Gradients d = *out;
-#pragma omp parallel num_threads(x.threads)
-  {
-    std::vector<State> entering, after(SEGMENT);
-    Trace traces[SEGMENT];
-    const State empty = {};
-    State state, grad;
-    Token now;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < x.batch * x.heads; ++task) {
-      const int64_t h = task % x.heads;
-      const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, x.reverse);
-      const int64_t count = tokens.count(), segments = (count + SEGMENT - 1) / SEGMENT;
-      entering.resize(segments);
-      for (int column = 0; column < VALUE; column += BLOCK) {
-        load_state(state, x.state ? x.state + task * M * KEY * VALUE : nullptr, column);
-        for (int64_t segment = 0; segment < segments; ++segment) {
-          entering[segment] = state;
-          if (segment + 1 < segments)
-            run(x, tokens, h, segment * SEGMENT, (segment + 1) * SEGMENT, column, state,
-                [](int64_t, const Token&, const Trace&) {});
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Backward& w = work;
+    const Task task(x, groups, index, held);
+    std::vector<size_t> borders = {0};  // of segments, in blocks
+    while (borders.back() < task.blocks.size()) borders.push_back(task.end(borders.back()));
+    EACH_HEAD(head) {
+      task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
+      task.state(head).empty |= task.tokens.ends_empty;
+    }
+    for (size_t s = borders.size() - 1; s-- > 0;) {
+      const size_t count = borders[s + 1] - borders[s];
+      const Block* const blocks = &task.blocks[borders[s]];
+      if (entering.size() < count) entering.resize(count);
+      EACH_HEAD(head) {
+        if (s)
+          entering[0].load(kept + task.kept_place(head, task.segment(borders[s])));
+        else
+          entering[0].load(x.state ? x.state + task.place(head) : nullptr);
+        for (size_t i = 0; i < count; ++i) {
+          entering[i].empty |= blocks[i].fresh;
+          if (i + 1 == count) break;
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.solve(x, entering[i]);
+          w.advance(entering[i], entering[i + 1]);
         }
-        load_state(grad, d.state + task * M * KEY * VALUE, column);
-        if (tokens.ends_empty) grad = empty;
-        for (int64_t segment = segments - 1; segment >= 0; --segment) {
-          const int64_t first = segment * SEGMENT, last = count < first + SEGMENT ? count : first + SEGMENT;
-          state = entering[segment];
-          run(x, tokens, h, first, last, column, state, [&](int64_t s, const Token&, const Trace& trace) {
-            traces[s - first] = trace;
-            after[s - first] = state;
-          });
-          for (int64_t s = last - 1; s >= first; --s) {
-            const int64_t n = tokens.at[s] * x.heads + h;
-            const State& before = tokens.begins[s] ? empty : s == first ? entering[segment] : after[s - first - 1];
-            now.load(x, n);
-            retreat(grad, now, before, after[s - first], traces[s - first], d_o, column, n, x, d);
-            if (tokens.begins[s]) grad = empty;
-          }
+        for (size_t i = count; i-- > 0;) {
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(x, entering[i]);
+          w.retreat(x, d_o, d, entering[i], task.state(head));
         }
-        store_state(grad, d.state + task * M * KEY * VALUE, column);
       }
     }
+    if (d.state) EACH_HEAD(head) task.state(head).store(d.state + task.place(head));
   }
 }
 

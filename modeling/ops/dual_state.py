@@ -42,6 +42,8 @@ from lalm.modeling.ops.layout import (
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
+# Tokens between the states that the C++ kernel keeps for its backward pass, which has room for one segment's.
+_SEGMENT = 256
 
 
 def recurrent_dual(
@@ -224,6 +226,7 @@ _GATES = ("decay", "beta", "read", "coupling")
 class _CppInputs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
+        ("scale", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "reverse", "threads")),
     ]
 
@@ -233,42 +236,54 @@ class _CppGradients(ctypes.Structure):
 
 
 class _CppDual(torch.autograd.Function):
-    """The kernels of dual_state.cpp, once for every direction; gates, skip and starts have a first axis for it."""
+    """The kernels of dual_state.cpp, once for every direction; gates and starts have a first axis for it."""
 
     @staticmethod
-    def forward(ctx, kernel, *tensors):
+    def forward(ctx, kernel, scale, wants_state, *tensors):
         q, _, v, decay, *_, skip, _ = tensors
-        ctx.kernel = kernel
-        ctx.save_for_backward(*tensors)
+        ctx.kernel, ctx.scale = kernel, scale
+        ctx.set_materialize_grads(False)
         o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        final = v.new_empty(q.shape[0], q.shape[2], decay.shape[-1], q.shape[3], v.shape[3])
-        for inputs in _CppDual.directions(*tensors):
-            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final))
+        batch, length, heads, key_size = q.shape
+        sizes = (decay.shape[-1], key_size, v.shape[-1])
+        final = v.new_empty(batch, heads, *sizes) if wants_state else None
+        kept = None  # the states that enter segments
+        if any(ctx.needs_input_grad):
+            kept = v.new_empty(decay.shape[0], batch, heads, max(0, length - 1) // _SEGMENT, *sizes)
+        for direction, inputs in enumerate(_CppDual.directions(scale, *tensors)):
+            to = None if kept is None else pointer(kept[direction])
+            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
+        ctx.save_for_backward(*tensors, kept)
         return o, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, d_final):
-        saved = ctx.saved_tensors
+        *saved, kept = ctx.saved_tensors
         fresh = torch.empty_like if saved[8] is None else torch.zeros_like
-        found = [fresh(x) for x in saved[:3]] + [torch.zeros_like(x) for x in saved[3:7]]
-        do, d_state = do.contiguous(), d_final
-        for direction, inputs in enumerate(_CppDual.directions(*saved)):
+        found = [fresh(x) for x in saved[:7]]
+        d_state = None  # in, that of the final state; out, that of the initial one
+        if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
+        elif saved[7] is not None:
+            d_state = torch.zeros_like(saved[7])
+        do = torch.zeros_like(saved[2]) if do is None else do.contiguous()
+        for direction, inputs in enumerate(_CppDual.directions(ctx.scale, *saved)):
             pointers = [x.data_ptr() for x in found[:3]] + [x[direction].data_ptr() for x in found[3:]]
-            gradients = _CppGradients(*pointers, d_state.data_ptr())
-            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), ctypes.byref(gradients))
-        return None, *found, None if saved[7] is None else d_state, None, None
+            gradients = _CppGradients(*pointers, None if d_state is None else d_state.data_ptr())
+            arguments = (pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
+            ctx.kernel.backward(ctypes.byref(inputs), *arguments)
+        return None, None, None, *found, None if saved[7] is None else d_state, None, None
 
     @staticmethod
-    def directions(q, k, v, decay, beta, read, coupling, state, skip, starts):
+    def directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts):
         """The arguments of the kernels for each pass; valid while the tensors live."""
         for direction in range(decay.shape[0]):
             gates = (x[direction] for x in (decay, beta, read, coupling))
             begins = None if starts is None else starts[direction]
             tensors = (q, k, v, *gates, state, skip, begins)
             sizes = (*q.shape[:3], direction, torch.get_num_threads())
-            yield _CppInputs(*(pointer(x) for x in tensors), *sizes)
+            yield _CppInputs(*(pointer(x) for x in tensors), scale, *sizes)
 
 
 def cpp_kernel(
@@ -280,13 +295,13 @@ def cpp_kernel(
     if not fits or torch.compiler.is_compiling():
         return None
     sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    return load_kernel("dual_state", work=work, **sizes)
+    return load_kernel("dual_state", work=work, **sizes, SEGMENT=_SEGMENT)
 
 
 def cpp_dual(
-    q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule=True, causal=True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`recurrent_dual` by the C++ kernel, in float32; not causal, in both directions at once."""
+    q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule=True, causal=True, wants_state=True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_dual` by the C++ kernel, in float32; not causal, in both directions at once and without a state."""
     kernel = cpp_kernel(q, v, g.shape[-1], use_delta_rule)
     if kernel is None:
         raise RuntimeError(
@@ -296,14 +311,14 @@ def cpp_dual(
     if coupling is None:
         coupling = torch.eye(g.shape[-1], dtype=torch.float32).expand(*g.shape, g.shape[-1])
     gates = [x if not causal else x[None] for x in (g.float().exp(), beta, read, coupling)]
-    tensors = [x.float().contiguous() for x in (q if scale == 1 else q * scale, k, v, *gates)]
+    tensors = [x.float().contiguous() for x in (q, k, v, *gates)]
     state = None if state is None else state.float().contiguous()
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     starts = layout.starts()
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    return _CppDual.apply(kernel, *tensors, state, skip, starts)
+    return _CppDual.apply(kernel, scale, wants_state, *tensors, state, skip, starts)
 
 
 def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule):
@@ -357,7 +372,7 @@ def _dual_state(
     if not causal:
         refuse_states(initial_state, output_final_state)
     if core is cpp_dual:
-        core = partial(cpp_dual, causal=causal)
+        core = partial(cpp_dual, causal=causal, wants_state=output_final_state)
     else:
         core = partial(_inert_padding, core if causal else partial(_both_ways, core))
     check_state(initial_state, (q.shape[0], q.shape[2], memories, q.shape[3], v.shape[3]))
@@ -461,7 +476,7 @@ def cpp_dual_state_delta(
     causal: bool = True,
     use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual_state_delta` by a C++ kernel that keeps a state in the cache of a core: CPU, float32."""
+    """`recurrent_dual_state_delta` by a C++ kernel, in blocks that stay in the caches of a core: CPU, float32."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
 

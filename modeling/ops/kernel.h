@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -196,6 +197,28 @@ struct Tokens {
   }
 
   int64_t count() const { return at.size(); }
+};
+
+// Heads of a row that a core reads side by side, as they lie in memory: as many as leave every core some, and as have
+// room for their states in a second-level cache.
+struct Groups {
+  int64_t heads, size, count, total;  // heads of a group, groups of a row, groups
+
+  Groups(int64_t batch, int64_t heads, int64_t threads, int64_t state_bytes) : heads(heads) {
+    const int64_t wanted = std::min(heads, (threads + batch - 1) / batch);
+    size = std::min(std::max<int64_t>(1, (1 << 19) / state_bytes), (heads + wanted - 1) / wanted);
+    count = (heads + size - 1) / size;
+    total = batch * count;
+  }
+};
+
+struct Group {
+  int64_t row, begin, end;  // of the heads
+
+  Group(const Groups& groups, int64_t index)
+      : row(index / groups.count),
+        begin(index % groups.count * groups.size),
+        end(std::min(groups.heads, begin + groups.size)) {}
 };
 
 }  // namespace

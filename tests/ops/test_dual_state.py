@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import cpp, dual_state
+from lalm.modeling.ops import dual_state
 from lalm.modeling.ops.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
 from lalm.modeling.ops.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
 from lalm.modeling.ops.layout import SequenceLayout
@@ -15,7 +15,8 @@ from tests.ops.cases import relative_error
 
 NAMES = ("q", "k", "v", "g", "beta", "read", "coupling")
 needs_compiler = pytest.mark.skipif(
-    cpp.load_kernel("dual_state", KEY=8, VALUE=16, M=2, DELTA=1) is None, reason="this machine has no C++ compiler"
+    dual_state.cpp_kernel(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 16), memories=2, use_delta_rule=True) is None,
+    reason="this machine has no C++ compiler",
 )
 
 
@@ -235,7 +236,7 @@ def test_states_stay_bounded_over_100k_tokens(decay):
 @needs_compiler
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "plain"])
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 70])
 def test_cpp_is_recurrent(length, delta, causal):
     layout = hard_layout(2, length)
     x = make(length, key=8, value=16, causal=causal, dtype=torch.float32)
@@ -247,13 +248,66 @@ def test_cpp_is_recurrent(length, delta, causal):
     assert_same(run(chunk_dual_state_delta, x, layout.mask, **options), expected, 5e-6)
 
 
-@needs_compiler
-@pytest.mark.parametrize("sizes", [(3, 16, 1), (32, 48, 2), (16, 64, 3)])
-def test_cpp_sizes(sizes):
-    key, value, memories = sizes
+def compare_sizes(key, value, memories):
     x = make(40, key=key, value=value, memories=memories, dtype=torch.float32)
     exact = {name: tensor.double() for name, tensor in x.items()}
     assert_same(run(cpp_dual_state_delta, x), run(recurrent_dual_state_delta, exact), 5e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(3, 16, 1), (32, 48, 2), (16, 64, 3), (20, 16, 4)])
+def test_cpp_sizes(sizes):
+    compare_sizes(*sizes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
+def test_cpp_in_narrower_registers(processor, compile_for):
+    """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
+    compile_for(processor)
+    compare_sizes(20, 48, 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("state", [True, False], ids=["state", "empty"])
+@pytest.mark.parametrize("length", [255, 256, 257, 600])
+def test_cpp_across_segments(length, state):
+    """The backward pass begins at kept states. One document begins on padding, one inside a segment."""
+    x = make(length, heads=2, key=8, value=16, dtype=torch.float32)
+    x = with_state(x) if state else x
+    mask, segments = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.long)
+    mask[0, 3:20], mask[1, -5:] = False, False
+    segments[0, 18:], segments[1, 251:] = 1, 1
+    layout = SequenceLayout(mask, segments)
+    exact = {name: tensor.double() for name, tensor in x.items()}
+    expected = run(recurrent_dual_state_delta, exact, mask, layout=layout)
+    assert_same(run(cpp_dual_state_delta, x, mask, layout=layout), expected, 5e-6)
+
+
+@needs_compiler
+def test_cpp_pieces_and_gradients_of_one_result_alone():
+    """A text read in pieces, its states handed on; the gradient of a state without outputs and without a state."""
+    x = make(50, key=8, value=16, dtype=torch.float32)
+    exact = {name: tensor.double() for name, tensor in x.items()}
+    expected, final = recurrent_dual_state_delta(**exact, output_final_state=True)
+    state, outputs = None, []
+    for start, end in ((0, 1), (1, 20), (20, 50)):
+        piece = {name: tensor[:, start:end] for name, tensor in x.items()}
+        o, state = cpp_dual_state_delta(**piece, initial_state=state, output_final_state=True)
+        outputs.append(o)
+    assert relative_error(torch.cat(outputs, 1), expected) < 5e-6
+    assert relative_error(state, final) < 5e-6
+    for index in range(2):
+        found = []
+        for op, tensors in ((cpp_dual_state_delta, with_state(x)), (recurrent_dual_state_delta, with_state(exact))):
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+            op(**leaves, output_final_state=index == 1)[index].sum().backward()
+            found.append({name: leaf.grad for name, leaf in leaves.items()})
+        for name, expected in found[1].items():
+            if expected is None:  # a state owes nothing to queries and reads
+                assert not found[0][name].any(), name
+            else:
+                assert relative_error(found[0][name], expected) < 5e-6, name
 
 
 @needs_compiler

@@ -1,8 +1,6 @@
 """The C++ forms of the diagonal recurrences and of the delta rule against their definitions in float64."""
 
 import dataclasses
-import platform
-import shutil
 
 import pytest
 import torch
@@ -190,25 +188,12 @@ def test_decays_that_differ_by_key_and_by_head():
     compare(case, SequenceLayout(mask=masks(90), segments=documents(90)), tolerance=4e-6)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86 processors")
 @pytest.mark.parametrize("kind", ["normalized decay", "gla", "gated delta"])
 @pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
-def test_narrower_registers(processor, kind, monkeypatch, tmp_path):
+def test_narrower_registers(processor, kind, compile_for):
     """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
-    if processor == "x86-64-v3" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("this processor has no AVX2")
-    compiler = tmp_path / "compiler"
-    chosen = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    compiler.write_text(f'#!/bin/bash\nexec {chosen} "${{@/-march=native/-march={processor}}}"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
-    cpp._plan.cache_clear()
-    try:
-        compare(make(kind, 40, 48, 37))
-        assert len(list(tmp_path.glob("*.so"))) == 1
-    finally:
-        cpp._plan.cache_clear()
+    compile_for(processor)
+    compare(make(kind, 40, 48, 37))
 
 
 def test_views_and_half_precision_are_accepted():
