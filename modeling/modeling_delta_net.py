@@ -32,9 +32,9 @@ from lalm.modeling.ops.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
+from lalm.modeling.ops.delta_rule_cpp import if_compiled
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.recurrence import if_compiled
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
 _TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0
@@ -94,7 +94,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_delta_rule,
                 chunk=chunk_delta_rule,
                 fla=fla_delta_rule,
-                cpp=if_compiled(cpp_delta_rule, implementation, q, self.value_dim, 0, delta=True),
+                cpp=if_compiled(cpp_delta_rule, implementation, q, self.value_dim),
             )
             gates: tuple[torch.Tensor, ...] = (beta,)
         else:
@@ -105,7 +105,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_gated_delta_rule,
                 chunk=chunk_gated_delta_rule,
                 fla=fla_gated_delta_rule,
-                cpp=if_compiled(cpp_gated_delta_rule, implementation, q, self.value_dim, 1, delta=True),
+                cpp=if_compiled(cpp_gated_delta_rule, implementation, q, self.value_dim),
             )
             gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
         return op(

@@ -18,10 +18,10 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from lalm.modeling.ops.diagonal_cpp import if_compiled
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
-from lalm.modeling.ops.recurrence import if_compiled
 
 
 class GLAMixer(Mixer):

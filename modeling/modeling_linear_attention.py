@@ -17,6 +17,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from lalm.modeling.ops.diagonal_cpp import if_compiled
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.linear_attention import (
     chunk_linear_attention,
@@ -24,7 +25,6 @@ from lalm.modeling.ops.linear_attention import (
     fla_linear_attention,
     recurrent_linear_attention,
 )
-from lalm.modeling.ops.recurrence import if_compiled
 
 
 class LinearAttentionMixer(Mixer):

@@ -14,8 +14,8 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from lalm.modeling.ops.diagonal_cpp import if_compiled
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.recurrence import if_compiled
 from lalm.modeling.ops.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
 
 

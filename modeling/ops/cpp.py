@@ -21,15 +21,22 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
+from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.layout import SequenceLayout
+
 logger = logging.get_logger("transformers.lalm")
 
 # Made sooner, they are as fast.
-_LEVELS = {"diagonal": "-O2", "dual_state": "-O2"}
+_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
 
+# Values a head: kernels for heads work in registers of this many.
+LANES = 16
+# A head with fewer numbers in its state is not worth a compilation.
+SMALLEST_STATE = 512
 # Multiply-adds of a call that earn the second of waiting for a compiler: some milliseconds in plain torch.
 _EARNS_COMPILING = 1 << 21
 
@@ -87,6 +94,32 @@ def _load(plan: _Plan) -> ctypes.CDLL | None:
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     """The address of a contiguous tensor, for a kernel; the caller keeps the tensor alive."""
     return None if x is None else ctypes.c_void_p(x.data_ptr())
+
+
+def fits(q: torch.Tensor, state_size: int) -> bool:
+    """Whether there are kernels for heads like those of `q` with `state_size` numbers in their state."""
+    known = q.device.type == "cpu" and q.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return known and state_size >= SMALLEST_STATE
+
+
+def needed(kernel: ctypes.CDLL | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+    """The kernel for these tensors.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if kernel is None or compute_dtype(*tensors) == torch.float64:
+        raise RuntimeError(
+            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, float32 or less, and heads "
+            f"with a state of at least {SMALLEST_STATE} numbers. Use linear_attn_implementation='auto'."
+        )
+    return kernel
+
+
+def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where a row has padding and where documents start, `[B, T]` each, for a kernel."""
+    skip, starts = None if layout.mask is None else (~layout.mask).contiguous(), layout.starts()
+    return skip, None if starts is None else starts.contiguous()
 
 
 def _folder() -> Path:

@@ -1,283 +1,394 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// The delta rule token by token, for one CPU core per head:
-//     S <- a S      u = beta (v - S^T k)      S <- S + k u^T      o = scale S^T q
+// The delta rule with M coupled memories (dual_state.py; one memory is that of delta_rule.py) in blocks of at most 16
+// tokens, for one CPU core per head. dual_state.py has the formulas of its chunk form, docs/derivations/lam.md those of
+// the backward pass; the letters are theirs.
 //
-// A state of KEY x BLOCK floats stays in the first-level cache and is passed over once a token, so that stepping runs
-// at the speed of the vector units and needs neither chunks nor solves. The columns of a state never mix, hence blocks.
-// The backward pass keeps no states: gradients of states run backwards (dk, dv), then states forwards (dq and the rest
-// of dk), and the gradient of a log decay g = log a follows from these. For G = dL/dS after a token, <G, S> changes at a
-// token by what reads and writes there, q dq - v dv; its exact value is taken every ANCHOR tokens.
+// A block is a few small matrix products and one triangular system. Every document begins a block. The forward pass
+// leaves the state that enters every SEGMENT tokens; the backward pass recomputes those between, a segment at a time, in
+// the second-level cache. A core reads a segment of all its heads before the next one, for they lie side by side.
 //
-// Compiled for one KEY, VALUE (a multiple of 16) and DECAY (0 none, 1 a number a head). Layouts as in recurrence.h.
+// Compiled for one KEY, VALUE, M (memories a head), DELTA (0 writes v itself, not what it has over the memory), SEGMENT.
+// Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay, beta, read [B, T, H, M], coupling [B, T, H, M, M], states
+// [B, H, M, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
+// with skip != 0 is padding and does nothing else. Null decays and reads are 1, a null coupling leaks nothing.
 
-#include "recurrence.h"
-
-#include "kernel.h"
-
-#include <algorithm>
+#include "delta_rule.h"
 
 namespace {
 
-constexpr int ROWS = rounded(KEY), PARTS = parts_of(5, ROWS, VALUE), BLOCK = PARTS * LANES;
-constexpr int CHAINS = PARTS >= 3 ? 1 : PARTS == 2 ? 2 : 4;  // independent sums, to hide the latency of an addition
-constexpr int ANCHOR = 256, AHEAD = 4;
-static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
+// And as its gradients are taken.
+struct Backward : Workspace {
+  alignas(64) float values_across[VALUE][TOKENS];
+  Values d_updates[M], d_errors[M], d_written[M], entered[M];
+  float reads[M][KEYS][TOKENS], d_across[KEYS][TOKENS], q_across[KEYS][TOKENS];
+  Pairs sights[M], errors_updates[M][M], d_between[M][M], d_scores, d_key_scores;
+  Keys d_q, d_k;
+  Lanes d_rho[M], d_beta[M], d_since[M][M], d_leaving[M][M], d_step[M][M], d_decay[M], d_read[M], d_coupling[M][M];
 
-typedef RowOf<PARTS> Row;
-typedef ColumnOf<KEY> Column;
-struct State {
-  Row row[ROWS];
-};
-
-inline Row load(const float* x) {
-  Row row;
-  load(row, x);
-  return row;
-}
-
-void load_state(State& state, const float* from, int column) {
-  std::memset(&state, 0, sizeof(State));
-  for (int i = 0; from && i < KEY; ++i) state.row[i] = load(from + i * VALUE + column);
-}
-
-void store_state(const State& state, float* to, int column) {
-  for (int i = 0; i < KEY; ++i) store(to + i * VALUE + column, state.row[i]);
-}
-
-// What a token does to the rows of a state.
-struct Token {
-  Column k, q, ak;
-  float decay, beta;
-
-  Token() { std::memset(this, 0, sizeof(Token)); }
-
-  void load(const Inputs& x, int64_t n, int64_t soon) {
-    fetch<KEY>(x.k + soon * KEY);
-    fetch<KEY>(x.q + soon * KEY);
-    fetch<VALUE>(x.v + soon * VALUE);
-    k.load(x.k + n * KEY);
-    q.load(x.q + n * KEY, float(x.scale));
-    decay = DECAY ? x.decay[n] : 1;
-    beta = x.beta[n];
-    for (int i = 0; i < ROWS; ++i) ak.at[i] = decay * k.at[i];
-  }
-
-  // decays, and nothing else
-  void rest() {
-    k.clear();
-    ak.clear();
-    decay = 1;
-  }
-
-  inline vec decayed(vec x) const { return DECAY ? decay * x : x; }
-};
-
-// In the order of `advance`, so that a text read in pieces gives the same to the last bit.
-Row find(const State& state, const Column& ak) {
-  Row found[CHAINS] = {};
-  for (int i = 0; i < ROWS; ++i) EACH_PART(p) found[i % CHAINS].part[p] += ak.at[i] * state.row[i].part[p];
-  return joined(found);
-}
-
-// state <- the state after the token, whose write is u; o = the read; found = what the next token's k finds.
-inline void advance(State& state, const Token& now, const Token& next, const Row& u, Row& o, Row& found) {
-  Row reads[CHAINS] = {}, finds[CHAINS] = {};
-  for (int i = 0; i < ROWS; i += CHAINS)
-    _Pragma("GCC unroll 4") for (int c = 0; c < CHAINS; ++c) EACH_PART(p) {
-      vec& cell = state.row[i + c].part[p];
-      const vec x = now.decayed(cell) + now.k.at[i + c] * u.part[p];
-      cell = x;
-      reads[c].part[p] += now.q.at[i + c] * x;
-      finds[c].part[p] += next.ak.at[i + c] * x;
-    }
-  o = joined(reads);
-  found = joined(finds);
-}
-
-// grad <- what the token `later`, whose error has the gradient d_error, leaves of it for the state before.
-void pass_on(State& grad, const Token& later, const Row& d_error) {
-  for (int i = 0; i < ROWS; ++i) EACH_PART(p) {
-    vec& cell = grad.row[i].part[p];
-    cell = later.decayed(cell) - later.ak.at[i] * d_error.part[p];
-  }
-}
-
-// The gradient runs back over `later` and then over the token: d_u = that of its write; d_k gets its key's (`adds`: to
-// what other columns left there).
-inline void retreat(State& grad, const Token& later, const Row& d_error, const Token& now, const Row& d_o, const Row& u,
-                    float* d_k, bool adds, Row& d_u) {
-  Row total[CHAINS] = {};
-  for (int first = 0; first < ROWS; first += LANES) {
-    vec keys[LANES];
-    _Pragma("GCC unroll 16") for (int j = 0; j < LANES; ++j) {
-      const int i = first + j;
-      keys[j] = vec{};
-      EACH_PART(p) {
-        vec& cell = grad.row[i].part[p];
-        const vec x = later.decayed(cell) + now.q.at[i] * d_o.part[p] - later.ak.at[i] * d_error.part[p];
-        cell = x;
-        total[j % CHAINS].part[p] += now.k.at[i] * x;
-        keys[j] += x * u.part[p];
+  // Gradients of a block: `grad`, that of the state behind it, becomes that of `before`, which enters it.
+  void retreat(const Inputs& x, const float* d_o, const Gradients& d, const State& before, State& grad) {
+    for (int t = 0; t < count; ++t) std::memcpy(o[t], d_o + at[t] * VALUE, sizeof(o[t]));
+    if (!grad.empty) write();
+    substitute(x, d, before, grad);
+    follow_values(before, grad);
+    follow_pairs();
+    follow_steps(before, grad);
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = at[t];
+      hand_in_row<KEY>(d.q + n * KEY, d_q[t], x.reverse, float(x.scale));
+      hand_in_row<KEY>(d.k + n * KEY, d_k[t], x.reverse);
+      EACH_MEMORY(a) {
+        d.beta[n * M + a] = d_beta[a][t];
+        if (d.decay) d.decay[n * M + a] = d_decay[a][t];
+        if (d.read) d.read[n * M + a] = d_read[a][t];
+        if (d.coupling) EACH_MEMORY(b) d.coupling[(n * M + a) * M + b] = d_coupling[a][b][t];
       }
     }
-    hand_in<KEY>(d_k, first, sums(keys), adds);
+    leave(before, grad);
   }
-  d_u = joined(total);
-}
 
-// As `advance`, for the gradients of q, and of k by what it found.
-inline void follow(State& state, const Token& now, const Row& u, const Row& d_o, const Row& d_error, float scale,
-                   float* d_q, bool adds, float* d_k) {
-  constexpr int HALF = LANES / 2;  // as many sums as registers hold
-  for (int first = 0; first < ROWS; first += LANES) {
-    vec queries[LANES], found[LANES];
-    for (int part = 0; part < LANES; part += HALF) {
-      _Pragma("GCC unroll 16") for (int j = part; j < part + HALF; ++j) {
-        const int i = first + j;
-        queries[j] = found[j] = vec{};
-        EACH_PART(p) {
-          vec& cell = state.row[i].part[p];
-          found[j] += cell * d_error.part[p];
-          const vec x = now.decayed(cell) + now.k.at[i] * u.part[p];
-          cell = x;
-          queries[j] += x * d_o.part[p];
+ private:
+  // The system of `solve` from its end: gradients of the updates and of the errors.
+  void substitute(const Inputs& x, const Gradients& d, const State& before, const State& grad) {
+    EACH_MEMORY(b) multiply<VALUE, 1, TOKENS, UPPER>(d_updates[b][0], weights[b][0], o[0], count, count);
+    for (int a = 0; !grad.empty && a < M; ++a)
+      multiply<VALUE, KEYS, 1>(d_written[a][0], k[0], grad.of[a], count, KEY);
+    for (int t = 0; !grad.empty && t < count; ++t)
+      for (int c = 0; c < VALUE; c += LANES) EACH_MEMORY(b) {
+        vec total = aligned(d_updates[b][t] + c);
+        EACH_MEMORY(a) total += leaving[a][b][t] * aligned(d_written[a][t] + c);
+        aligned(d_updates[b][t] + c) = total;
+      }
+    for (int first = (count - 1) / GROUP * GROUP; first >= 0; first -= GROUP) {
+      const int end = std::min(first + GROUP, count);
+      if (DELTA && end < count) EACH_PAIR(a, b) {
+        multiply<VALUE, 1, TOKENS, WHOLE, true>(d_updates[b][first], inner[a][b][end] + first, d_errors[a][end], GROUP,
+                                                count - end);
+      }
+      for (int t = end - 1; t >= first; --t) {
+        vec strength[M] = {};
+        for (int c = 0; c < VALUE; c += PARTS * LANES) {
+          Row total[M], d_v = {};
+          EACH_MEMORY(b) total[b] = Row::at(d_updates[b][t] + c);
+          for (int i = t + 1; DELTA && i < end; ++i) EACH_MEMORY(a) {
+            const Row row = Row::at(d_errors[a][i] + c);
+            EACH_MEMORY(b) total[b].add(inner[a][b][i][t], row);
+          }
+          float* const to = d.v + at[t] * VALUE + c;
+          if (x.reverse) d_v = Row::at(to);
+          EACH_MEMORY(b) {
+            strength[b] += total[b].dot(Row::at(errors[b][t] + c));
+            total[b].scale(beta[b][t]);
+            total[b].store(d_errors[b][t] + c);
+            d_v.add(1, total[b]);
+          }
+          d_v.store(to);
+        }
+        EACH_MEMORY(b) d_beta[b][t] = sum(strength[b]);
+      }
+    }
+    for (int t = 0; DELTA && !before.empty && t < count; ++t)
+      for (int c = 0; c < VALUE; c += LANES) EACH_MEMORY(b) {
+        vec total = {};
+        EACH_MEMORY(a) total -= since[a][b][t] * aligned(d_errors[a][t] + c);
+        aligned(entered[b][t] + c) = total;
+      }
+  }
+
+  // What queries and keys owe to the states, and sums over values: of reads with P and of writes with what leaves.
+  void follow_values(const State& before, const State& grad) {
+    std::memset(d_across, 0, sizeof(d_across));
+    transpose<TOKENS, VALUE>(o[0], values_across[0]);
+    transpose<TOKENS, KEYS>(q[0], q_across[0]);
+    EACH_MEMORY(b) {
+      if (before.empty) {
+        EACH_MEMORY(a) std::memset(d_since[a][b], 0, sizeof(Lanes));
+        continue;
+      }
+      multiply<TOKENS, VALUE, 1>(reads[b][0], before.of[b], values_across[0], KEYS, VALUE);
+      EACH_TOKENS(g) {
+        vec total = {};
+        for (int i = 0; i < KEYS; ++i) {
+          aligned(d_across[i] + g) += aligned(seen[b] + g) * aligned(reads[b][i] + g);
+          total += aligned(q_across[i] + g) * aligned(reads[b][i] + g);
+        }
+        EACH_MEMORY(a) aligned(d_since[a][b] + g) = aligned(rho[a] + g) * total;
+        EACH_MEMORY(a) {
+          const vec part = aligned(since[a][b] + g) * total;
+          aligned(d_rho[a] + g) = b ? aligned(d_rho[a] + g) + part : part;
         }
       }
+      for (int a = 0; DELTA && a < M; ++a) {
+        alignas(64) Lanes met;
+        vec sums[TOKENS] = {};
+        for (int t = 0; t < count; ++t) sums[t] = dot(d_errors[a][t], found[b][t]);
+        sum_each(sums, met);
+        EACH_TOKENS(g) aligned(d_since[a][b] + g) -= aligned(met + g);
+      }
     }
-    hand_in<KEY>(d_q, first, scale * sums(queries), adds);
-    add_to<KEY>(d_k, first, sums(found), -now.decay);
-  }
-}
+    if (before.empty) std::memset(d_rho, 0, sizeof(d_rho));
+    transpose<KEYS, TOKENS>(d_across[0], d_q[0]);
 
-typedef double fine __attribute__((vector_size(LANES * sizeof(float))));
-typedef float half __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(4), may_alias));
-
-// sum of x y in doubles
-template <int SIZE>
-double product(const float* x, const float* y) {
-  constexpr int STEP = LANES / 2;
-  fine total = {};
-  int i = 0;
-  for (; i + STEP <= SIZE; i += STEP) {
-    const half a = *reinterpret_cast<const half*>(x + i), b = *reinterpret_cast<const half*>(y + i);
-    total += __builtin_convertvector(a, fine) * __builtin_convertvector(b, fine);
+    std::memset(d_across, 0, sizeof(d_across));
+    EACH_MEMORY(a) {
+      if (DELTA && !before.empty) {
+        transpose<TOKENS, VALUE>(entered[a][0], values_across[0]);
+        multiply<TOKENS, VALUE, 1, WHOLE, true>(d_across[0], before.of[a], values_across[0], KEYS, VALUE);
+      }
+      if (grad.empty) {
+        EACH_MEMORY(b) std::memset(d_leaving[a][b], 0, sizeof(Lanes));
+        continue;
+      }
+      transpose<TOKENS, VALUE>(written[a][0], values_across[0]);
+      multiply<TOKENS, VALUE, 1, WHOLE, true>(d_across[0], grad.of[a], values_across[0], KEYS, VALUE);
+      EACH_MEMORY(b) {
+        vec sums[TOKENS] = {};
+        for (int t = 0; t < count; ++t) sums[t] = dot(d_written[a][t], updates[b][t]);
+        sum_each(sums, d_leaving[a][b]);
+      }
+    }
+    transpose<KEYS, TOKENS>(d_across[0], d_k[0]);
   }
-  double found = 0;
-  for (int j = 0; j < STEP; ++j) found += total[j];
-  for (; i < SIZE; ++i) found += double(x[i]) * y[i];
-  return found;
-}
 
-void decay_gradient(const Inputs& x, const Gradients& d, const Tokens& tokens, int64_t h,
-                    const std::vector<double>& ends) {
-  const int64_t count = tokens.count();
-  double running = 0;
-  for (int64_t s = count - 1; s >= 0; --s) {
-    const int64_t n = tokens.at[s] * x.heads + h;
-    if (s == count - 1 || s % ANCHOR == ANCHOR - 1) running = ends[s / ANCHOR];
-    running += product<KEY>(x.q + n * KEY, d.q + n * KEY) - product<VALUE>(x.v + n * VALUE, d.v + n * VALUE);
-    if (tokens.begins[s] || (s == 0 && !x.state)) running = 0;  // no state to decay
-    d.g[n] = float(running);
+  // What the tokens of a block owe to each other.
+  void follow_pairs() {
+    EACH_MEMORY(b) {
+      transpose<TOKENS, VALUE>(updates[b][0], values_across[0]);
+      multiply<TOKENS, VALUE, 1>(sights[b][0], o[0], values_across[0], count, VALUE);
+      keep_lower(sights[b], count);
+      for (int a = 0; DELTA && a < M; ++a) {
+        multiply<TOKENS, VALUE, 1>(errors_updates[a][b][0], d_errors[a][0], values_across[0], count, VALUE);
+        keep_below(errors_updates[a][b], count);
+      }
+    }
+    vec d_reads[M][TOKENS] = {};
+    for (int t = 0; t < count; ++t) EACH_TOKENS(g) {
+      vec to_scores = {}, to_keys = {};
+      EACH_PAIR(a, b) {
+        const vec n = aligned(between[a][b][t] + g), sight = aligned(sights[b][t] + g);
+        const vec score = aligned(scores[t] + g);
+        vec to_between = rho[a][t] * score * sight;
+        to_scores += rho[a][t] * n * sight;
+        d_reads[a][t] += score * n * sight;
+        if (DELTA) {
+          const vec met = aligned(errors_updates[a][b][t] + g);
+          to_between -= aligned(key_scores[t] + g) * met;
+          to_keys -= n * met;
+        }
+        aligned(d_between[a][b][t] + g) = to_between;
+      }
+      aligned(d_scores[t] + g) = to_scores;
+      aligned(d_key_scores[t] + g) = to_keys;
+    }
+    EACH_MEMORY(a) {
+      alignas(64) Lanes total;
+      sum_each(d_reads[a], total);
+      EACH_TOKENS(g) aligned(d_rho[a] + g) += aligned(total + g);
+    }
+    multiply<KEYS, TOKENS, 1, LOWER, true>(d_q[0], d_scores[0], k[0], count, count);
+    multiply<KEYS, 1, TOKENS, UPPER, true>(d_k[0], d_scores[0], q[0], count, count);
+    if (!DELTA) return;
+    multiply<KEYS, TOKENS, 1, LOWER, true>(d_k[0], d_key_scores[0], k[0], count, count);
+    multiply<KEYS, 1, TOKENS, UPPER, true>(d_k[0], d_key_scores[0], k[0], count, count);
   }
-}
+
+  // Back through the products of small matrices to the gates.
+  void follow_steps(const State& before, const State& grad) {
+    const int end = count - 1;
+    EACH_TOKENS(g) {
+      EACH_MEMORY(a) {
+        vec total = {};
+        EACH_MEMORY(b) total += aligned(coupling[a][b] + g) * aligned(d_rho[b] + g);
+        aligned(d_read[a] + g) = total;
+        EACH_MEMORY(b) aligned(d_coupling[a][b] + g) = aligned(read[a] + g) * aligned(d_rho[b] + g);
+      }
+    }
+    if (!grad.empty) {  // C_last P_last and C_last N_last
+      float d_last[M][M];
+      EACH_PAIR(a, b) {
+        vec total = {};
+        for (int i = 0; !before.empty && i < KEYS * VALUE; i += LANES)
+          total += aligned(grad.of[a] + i) * aligned(before.of[b] + i);
+        d_last[a][b] = sum(total);
+      }
+      EACH_PAIR(a, c) {
+        vec total = {};
+        EACH_MEMORY(b) {
+          EACH_TOKENS(g) {
+            total += aligned(d_leaving[a][b] + g) * aligned(between[c][b][end] + g);
+            aligned(d_between[c][b][end] + g) += coupling[a][c][end] * aligned(d_leaving[a][b] + g);
+          }
+          if (before.empty) continue;
+          d_coupling[a][c][end] += d_last[a][b] * since[c][b][end];
+          d_since[c][b][end] += coupling[a][c][end] * d_last[a][b];
+        }
+        d_coupling[a][c][end] += sum(total);
+      }
+    }
+    vec totals[M][M][TOKENS] = {};
+    EACH_TOKENS(g) {
+      vec row[M][M] = {};
+      for (int t = end; t > 0; --t) {
+        EACH_PAIR(a, b) row[a][b] += aligned(d_between[a][b][t] + g);
+        vec next[M][M] = {};
+        EACH_PAIR(a, c) EACH_MEMORY(b) {
+          totals[a][c][t] += row[a][b] * aligned(between[c][b][t - 1] + g);
+          next[c][b] += step[a][c][t] * row[a][b];
+        }
+        EACH_PAIR(a, b) row[a][b] = next[a][b];
+      }
+    }
+    EACH_PAIR(a, c) sum_each(totals[a][c], d_step[a][c]);
+    for (int t = end; t >= 0; --t) {
+      EACH_MEMORY(a) d_decay[a][t] = t ? 0 : d_since[a][a][0];
+      for (int a = 0; t && a < M; ++a) EACH_MEMORY(c) {
+        float& total = d_step[a][c][t];
+        EACH_MEMORY(b) {
+          total += d_since[a][b][t] * since[c][b][t - 1];
+          d_since[c][b][t - 1] += step[a][c][t] * d_since[a][b][t];
+        }
+        d_decay[a][t] += total * coupling[a][c][t - 1];
+        d_coupling[a][c][t - 1] += total * decay[a][t];
+      }
+    }
+  }
+
+  void leave(const State& before, State& grad) {
+    if (before.empty) {
+      grad.empty = true;
+      return;
+    }
+    const bool adds = !grad.empty;
+    float turned[M][M];
+    EACH_PAIR(a, b) turned[a][b] = last[b][a];
+    if (adds) grad.mix(grad, turned);
+    EACH_MEMORY(b) {
+      for (int t = 0; t < count; ++t)
+        for (int c = 0; c < VALUE; c += LANES) aligned(written[b][t] + c) = seen[b][t] * aligned(o[t] + c);
+      grad.write(b, q, written[b], count, adds);
+      if (DELTA) grad.write(b, k, entered[b], count, true);
+    }
+    grad.empty = false;
+  }
+};
+
+// Some heads of a row, block by block, and a state of each.
+struct Task {
+  const Inputs& x;
+  const Group group;
+  const Tokens tokens;
+  const std::vector<Block> blocks;
+  std::vector<State>& states;
+
+  Task(const Inputs& x, const Groups& groups, int64_t index, std::vector<State>& held)
+      : x(x),
+        group(groups, index),
+        tokens(group.row, x.length, x.skip, x.starts, x.reverse),
+        blocks(blocks_of(tokens)),
+        states(held) {
+    if (states.size() < size_t(groups.size)) states.resize(groups.size);
+  }
+
+  State& state(int64_t head) const { return states[head - group.begin]; }
+  int64_t segment(size_t i) const { return blocks[i].first / SEGMENT; }
+
+  // The end of the segment that begins with block i.
+  size_t end(size_t i) const {
+    const int64_t here = segment(i);
+    while (i < blocks.size() && segment(i) == here) ++i;
+    return i;
+  }
+
+  // Where a head's state lies in [B, H, M, KEY, VALUE], and the one that enters a segment in `kept`.
+  int64_t place(int64_t head) const { return (group.row * x.heads + head) * M * KEY * VALUE; }
+  int64_t kept_place(int64_t head, int64_t segment) const {
+    return place(head) * ((x.length - 1) / SEGMENT) + (segment - 1) * M * KEY * VALUE;
+  }
+};
+
+thread_local Backward work;
+thread_local std::vector<State> held, entering;
+
+#define EACH_HEAD(head) for (int64_t head = task.group.begin; head < task.group.end; ++head)
 
 }  // namespace
 
 extern "C" {
 
-// Writes the reads to o (not those of padding), the last states to final_state and, if it is not null, v - S^T k of the
-// delta rule to errors.
-void forward(const Inputs* in, float* o, float* final_state, float* errors) {
+// Writes the reads to o, adds them where it reads backwards, and writes, if not null, the last states to final_state
+// and those that enter segments to kept [B, H, (T - 1) / SEGMENT, M, KEY, VALUE].
+void forward(const Inputs* in, float* o, float* final_state, float* kept) {
   const Inputs x = *in;
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t task = 0; task < x.batch * x.heads; ++task) {
-    const int64_t h = task % x.heads;
-    const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
-    const int64_t count = tokens.count();
-    const State empty = {};
-    State state;
-    Token both[2], none;
-    Row read, found;
-    for (int column = 0; column < VALUE; column += BLOCK) {
-      load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
-      if (count) both[0].load(x, tokens.at[0] * x.heads + h, tokens.at[0] * x.heads + h);
-      found = find(state, both[0].ak);
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t n = tokens.at[s] * x.heads + h;
-        const Token& now = both[s % 2];
-        if (s + 1 < count) both[(s + 1) % 2].load(x, tokens.at[s + 1] * x.heads + h, n + AHEAD * x.heads);
-        if (tokens.begins[s]) {
-          state = empty;
-          found = Row{};
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Workspace& w = work;
+    const Task task(x, groups, index, held);
+    EACH_HEAD(head) task.state(head).load(x.state ? x.state + task.place(head) : nullptr);
+    for (size_t first = 0, end; first < task.blocks.size(); first = end) {
+      end = task.end(first);
+      EACH_HEAD(head) {
+        State& state = task.state(head);
+        if (kept && first) state.store(kept + task.kept_place(head, task.segment(first)));
+        for (size_t i = first; i < end; ++i) {
+          state.empty |= task.blocks[i].fresh;
+          w.load(x, task.tokens, task.blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(x, state);
+          w.output(x, state, o);
+          if (final_state || i + 1 < task.blocks.size()) w.advance(state, state);
         }
-        Row u = load(x.v + n * VALUE + column);
-        EACH_PART(p) u.part[p] -= found.part[p];
-        if (errors) store(errors + n * VALUE + column, u);
-        u = now.beta * u;
-        advance(state, now, s + 1 < count ? both[(s + 1) % 2] : none, u, read, found);
-        store(o + n * VALUE + column, read);
       }
-      if (tokens.ends_empty) state = empty;
-      store_state(state, final_state + task * KEY * VALUE, column);
+    }
+    if (final_state) EACH_HEAD(head) {
+      task.state(head).empty |= task.tokens.ends_empty;
+      task.state(head).store(final_state + task.place(head));
     }
   }
 }
 
-void backward(const Inputs* in, const float*, const float* d_o, const float* errors, const Gradients* out) {
+void backward(const Inputs* in, const float* d_o, const float* kept, const Gradients* out) {
   const Inputs x = *in;
   const Gradients d = *out;
+  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
 #pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t task = 0; task < x.batch * x.heads; ++task) {
-    const int64_t h = task % x.heads;
-    const Tokens tokens(task / x.heads, x.length, x.skip, x.starts, false);
-    const int64_t count = tokens.count(), anchors = (count + ANCHOR - 1) / ANCHOR;
-    std::vector<State> leaving(DECAY ? anchors : 0);
-    std::vector<double> ends(anchors);
-    const State empty = {};
-    State state;
-    Token both[2];
-    for (int column = 0; column < VALUE; column += BLOCK) {
-      load_state(state, d.state + task * KEY * VALUE, column);
-      if (tokens.ends_empty) state = empty;
-      Row d_error = {}, d_u;
-      both[count % 2].rest();
-      for (int64_t s = count - 1; s >= 0; --s) {
-        const int64_t n = tokens.at[s] * x.heads + h;
-        Token &now = both[s % 2], &later = both[(s + 1) % 2];
-        now.load(x, n, n - AHEAD * x.heads);
-        if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1)) {
-          pass_on(state, later, d_error);
-          later.rest();
-          leaving[s / ANCHOR] = state;
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Backward& w = work;
+    const Task task(x, groups, index, held);
+    std::vector<size_t> borders = {0};  // of segments, in blocks
+    while (borders.back() < task.blocks.size()) borders.push_back(task.end(borders.back()));
+    EACH_HEAD(head) {
+      task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
+      task.state(head).empty |= task.tokens.ends_empty;
+    }
+    for (size_t s = borders.size() - 1; s-- > 0;) {
+      const size_t count = borders[s + 1] - borders[s];
+      const Block* const blocks = &task.blocks[borders[s]];
+      if (entering.size() < count) entering.resize(count);
+      EACH_HEAD(head) {
+        if (s)
+          entering[0].load(kept + task.kept_place(head, task.segment(borders[s])));
+        else
+          entering[0].load(x.state ? x.state + task.place(head) : nullptr);
+        for (size_t i = 0; i < count; ++i) {
+          entering[i].empty |= blocks[i].fresh;
+          if (i + 1 == count) break;
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.solve(x, entering[i]);
+          w.advance(entering[i], entering[i + 1]);
         }
-        const Row error = load(errors + n * VALUE + column);
-        retreat(state, later, d_error, now, load(d_o + n * VALUE + column), now.beta * error, d.k + n * KEY, column, d_u);
-        d.beta[n] += sum(dot(d_u, error));
-        d_error = now.beta * d_u;
-        store(d.v + n * VALUE + column, d_error);
-        if (tokens.begins[s]) {
-          state = empty;
-          now.rest();
+        for (size_t i = count; i-- > 0;) {
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(x, entering[i]);
+          w.retreat(x, d_o, d, entering[i], task.state(head));
         }
-      }
-      pass_on(state, both[0], d_error);
-      store_state(state, d.state + task * KEY * VALUE, column);
-
-      load_state(state, x.state ? x.state + task * KEY * VALUE : nullptr, column);
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t n = tokens.at[s] * x.heads + h;
-        Token& now = both[0];
-        now.load(x, n, n + AHEAD * x.heads);
-        if (tokens.begins[s]) state = empty;
-        const Row u = now.beta * load(errors + n * VALUE + column);
-        d_error = load(d.v + n * VALUE + column);
-        follow(state, now, u, load(d_o + n * VALUE + column), d_error, float(x.scale), d.q + n * KEY, column,
-               d.k + n * KEY);
-        if (DECAY && (s == count - 1 || s % ANCHOR == ANCHOR - 1))
-          for (int i = 0; i < KEY; ++i) ends[s / ANCHOR] += sum(dot(leaving[s / ANCHOR].row[i], state.row[i]));
       }
     }
-    if (DECAY) decay_gradient(x, d, tokens, h, ends);
+    if (d.state) EACH_HEAD(head) task.state(head).store(d.state + task.place(head));
   }
 }
 

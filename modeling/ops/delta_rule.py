@@ -23,10 +23,10 @@ import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
 from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix_sums, to_chunks
+from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
-from lalm.modeling.ops.recurrence import cpp_delta
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,6 +221,8 @@ def _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state
             return _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state, None, layout, causal)
 
         return per_document(one_batch, (q, k, v, g, beta), cu_seqlens, initial_state, output_final_state)
+    if core is cpp_delta:
+        core = partial(cpp_delta, wants_state=output_final_state)
     if not causal:
         refuse_states(initial_state, output_final_state)
         core = partial(_both_ways, core)
@@ -326,7 +328,7 @@ def cpp_delta_rule(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta_rule` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    """`recurrent_delta_rule` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
     return _delta_rule(
         cpp_delta, q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
     )
@@ -415,7 +417,7 @@ def cpp_gated_delta_rule(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_gated_delta_rule` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    """`recurrent_gated_delta_rule` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
     return _delta_rule(
         cpp_delta, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
     )

@@ -22,14 +22,13 @@ columns of size `C M` run over tokens and, inside a token, over memories.
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial, reduce
 
 import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
 from lalm.modeling.ops.chunks import from_chunks, to_chunks
-from lalm.modeling.ops.cpp import load_kernel, pointer
+from lalm.modeling.ops.delta_rule_cpp import cpp_dual
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import (
     SequenceLayout,
@@ -42,8 +41,6 @@ from lalm.modeling.ops.layout import (
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
-# Tokens between the states that the C++ kernel keeps for its backward pass, which has room for one segment's.
-_SEGMENT = 256
 
 
 def recurrent_dual(
@@ -220,107 +217,6 @@ def _times_each(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return (factors[..., None] * x[..., None, :]).flatten(-2)
 
 
-_GATES = ("decay", "beta", "read", "coupling")
-
-
-class _CppInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "reverse", "threads")),
-    ]
-
-
-class _CppGradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
-
-
-class _CppDual(torch.autograd.Function):
-    """The kernels of dual_state.cpp, once for every direction; gates and starts have a first axis for it."""
-
-    @staticmethod
-    def forward(ctx, kernel, scale, wants_state, *tensors):
-        q, _, v, decay, *_, skip, _ = tensors
-        ctx.kernel, ctx.scale = kernel, scale
-        ctx.set_materialize_grads(False)
-        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        batch, length, heads, key_size = q.shape
-        sizes = (decay.shape[-1], key_size, v.shape[-1])
-        final = v.new_empty(batch, heads, *sizes) if wants_state else None
-        kept = None  # the states that enter segments
-        if any(ctx.needs_input_grad):
-            kept = v.new_empty(decay.shape[0], batch, heads, max(0, length - 1) // _SEGMENT, *sizes)
-        for direction, inputs in enumerate(_CppDual.directions(scale, *tensors)):
-            to = None if kept is None else pointer(kept[direction])
-            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
-        ctx.save_for_backward(*tensors, kept)
-        return o, final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, d_final):
-        *saved, kept = ctx.saved_tensors
-        fresh = torch.empty_like if saved[8] is None else torch.zeros_like
-        found = [fresh(x) for x in saved[:7]]
-        d_state = None  # in, that of the final state; out, that of the initial one
-        if d_final is not None:
-            d_state = d_final.clone(memory_format=torch.contiguous_format)
-        elif saved[7] is not None:
-            d_state = torch.zeros_like(saved[7])
-        do = torch.zeros_like(saved[2]) if do is None else do.contiguous()
-        for direction, inputs in enumerate(_CppDual.directions(ctx.scale, *saved)):
-            pointers = [x.data_ptr() for x in found[:3]] + [x[direction].data_ptr() for x in found[3:]]
-            gradients = _CppGradients(*pointers, None if d_state is None else d_state.data_ptr())
-            arguments = (pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
-            ctx.kernel.backward(ctypes.byref(inputs), *arguments)
-        return None, None, None, *found, None if saved[7] is None else d_state, None, None
-
-    @staticmethod
-    def directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts):
-        """The arguments of the kernels for each pass; valid while the tensors live."""
-        for direction in range(decay.shape[0]):
-            gates = (x[direction] for x in (decay, beta, read, coupling))
-            begins = None if starts is None else starts[direction]
-            tensors = (q, k, v, *gates, state, skip, begins)
-            sizes = (*q.shape[:3], direction, torch.get_num_threads())
-            yield _CppInputs(*(pointer(x) for x in tensors), scale, *sizes)
-
-
-def cpp_kernel(
-    q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool, work: int | None = None
-) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none (`work` as for
-    `load_kernel`)."""
-    fits = q.device.type == "cpu" and compute_dtype(q, v) == torch.float32 and v.shape[-1] % 16 == 0 and memories <= 4
-    if not fits or torch.compiler.is_compiling():
-        return None
-    sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    return load_kernel("dual_state", work=work, **sizes, SEGMENT=_SEGMENT)
-
-
-def cpp_dual(
-    q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule=True, causal=True, wants_state=True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual` by the C++ kernel, in float32; not causal, in both directions at once and without a state."""
-    kernel = cpp_kernel(q, v, g.shape[-1], use_delta_rule)
-    if kernel is None:
-        raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, no float64 and value heads "
-            "of a multiple of 16 channels. Use linear_attn_implementation='auto'."
-        )
-    if coupling is None:
-        coupling = torch.eye(g.shape[-1], dtype=torch.float32).expand(*g.shape, g.shape[-1])
-    gates = [x if not causal else x[None] for x in (g.float().exp(), beta, read, coupling)]
-    tensors = [x.float().contiguous() for x in (q, k, v, *gates)]
-    state = None if state is None else state.float().contiguous()
-    skip = None if layout.mask is None else (~layout.mask).contiguous()
-    starts = layout.starts()
-    if starts is not None:
-        ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
-        starts = torch.stack([starts, ends])
-    return _CppDual.apply(kernel, scale, wants_state, *tensors, state, skip, starts)
-
-
 def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule):
     """`core` with the leak for the coupling, and with gates that let padding neither write, decay nor leak."""
     leak = g.new_zeros(*g.shape, g.shape[-1])
@@ -476,7 +372,7 @@ def cpp_dual_state_delta(
     causal: bool = True,
     use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual_state_delta` by a C++ kernel, in blocks that stay in the caches of a core: CPU, float32."""
+    """`recurrent_dual_state_delta` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
 

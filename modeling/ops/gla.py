@@ -11,10 +11,10 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
+from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
-from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
@@ -132,5 +132,5 @@ def cpp_gla(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_gla` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    """`recurrent_gla` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return _gla(cpp_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal))

@@ -26,7 +26,6 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = 16;
 #endif
 #endif
-constexpr int CACHE = 40960;  // bytes of a state: most of a first-level cache
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef float loose __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
@@ -88,74 +87,10 @@ inline vec sums_of(const vec* x) {
   }
 }
 
-inline vec sums(const vec (&x)[LANES]) { return sums_of<LANES>(x); }
-
-// Has SIZE numbers brought to the cache. The tokens of a head lie too far apart for the processor to foresee them.
-template <int SIZE>
-inline void fetch(const float* x) {
-  for (int i = 0; i < SIZE; i += LANES) __builtin_prefetch(x + i);
-}
-
-// The largest number of vectors, `wanted` at most, that divides `value_size` and whose state of `rows` fits the cache.
-constexpr int parts_of(int wanted, int rows, int value_size) {
-  return value_size / LANES % wanted == 0 && (wanted == 1 || rows * wanted * LANES * 4 <= CACHE)
-             ? wanted
-             : parts_of(wanted - 1, rows, value_size);
-}
-
 // Key sizes are rounded up to whole vectors; rows beyond the key stay zero.
 constexpr int rounded(int size) { return (size + LANES - 1) / LANES * LANES; }
 
-// PARTS x LANES columns of a row of a state.
-template <int PARTS>
-struct RowOf {
-  vec part[PARTS];
-};
-
 #define EACH_PART(p) _Pragma("GCC unroll 8") for (int p = 0; p < PARTS; ++p)
-
-template <int PARTS>
-inline void load(RowOf<PARTS>& row, const float* x) {
-  EACH_PART(p) row.part[p] = *reinterpret_cast<const loose*>(x + p * LANES);
-}
-
-template <int PARTS>
-inline void store(float* x, const RowOf<PARTS>& row) {
-  EACH_PART(p) *reinterpret_cast<loose*>(x + p * LANES) = row.part[p];
-}
-
-template <int PARTS>
-inline RowOf<PARTS> operator*(float a, RowOf<PARTS> x) {
-  EACH_PART(p) x.part[p] *= a;
-  return x;
-}
-
-template <int PARTS>
-inline vec dot(const RowOf<PARTS>& x, const RowOf<PARTS>& y) {  // still to be summed over the lanes
-  vec total = x.part[0] * y.part[0];
-  for (int p = 1; p < PARTS; ++p) total += x.part[p] * y.part[p];
-  return total;
-}
-
-// Independent sums, as many as hide the latency of an addition, into one.
-template <int PARTS, int CHAINS>
-inline RowOf<PARTS> joined(RowOf<PARTS> (&sums)[CHAINS]) {
-  for (int c = 1; c < CHAINS; ++c) EACH_PART(p) sums[0].part[p] += sums[c].part[p];
-  return sums[0];
-}
-
-// A number for each row of a state.
-template <int SIZE>
-struct ColumnOf {
-  alignas(64) float at[rounded(SIZE)];
-
-  void load(const float* x, float scale = 1) {
-    for (int i = 0; i < SIZE; ++i) at[i] = scale * x[i];
-    for (int i = SIZE; i < rounded(SIZE); ++i) at[i] = 0;
-  }
-
-  void clear() { std::memset(this, 0, sizeof(*this)); }
-};
 
 // x[first + j] = values[j] for the rows that there are.
 template <int SIZE>
@@ -171,12 +106,6 @@ inline void add_to(float* x, int first, vec values, float scale = 1) {
   } else {
     for (int i = first; i < SIZE; ++i) x[i] += scale * values[i - first];
   }
-}
-
-// Writes, or adds to what is there.
-template <int SIZE>
-inline void hand_in(float* x, int first, vec values, bool adds) {
-  adds ? add_to<SIZE>(x, first, values) : write_to<SIZE>(x, first, values);
 }
 
 // The tokens of a row that are no padding, in the order in which they are read.

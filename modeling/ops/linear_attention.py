@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
+from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
-from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def apply_linear_attention(
@@ -187,7 +187,7 @@ def cpp_linear_attention(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_linear_attention` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    """`recurrent_linear_attention` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return apply_linear_attention(
         cpp_diagonal,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),

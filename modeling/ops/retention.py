@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
+from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear_attention import apply_linear_attention
-from lalm.modeling.ops.recurrence import cpp_diagonal
 
 
 def retention_log_decay(
@@ -138,7 +138,7 @@ def cpp_retention(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by the C++ kernel of `ops/recurrence.py`; same arguments, float32 on a CPU."""
+    """`recurrent_retention` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return _retention(cpp_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
 
 

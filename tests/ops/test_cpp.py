@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lalm.modeling.ops import cpp
+from lalm.modeling.ops.diagonal_cpp import if_compiled
 from lalm.modeling.ops.gla import cpp_gla
-from lalm.modeling.ops.recurrence import if_compiled
 
 MUCH = 1 << 40
 

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops import dual_state
 from lalm.modeling.ops.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
+from lalm.modeling.ops.delta_rule_cpp import delta_kernel
 from lalm.modeling.ops.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
 from lalm.modeling.ops.layout import SequenceLayout
 from tests.ops.cases import relative_error
 
 NAMES = ("q", "k", "v", "g", "beta", "read", "coupling")
 needs_compiler = pytest.mark.skipif(
-    dual_state.cpp_kernel(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 16), memories=2, use_delta_rule=True) is None,
+    delta_kernel(torch.zeros(1, 1, 1, 16), 16, memories=2) is None,
     reason="this machine has no C++ compiler",
 )
 
@@ -239,7 +240,7 @@ def test_states_stay_bounded_over_100k_tokens(decay):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 70])
 def test_cpp_is_recurrent(length, delta, causal):
     layout = hard_layout(2, length)
-    x = make(length, key=8, value=16, causal=causal, dtype=torch.float32)
+    x = make(length, key=16, value=16, causal=causal, dtype=torch.float32)
     x = with_state(x) if causal else x
     exact = {name: tensor.double() for name, tensor in x.items()}
     options = {"layout": layout, "causal": causal, "use_delta_rule": delta}
@@ -255,7 +256,7 @@ def compare_sizes(key, value, memories):
 
 
 @needs_compiler
-@pytest.mark.parametrize("sizes", [(3, 16, 1), (32, 48, 2), (16, 64, 3), (20, 16, 4)])
+@pytest.mark.parametrize("sizes", [(33, 16, 1), (32, 48, 2), (16, 64, 3), (20, 7, 4)])
 def test_cpp_sizes(sizes):
     compare_sizes(*sizes)
 
@@ -265,7 +266,7 @@ def test_cpp_sizes(sizes):
 def test_cpp_in_narrower_registers(processor, compile_for):
     """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
     compile_for(processor)
-    compare_sizes(20, 48, 2)
+    compare_sizes(20, 47, 2)
 
 
 @needs_compiler
@@ -273,7 +274,7 @@ def test_cpp_in_narrower_registers(processor, compile_for):
 @pytest.mark.parametrize("length", [255, 256, 257, 600])
 def test_cpp_across_segments(length, state):
     """The backward pass begins at kept states. One document begins on padding, one inside a segment."""
-    x = make(length, heads=2, key=8, value=16, dtype=torch.float32)
+    x = make(length, heads=2, key=16, value=16, dtype=torch.float32)
     x = with_state(x) if state else x
     mask, segments = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.long)
     mask[0, 3:20], mask[1, -5:] = False, False
@@ -287,7 +288,7 @@ def test_cpp_across_segments(length, state):
 @needs_compiler
 def test_cpp_pieces_and_gradients_of_one_result_alone():
     """A text read in pieces, its states handed on; the gradient of a state without outputs and without a state."""
-    x = make(50, key=8, value=16, dtype=torch.float32)
+    x = make(50, key=16, value=16, dtype=torch.float32)
     exact = {name: tensor.double() for name, tensor in x.items()}
     expected, final = recurrent_dual_state_delta(**exact, output_final_state=True)
     state, outputs = None, []
@@ -312,7 +313,7 @@ def test_cpp_pieces_and_gradients_of_one_result_alone():
 
 @needs_compiler
 def test_cpp_threads_give_the_same():
-    x = make(40, key=8, value=16, dtype=torch.float32)
+    x = make(40, key=16, value=16, dtype=torch.float32)
     expected = run(cpp_dual_state_delta, x)
     before = torch.get_num_threads()
     try:
@@ -325,9 +326,9 @@ def test_cpp_threads_give_the_same():
 
 
 def test_cpp_refuses_what_it_cannot_do():
-    with pytest.raises(RuntimeError, match="float64"):
-        cpp_dual_state_delta(**make(4, value=16))
-    with pytest.raises(RuntimeError, match="multiple of 16"):
+    with pytest.raises(RuntimeError, match="float32 or less"):
+        cpp_dual_state_delta(**make(4, key=16, value=16))
+    with pytest.raises(RuntimeError, match="at least 512 numbers"):
         cpp_dual_state_delta(**make(4, value=7, dtype=torch.float32))
 
 

@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// A block of the dual-state delta rule: what dual_state.cpp reads and writes, token by token and with the states.
+// A block of the delta rule: what delta_rule.cpp reads and writes, token by token and with the states.
 
 #pragma once
 
@@ -16,7 +16,7 @@ struct Inputs {
 
 struct Gradients {
   float *q, *k, *v;                       // written by the first direction, added to by the second
-  float *decay, *beta, *read, *coupling;  // written
+  float *decay, *beta, *read, *coupling;  // written; null where the input is
   float* state;  // [B, H, M, KEY, VALUE]: in, that of the last state; out, of the first. Null where neither counts.
 };
 }
@@ -24,10 +24,13 @@ struct Gradients {
 namespace {
 
 constexpr int GROUP = 4;  // tokens of a triangular system that are solved one by one
-constexpr int KEYS = rounded(KEY), PARTS = parts_of(SUMS / 2 / M ? SUMS / 2 / M : 1, 1, VALUE);
+constexpr int KEYS = rounded(KEY);
 static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
 
-typedef RowOf<PARTS> Row;
+// The largest number of vectors, `wanted` at most, that divides a row of values.
+constexpr int parts_of(int wanted) { return VALUE / LANES % wanted == 0 ? wanted : parts_of(wanted - 1); }
+constexpr int PARTS = parts_of(SUMS / 2 / M ? SUMS / 2 / M : 1);
+
 typedef float Lanes[TOKENS];  // a number for each token
 typedef float Pairs[TOKENS][TOKENS];
 typedef float Keys[TOKENS][KEYS];
@@ -105,11 +108,24 @@ struct Unit {
 };
 constexpr Unit unit;
 
-inline Row row_of(const float* x) {
-  Row row;
-  load(row, x);
-  return row;
-}
+// PARTS vectors of a row of values; aligned where they are a workspace's own.
+struct Row {
+  vec part[PARTS];
+
+  static Row at(const float* x) {
+    Row row;
+    EACH_PART(p) row.part[p] = unaligned(x + p * LANES);
+    return row;
+  }
+  void store(float* x) const { EACH_PART(p) unaligned(x + p * LANES) = part[p]; }
+  void scale(float a) { EACH_PART(p) part[p] *= a; }
+  void add(float a, const Row& x) { EACH_PART(p) part[p] += a * x.part[p]; }
+  vec dot(const Row& x) const {  // still to be summed over the lanes
+    vec total = part[0] * x.part[0];
+    for (int p = 1; p < PARTS; ++p) total += part[p] * x.part[p];
+    return total;
+  }
+};
 
 inline vec dot(const float* x, const float* y) {  // of VALUE numbers, still to be summed over the lanes
   vec total = {};
@@ -149,10 +165,10 @@ struct Workspace {
         aligned(k[t] + g) = part_of<KEY>(x.k + n * KEY, g);
       }
       EACH_MEMORY(a) {
-        decay[a][t] = x.decay[n * M + a];
+        decay[a][t] = x.decay ? x.decay[n * M + a] : 1;
         beta[a][t] = x.beta[n * M + a];
-        read[a][t] = x.read[n * M + a];
-        EACH_MEMORY(b) coupling[a][b][t] = x.coupling[(n * M + a) * M + b];
+        read[a][t] = x.read ? x.read[n * M + a] : 1;
+        EACH_MEMORY(b) coupling[a][b][t] = x.coupling ? x.coupling[(n * M + a) * M + b] : a == b;
       }
     }
   }
@@ -237,14 +253,15 @@ struct Workspace {
       for (int t = first; t < count && t < first + GROUP; ++t)
         for (int c = 0; c < VALUE; c += PARTS * LANES) {
           Row total[M];
-          EACH_MEMORY(a) total[a] = row_of(errors[a][t] + c);
+          EACH_MEMORY(a) total[a] = Row::at(errors[a][t] + c);
           for (int j = first; DELTA && j < t; ++j) EACH_MEMORY(b) {
-            const Row row = row_of(updates[b][j] + c);
-            EACH_MEMORY(a) EACH_PART(p) total[a].part[p] += inner[a][b][t][j] * row.part[p];
+            const Row row = Row::at(updates[b][j] + c);
+            EACH_MEMORY(a) total[a].add(inner[a][b][t][j], row);
           }
           EACH_MEMORY(a) {
-            ::store(errors[a][t] + c, total[a]);
-            ::store(updates[a][t] + c, beta[a][t] * total[a]);
+            total[a].store(errors[a][t] + c);
+            total[a].scale(beta[a][t]);
+            total[a].store(updates[a][t] + c);
           }
         }
     }
@@ -283,7 +300,8 @@ struct Workspace {
 
   template <int SIZE>
   static void hand_in_row(float* to, const float* x, bool adds, float scale = 1) {
-    for (int c = 0; c < SIZE; c += LANES) hand_in<SIZE>(to, c, scale * aligned(x + c), adds);
+    for (int c = 0; c < SIZE; c += LANES)
+      adds ? add_to<SIZE>(to, c, aligned(x + c), scale) : write_to<SIZE>(to, c, scale * aligned(x + c));
   }
 };
 

@@ -1,0 +1,129 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Diagonal recurrences by a C++ kernel, in blocks of tokens that stay in the caches of a core.
+
+`cpp_diagonal` is the float32 form of `recurrent_diagonal` on a CPU. Its time and memory grow linearly; for the
+backward pass it keeps the inputs and, of normalised sums, the outputs and what they were divided by.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch.nn import functional as F
+
+from lalm.modeling.ops.cpp import LANES, borders, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.layout import SequenceLayout
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "decay", "state", "skip", "starts")),
+        *((name, ctypes.c_double) for name in ("scale", "eps")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "state")]
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _inputs(tensors: Sequence[torch.Tensor | None], scale: float, eps: float) -> _Inputs:
+    """The kernel's arguments (q, k, v, decay, state, skip, starts); valid while the tensors live."""
+    q = cast(torch.Tensor, tensors[0])
+    return _Inputs(*(_address(x) for x in tensors), scale, eps, *q.shape[:3], torch.get_num_threads())
+
+
+class _CppDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, scale, eps, g, q, k, v, state, skip, starts):
+        decay = None if g is None else g.exp()
+        tensors = (q, k, v, decay, state, skip, starts)
+        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
+        final = v.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + (eps is not None))
+        sizes = torch.empty_like(v[..., 0]) if eps is not None and any(ctx.needs_input_grad) else None
+        inputs = _inputs(tensors, scale, eps or 0.0)
+        kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), pointer(sizes))
+        ctx.kernel, ctx.scalars = kernel, (scale, eps or 0.0)
+        ctx.save_for_backward(*tensors, None if eps is None else o, sizes)
+        return o, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, d_final):
+        *tensors, o, sizes = ctx.saved_tensors
+        state, skip = tensors[4:6]
+        fresh = torch.empty_like if skip is None else torch.zeros_like
+        found = [None if x is None else fresh(x) for x in tensors[:4]]
+        do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
+        gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
+        inputs = _inputs(tensors, *ctx.scalars)
+        ctx.kernel.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(gradients))
+        dq, dk, dv, dg = found
+        return None, None, None, dg, dq, dk, dv, None if state is None else d_state, None, None
+
+
+def diagonal_kernel(
+    q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False, work: int | None = None
+) -> ctypes.CDLL | None:
+    """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
+
+    Args:
+        value_size: V.
+        gate_size: numbers of a token's log decay in a head: 0, 1 or K.
+        normalized: for sums that are divided by z . q + eps.
+        work: as for `load_kernel`.
+    """
+    if not fits(q, q.shape[-1] * value_size):
+        return None
+    sizes = {"KEY": q.shape[-1], "VALUE": value_size + -value_size % LANES, "DECAY": min(gate_size, 2)}
+    return load_kernel("diagonal", work=work, **sizes, NORMALIZED=int(normalized))
+
+
+def if_compiled(
+    form: Callable, implementation: str, q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False
+) -> Callable | None:
+    """`form`, a function on top of `cpp_diagonal`, where `diagonal_kernel` has a kernel for it; unless
+    `implementation` is "cpp", a short text must find it compiled."""
+    work = None if implementation == "cpp" else q.numel() * value_size
+    return form if diagonal_kernel(q, value_size, gate_size, normalized, work) else None
+
+
+def _with_columns(state: torch.Tensor, missing: int, value_size: int) -> torch.Tensor:
+    """`state` with so many columns of zeros after the first `value_size`, before that of a normaliser."""
+    values, normalizer = state[..., :value_size], state[..., value_size:]
+    return torch.cat([F.pad(values, (0, missing)), normalizer], -1)
+
+
+def cpp_diagonal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout | None,
+    eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_diagonal` in C++; same arguments.
+
+    With `eps` the outputs are divided by z . q + eps, where z sums the keys as S does k v^T; states are then
+    `[B, H, K, V + 1]`, z their last column.
+    """
+    value_size, layout = v.shape[-1], layout or SequenceLayout()
+    kernel = diagonal_kernel(q, value_size, 0 if g is None else g.shape[-1], normalized=eps is not None)
+    kernel = needed(kernel, q, k, v, g, state)
+    if missing := -value_size % LANES:  # columns of zeros that make whole registers
+        v = F.pad(v, (0, missing))
+        state = None if state is None else _with_columns(state, missing, value_size)
+    tensors = (None if x is None else x.float().contiguous() for x in (g, q, k, v, state))
+    o, final = _CppDiagonal.apply(kernel, scale, eps, *tensors, *borders(layout))
+    if missing:
+        o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
+    return o, final
