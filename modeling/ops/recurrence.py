@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import load_kernel, pointer
+from lalm.modeling.ops.cpp import call, load_kernel, pointer
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
 
@@ -128,7 +128,7 @@ def _run(kernel, q, k, v, g, beta, scale, state, layout: SequenceLayout, eps=Non
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     starts = layout.starts()
     starts = None if starts is None else starts.contiguous()
-    o, final = _CppRecurrence.apply(kernel, scale, eps, g, q, k, v, beta, state, skip, starts)
+    o, final = call(_CppRecurrence, kernel, scale, eps, g, q, k, v, beta, state, skip, starts)
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

@@ -85,8 +85,22 @@ def test_strided_inputs_frozen_weight_and_threads():
         torch.set_num_threads(before)
 
 
-def test_small_inputs_compile_nothing(monkeypatch):
+def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setattr(elementwise, "load_kernel", lambda name, **_: pytest.fail(f"{name} was loaded"))
-    rms_norm(torch.randn(8, 64), torch.ones(64), 1e-5)
-    silu_gate(torch.randn(8, 64), torch.randn(8, 64))
+    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+    cpp._plan.cache_clear()
+    try:
+        x, weight = torch.randn(8, 64), torch.randn(64)
+        torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
+        torch.testing.assert_close(silu_gate(x, x), F.silu(x) * x)
+        assert not list(tmp_path.iterdir())
+    finally:
+        cpp._plan.cache_clear()
+
+
+def test_small_inputs_take_a_kernel_that_is_there(monkeypatch):
+    x, weight, recorded = torch.randn(8, 64), torch.randn(64), []
+    monkeypatch.setattr(elementwise, "call", lambda *given: recorded.append(given) or cpp.call(*given))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
+    assert len(recorded) == 1
