@@ -22,10 +22,11 @@ class Linear(nn.Linear):
     """torch's Linear, in float32 where a processor has no arithmetic for the 16-bit type asked for (products.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        autocast = torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
             return super().forward(x)
         asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
-        if torch.is_autocast_enabled("cpu") and torch.float64 not in kinds:  # which autocast leaves alone
+        if autocast and torch.float64 not in kinds:  # which autocast leaves alone
             asked = torch.get_autocast_dtype("cpu")
         elif len(kinds) > 1:  # torch has the words for that
             return super().forward(x)

@@ -7,9 +7,10 @@ import ctypes
 
 import torch
 
-from lalm.modeling.ops.cpp import load_kernel, pointer
+from lalm.modeling.ops.cpp import call, load_kernel, pointer
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.products import without_autocast
 
 
 class _Inputs(ctypes.Structure):
@@ -59,6 +60,6 @@ def cpp_short_conv(
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(x.device):
         tensors = x.float().contiguous(), weight.float().T.contiguous()
-        return _ShortConv.apply(kernel, *tensors, skip, documents).to(x.dtype)
+        return call(_ShortConv, kernel, *tensors, skip, documents).to(x.dtype)
