@@ -118,11 +118,9 @@ class ShortConvolution(nn.Module):
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
         if state is None:
-            pieces = zip(parts, self.weight.split(sizes), strict=True)
-            outputs = [cpp_short_conv(x, weight, before, self.activation, layout) for x, weight in pieces]
-            if all(output is not None for output in outputs):
-                state = layout.last_inputs(parts, before) if keeps_state else None
-                return cast(Sequence[torch.Tensor], outputs), state
+            outputs = cpp_short_conv(parts, self.weight, before, self.activation, layout)
+            if outputs is not None:
+                return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         length = x.shape[1]
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])

@@ -27,7 +27,7 @@ class _NormInputs(ctypes.Structure):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, eps, x, weight):
-        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1]) if any(ctx.needs_input_grad) else None
         kernel.forward(_RMSNorm.inputs(x, weight, eps), pointer(y), pointer(rstd))
         ctx.kernel, ctx.eps = kernel, eps
         ctx.save_for_backward(x, weight, rstd)
