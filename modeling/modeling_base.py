@@ -201,7 +201,7 @@ class LalmModel(LalmPreTrainedModel):
 
     def _rotary_tables(self, kinds: set[str], position_ids: torch.Tensor) -> Tables:
         """cos and sin by head size, for layers of these kinds."""
-        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds else set()
+        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds and self.mixer_class.rotates else set()
         if kinds - {Mixer.layer_type}:
             sizes.add(self.config.head_dim)
         return {size: rotary_tables(position_ids, size, self.config.rope_theta) for size in sizes}
