@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from transformers.utils import logging
 
 logger = logging.get_logger("transformers.lalm")
@@ -35,20 +36,51 @@ _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 _EARNS_COMPILING = 1 << 21
 
 
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _cpu_flags() -> bytes:
+    try:
+        with open("/proc/cpuinfo", "rb") as lines:
+            return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    except OSError:
+        return b""
+
+
+def _shared_by_all() -> Any:
+    """Hash of what every library depends on beside its own source: the headers, and what tells processors apart, for
+    a home folder that several machines share."""
+    headers = sorted(name for name in os.listdir(_SOURCES) if name.endswith(".h")) if os.path.isdir(_SOURCES) else []
+    texts = [_read(os.path.join(_SOURCES, name)) for name in headers]
+    return hashlib.blake2b(b"".join([*texts, platform.machine().encode(), _cpu_flags()]), digest_size=10)
+
+
+_SHARED = _shared_by_all()
+
+
 def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
     """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
-    cannot be had, which is logged once, and for a call of little `work` (multiply-adds) while it is not compiled.
+    cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
+    inside what would have to look into a kernel (`_is_looked_into`).
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
     plan = _plan(name, tuple(sizes.items()))
-    if plan is None:
+    if plan is None or _is_looked_into():
         return None
     if not plan.is_tried:
         if work is not None and work < _EARNS_COMPILING and not os.path.isfile(plan.library):
             return None
         plan.load()
     return plan.kernel
+
+
+def _is_looked_into() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or a tracer is at work."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
 
 
 @dataclass
@@ -83,28 +115,14 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
     compiler, defines = os.environ.get("CXX"), tuple(f"-D{key}={value}" for key, value in sorted(sizes))
-    key = _shared_by_all().copy()
+    key = _SHARED.copy()
     key.update(_read(source))
     key.update(" ".join([compiler or "", _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
 
 
-@cache
-def _shared_by_all() -> Any:
-    """Hash of what every library depends on beside its own source: the headers, and what tells processors apart, for
-    a home folder that several machines share."""
-    headers = sorted(name for name in os.listdir(_SOURCES) if name.endswith(".h"))
-    texts = [_read(os.path.join(_SOURCES, name)) for name in headers]
-    return hashlib.blake2b(b"".join([*texts, platform.machine().encode(), _cpu_flags()]), digest_size=10)
-
-
 def _source(name: str) -> str:
     return os.path.join(_SOURCES, f"{name}.cpp")
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 class _Unrecorded:
@@ -132,14 +150,6 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
 def _folder() -> str:
     kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.environ.get("LALM_CACHE") or os.path.join(kept, "lalm")
-
-
-def _cpu_flags() -> bytes:
-    try:
-        with open("/proc/cpuinfo", "rb") as lines:
-            return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
-    except OSError:
-        return b""
 
 
 def _compile(plan: _Plan) -> None:

@@ -94,7 +94,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         `[..., D]` in the dtype of x, also under autocast; the mean is taken in float32, or in float64 if an input is.
     """
-    kernel = _kernel("rms_norm", x, weight)
+    # Of few numbers, recording the kernel for a backward pass takes what it saves.
+    is_small = x.numel() < _FEWEST and torch.is_grad_enabled()
+    kernel = None if is_small else _kernel("rms_norm", x, weight)
     if kernel is None:
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
     return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
