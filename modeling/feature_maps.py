@@ -14,11 +14,12 @@ from torch import nn
 from transformers import initialization as init
 
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.products import without_autocast
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
     """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost beside 1."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.clamp(max=0).exp() + x.relu()
 
 
 def taylor_features(x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(compute_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if self.name in ("favor", "hedgehog", "elementwise_product"):
                 return self.map(x)
             if self.name == "dpfp":

@@ -42,7 +42,7 @@ class LocalGlobalMixer(nn.Module):
     """q, k, v -> the first heads attend locally, the others by efficient attention -> output projection."""
 
     layer_type = RecurrentLayer._layer_type
-    is_windowed = True
+    rotates = is_windowed = True
 
     def __init__(self, config: LocalGlobalConfig, layer_idx: int):
         super().__init__()

@@ -35,6 +35,7 @@ from lalm.modeling.ops.delta_rule import (
 from lalm.modeling.ops.delta_rule_cpp import if_compiled
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.products import without_autocast
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
 _TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0
@@ -63,7 +64,7 @@ class DecayGate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., H]` -> log decay `[..., H]`, at most 0."""
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return -self.A_log.to(dtype).exp() * F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
 
 

@@ -27,6 +27,7 @@ from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.products import without_autocast
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +231,7 @@ def _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state
     layout = layout or SequenceLayout()
     k, decay = layout.freeze(k, None if g is None else g[..., None])
     g = None if decay is None else decay[..., 0]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, beta, scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None

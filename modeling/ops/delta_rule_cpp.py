@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import LANES, borders, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.cpp import LANES, borders, call, fits, load_kernel, needed, pointer
 from lalm.modeling.ops.layout import SequenceLayout
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
@@ -141,7 +141,7 @@ def cpp_dual(
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    o, final = _CppDeltaRule.apply(kernel, scale, wants_state and causal, *tensors, skip, starts)
+    o, final = call(_CppDeltaRule, kernel, scale, wants_state and causal, *tensors, skip, starts)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final

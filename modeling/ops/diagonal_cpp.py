@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import LANES, borders, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.cpp import LANES, borders, call, fits, load_kernel, needed, pointer
 from lalm.modeling.ops.layout import SequenceLayout
 
 
@@ -123,7 +123,7 @@ def cpp_diagonal(
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (g, q, k, v, state))
-    o, final = _CppDiagonal.apply(kernel, scale, eps, *tensors, *borders(layout))
+    o, final = call(_CppDiagonal, kernel, scale, eps, *tensors, *borders(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

@@ -38,6 +38,7 @@ from lalm.modeling.ops.layout import (
     per_document,
     segments_of,
 )
+from lalm.modeling.ops.products import without_autocast
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
@@ -273,7 +274,7 @@ def _dual_state(
         core = partial(_inert_padding, core if causal else partial(_both_ways, core))
     check_state(initial_state, (q.shape[0], q.shape[2], memories, q.shape[3], v.shape[3]))
     layout = layout or SequenceLayout()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, beta, read, coupling, scale, initial_state, layout, delta)
         return o.to(v.dtype), state if output_final_state else None

@@ -24,6 +24,7 @@ from lalm.modeling.ops.chunks import from_chunks, to_chunks
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes
+from lalm.modeling.ops.products import without_autocast
 
 _SEMANTICS = ("0.19", "v0.2.1")
 _SMALLEST_SUM = 1e-3  # of "0.19"
@@ -153,7 +154,7 @@ def recurrent_efficient_attention(
     empty = _empty(q, v, blindspot_size, dtype)
     state = empty if initial_state is None else _in_dtype(initial_state, dtype)
     outputs = []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         for t in range(q.shape[1]):
             if starts is not None:
                 state = _choose_state(starts[:, t], empty, state)
@@ -203,7 +204,7 @@ def chunk_efficient_attention(
     _check(q, k, v, initial_state, blindspot_size, semantics, layout)
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
     state = None if initial_state is None else _in_dtype(initial_state, dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         q, k, values = q.to(dtype), k.to(dtype), F.pad(v.to(dtype), (0, 1), value=1.0)
         if blindspot_size == 1:
             line = _Line(q, features_of(k, layout.mask, semantics), values, layout.segments)

@@ -14,6 +14,7 @@ from lalm.modeling.ops.bidirectional import bidirectional_diagonal, layout_both_
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.efficient_attention import check_semantics, features_of, running_max
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes
+from lalm.modeling.ops.products import without_autocast
 
 
 def bidirectional_efficient_attention(
@@ -36,7 +37,7 @@ def bidirectional_efficient_attention(
         return cross_efficient_attention(q, k, v, layout.mask, semantics=semantics)
     check_semantics(semantics)
     dtype = compute_dtype(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         documents = SequenceLayout(segments=layout.document_ids())
         k = features_of(k.to(dtype), layout.mask, "0.19")
         features = (k - _document_max(k.detach(), documents)).exp()
@@ -81,7 +82,7 @@ def cross_efficient_attention(
     if q.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q must be [B, T, H, K] with B, H, K of k {tuple(k.shape)}, got {tuple(q.shape)}.")
     dtype = compute_dtype(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if mask is None:
             weights = k.to(dtype).softmax(1)
         else:

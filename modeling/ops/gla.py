@@ -15,6 +15,7 @@ from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.products import without_autocast
 
 
 def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
@@ -35,7 +36,7 @@ def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
         refuse_states(initial_state, output_final_state)
         core = bidirectional_diagonal(core)
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None

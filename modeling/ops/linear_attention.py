@@ -21,6 +21,7 @@ from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.products import without_autocast
 
 
 def apply_linear_attention(
@@ -48,7 +49,7 @@ def apply_linear_attention(
     if normalize:
         core = partial(cpp_diagonal, eps=eps) if core is cpp_diagonal else _normalized(core, eps)
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[-1] + normalize))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, None if g is None else g[..., None], scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None

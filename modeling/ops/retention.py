@@ -23,8 +23,8 @@ def retention_log_decay(
     num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """`[H]`: log(1 - 2^(-5 - h)) for the heads h = 0, 1, ... (eq. 8), natural log; memories of 32, 64, ... tokens."""
-    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
-    return torch.log1p(-torch.exp2(-5 - heads)).to(dtype)
+    exponents = torch.arange(-5, -5 - num_heads, -1, dtype=torch.float64, device=device)
+    return torch.log1p(-torch.exp2(exponents)).to(dtype)
 
 
 def _retention(core, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal):

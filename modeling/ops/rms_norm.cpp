@@ -1,5 +1,6 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// y = weight * x / sqrt(mean(x^2) + eps) along rows, x and y [ROWS, SIZE], weight [SIZE], rstd [ROWS] the inverse root.
+// y = weight * x / sqrt(mean(x^2) + eps) along rows, x and y [ROWS, SIZE], weight [SIZE], rstd [ROWS] the inverse root
+// (null where nobody asks).
 
 #include <cmath>
 
@@ -47,7 +48,7 @@ void forward(const Inputs* inputs, float* y, float* rstd) {
         in.size, [&](int64_t c) { return at(x + c) * at(x + c); }, [&](int64_t c) { return x[c] * x[c]; });
     const float r = 1 / std::sqrt(squares / in.size + (float)in.eps);
     for (int64_t c = 0; c < in.size; ++c) to[c] = x[c] * r * w[c];
-    rstd[row] = r;
+    if (rstd) rstd[row] = r;
   }
 }
 

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp, elementwise
@@ -85,8 +86,44 @@ def test_strided_inputs_frozen_weight_and_threads():
         torch.set_num_threads(before)
 
 
-def test_small_inputs_compile_nothing(monkeypatch):
+def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setattr(elementwise, "load_kernel", lambda name, **_: pytest.fail(f"{name} was loaded"))
-    rms_norm(torch.randn(8, 64), torch.ones(64), 1e-5)
-    silu_gate(torch.randn(8, 64), torch.randn(8, 64))
+    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+    cpp._plan.cache_clear()
+    try:
+        x, weight = torch.randn(8, 64), torch.randn(64)
+        with torch.no_grad():
+            torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
+            torch.testing.assert_close(silu_gate(x, x), F.silu(x) * x)
+        assert not list(tmp_path.iterdir())
+    finally:
+        cpp._plan.cache_clear()
+
+
+def test_small_inputs_take_a_kernel_that_is_there(monkeypatch):
+    x, weight, recorded = torch.randn(8, 64), torch.randn(64), []
+    monkeypatch.setattr(elementwise, "call", lambda *given: recorded.append(given) or cpp.call(*given))
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["torch.func", "forward mode"])
+def test_transforms_see_plain_torch(dual):
+    x, weight = torch.randn(8, 64), torch.randn(64)
+    for op, plain in (
+        (lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (64,), weight, 1e-5)),
+        (lambda x: silu_gate(x, weight.expand_as(x)), lambda x: F.silu(x) * weight),
+    ):
+        tangent = torch.func.jvp(plain, (x,), (x,))[1]
+        if dual:
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(op(forward_ad.make_dual(x, x))).tangent
+            torch.testing.assert_close(found, tangent)
+            continue
+        torch.testing.assert_close(torch.func.jvp(op, (x,), (x,))[1], tangent)
+        torch.testing.assert_close(torch.vmap(op)(x), plain(x))
+        torch.testing.assert_close(torch.jit.trace(op, x)(2 * x), plain(2 * x))
+        expected = torch.func.grad(lambda x, plain=plain: plain(x).sum())(x)
+        torch.testing.assert_close(torch.func.grad(lambda x, op=op: op(x).sum())(x), expected)
