@@ -133,10 +133,10 @@ def positions(
 ) -> torch.Tensor:
     """Position of every token `[B, T]` in its document, padding not counted, going on after `seen` cached tokens."""
     batch, length = like.shape[:2]
-    real = (
-        torch.ones(batch, length, dtype=torch.int64, device=like.device) if layout.mask is None else layout.mask.long()
-    )
-    before = real.cumsum(1) - real
+    if layout.mask is None:
+        before = torch.arange(length, device=like.device).expand(batch, -1)
+    else:
+        before = layout.mask.long().cumsum(1) - layout.mask.long()
     offset = seen
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] > length:
         offset = (attention_mask[:, :-length] != 0).sum(1, keepdim=True)

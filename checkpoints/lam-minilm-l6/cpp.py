@@ -14,74 +14,142 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from transformers.utils import logging
+
+from .diagonal_recurrence import compute_dtype
+from .layout import SequenceLayout
 
 logger = logging.get_logger("transformers.lalm")
 
-# Made in half the time, it is as fast.
-_LEVELS = {"diagonal": "-O2"}
+_SOURCES = os.path.dirname(os.path.abspath(__file__))
+# Made sooner, they are as fast.
+_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
 
+# Values a head: kernels for heads work in registers of this many.
+LANES = 16
+# A head with fewer numbers in its state is not worth a compilation.
+SMALLEST_STATE = 512
 # Multiply-adds of a call that earn the second of waiting for a compiler: some milliseconds in plain torch.
 _EARNS_COMPILING = 1 << 21
 
 
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _cpu_flags() -> bytes:
+    try:
+        with open("/proc/cpuinfo", "rb") as lines:
+            return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    except OSError:
+        return b""
+
+
+def _shared_by_all() -> Any:
+    """Hash of what every library depends on beside its own source: the headers, and what tells processors apart, for
+    a home folder that several machines share."""
+    headers = sorted(name for name in os.listdir(_SOURCES) if name.endswith(".h")) if os.path.isdir(_SOURCES) else []
+    texts = [_read(os.path.join(_SOURCES, name)) for name in headers]
+    return hashlib.blake2b(b"".join([*texts, platform.machine().encode(), _cpu_flags()]), digest_size=10)
+
+
+_SHARED = _shared_by_all()
+
+
 def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
     """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
-    cannot be had, which is logged once, and for a call of little `work` (multiply-adds) while it is not compiled.
+    cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
+    inside what would have to look into a kernel (`_is_looked_into`).
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
-    plan = _plan(name, tuple(sorted(sizes.items())))
-    if plan is None or (work is not None and work < _EARNS_COMPILING and not plan.library.is_file()):
+    plan = _plan(name, tuple(sizes.items()))
+    if plan is None or _is_looked_into():
         return None
-    return _load(plan)
+    if not plan.is_tried:
+        if work is not None and work < _EARNS_COMPILING and not os.path.isfile(plan.library):
+            return None
+        plan.load()
+    return plan.kernel
 
 
-class _Plan(NamedTuple):
+def _is_looked_into() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or a tracer is at work."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
+
+
+@dataclass
+class _Plan:
+    """A kernel of fixed sizes, and where its library lies."""
+
     name: str
-    compiler: str
-    source: Path
+    compiler: str | None  # None for the machine's own
     defines: tuple[str, ...]
-    library: Path
+    library: str
+    is_tried: bool = False
+    kernel: ctypes.CDLL | None = None
+
+    def load(self) -> None:
+        self.is_tried = True
+        try:
+            if not os.path.isfile(self.library):
+                _compile(self)
+            kernel = ctypes.CDLL(self.library)
+            kernel.forward.restype = kernel.backward.restype = None
+            self.kernel = kernel
+        except (OSError, subprocess.SubprocessError) as error:
+            detail = getattr(error, "stderr", None) or error
+            logger.info(f"{self.name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
 
 
+# The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
 @cache
 def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
-    source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("LALM_CPP") == "0" or not source.is_file() or not compiler:
-        logger.info(f"{name}: no C++ kernel ({'no compiler' if not compiler else 'switched off or no source'}).")
+    source = _source(name)
+    if os.environ.get("LALM_CPP") == "0" or not os.path.isfile(source):
+        logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
-    defines = tuple(f"-D{key}={value}" for key, value in sizes)
-    texts = b"".join(path.read_bytes() for path in (*sorted(source.parent.glob("*.h")), source))
-    texts += " ".join(
-        [compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines, platform.machine(), _cpu_flags()]
-    ).encode()
-    library = _folder() / f"{name}-{hashlib.sha256(texts).hexdigest()[:20]}.so"
-    return _Plan(name, compiler, source, defines, library)
+    compiler, defines = os.environ.get("CXX"), tuple(f"-D{key}={value}" for key, value in sorted(sizes))
+    key = _SHARED.copy()
+    key.update(_read(source))
+    key.update(" ".join([compiler or "", _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
+    return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
 
 
-@cache
-def _load(plan: _Plan) -> ctypes.CDLL | None:
-    try:
-        if not plan.library.is_file():
-            _compile(plan)
-        kernel = ctypes.CDLL(str(plan.library))
-        kernel.forward.restype = kernel.backward.restype = None
-        return kernel
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.info(f"{plan.name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
-        return None
+def _source(name: str) -> str:
+    return os.path.join(_SOURCES, f"{name}.cpp")
+
+
+class _Unrecorded:
+    """In place of the context of an autograd function of which nobody wants a gradient."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, or its forward pass alone where there is nothing to differentiate: with few
+    tokens, what autograd does around a kernel takes longer than the kernel."""
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return function.apply(*arguments)
+    return function.forward(_Unrecorded(), *arguments)
 
 
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
@@ -89,27 +157,48 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def _folder() -> Path:
-    given = os.environ.get("LALM_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lalm"
+def fits(q: torch.Tensor, state_size: int) -> bool:
+    """Whether there are kernels for heads like those of `q` with `state_size` numbers in their state."""
+    known = q.device.type == "cpu" and q.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return known and state_size >= SMALLEST_STATE
 
 
-def _cpu_flags() -> str:
-    """What tells processors apart, for a home folder that several machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+def needed(kernel: ctypes.CDLL | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+    """The kernel for these tensors.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if kernel is None or compute_dtype(*tensors) == torch.float64:
+        raise RuntimeError(
+            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, float32 or less, and heads "
+            f"with a state of at least {SMALLEST_STATE} numbers. Use linear_attn_implementation='auto'."
+        )
+    return kernel
+
+
+def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where a row has padding and where documents start, `[B, T]` each, for a kernel."""
+    skip, starts = None if layout.mask is None else (~layout.mask).contiguous(), layout.starts()
+    return skip, None if starts is None else starts.contiguous()
+
+
+def _folder() -> str:
+    kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("LALM_CACHE") or os.path.join(kept, "lalm")
 
 
 def _compile(plan: _Plan) -> None:
-    plan.library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=plan.library.parent) as folder:
-        made = Path(folder) / plan.library.name
+    compiler = plan.compiler or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise FileNotFoundError("there is no C++ compiler")
+    folder, file = os.path.split(plan.library)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = os.path.join(scratch, file)
         for index, optional in enumerate(_OPTIONAL):
             flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
-            command = [plan.compiler, *flags, str(plan.source), "-o", str(made)]
+            command = [compiler, *flags, _source(plan.name), "-o", made]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 break

@@ -22,14 +22,13 @@ columns of size `C M` run over tokens and, inside a token, over memories.
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial, reduce
 
 import torch
 
 from .bidirectional import both_ways, layout_both_ways, refuse_states
 from .chunks import from_chunks, to_chunks
-from .cpp import load_kernel, pointer
+from .delta_rule_cpp import cpp_dual
 from .diagonal_recurrence import compute_dtype
 from .layout import (
     SequenceLayout,
@@ -39,6 +38,7 @@ from .layout import (
     per_document,
     segments_of,
 )
+from .products import without_autocast
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
@@ -218,94 +218,6 @@ def _times_each(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return (factors[..., None] * x[..., None, :]).flatten(-2)
 
 
-_GATES = ("decay", "beta", "read", "coupling")
-
-
-class _CppInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "reverse", "threads")),
-    ]
-
-
-class _CppGradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
-
-
-class _CppDual(torch.autograd.Function):
-    """The kernels of dual_state.cpp, once for every direction; gates, skip and starts have a first axis for it."""
-
-    @staticmethod
-    def forward(ctx, kernel, *tensors):
-        q, _, v, decay, *_, skip, _ = tensors
-        ctx.kernel = kernel
-        ctx.save_for_backward(*tensors)
-        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        final = v.new_empty(q.shape[0], q.shape[2], decay.shape[-1], q.shape[3], v.shape[3])
-        for inputs in _CppDual.directions(*tensors):
-            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final))
-        return o, final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, d_final):
-        saved = ctx.saved_tensors
-        fresh = torch.empty_like if saved[8] is None else torch.zeros_like
-        found = [fresh(x) for x in saved[:3]] + [torch.zeros_like(x) for x in saved[3:7]]
-        do, d_state = do.contiguous(), d_final
-        for direction, inputs in enumerate(_CppDual.directions(*saved)):
-            d_state = d_final.clone(memory_format=torch.contiguous_format)
-            pointers = [x.data_ptr() for x in found[:3]] + [x[direction].data_ptr() for x in found[3:]]
-            gradients = _CppGradients(*pointers, d_state.data_ptr())
-            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), ctypes.byref(gradients))
-        return None, *found, None if saved[7] is None else d_state, None, None
-
-    @staticmethod
-    def directions(q, k, v, decay, beta, read, coupling, state, skip, starts):
-        """The arguments of the kernels for each pass; valid while the tensors live."""
-        for direction in range(decay.shape[0]):
-            gates = (x[direction] for x in (decay, beta, read, coupling))
-            begins = None if starts is None else starts[direction]
-            tensors = (q, k, v, *gates, state, skip, begins)
-            sizes = (*q.shape[:3], direction, torch.get_num_threads())
-            yield _CppInputs(*(pointer(x) for x in tensors), *sizes)
-
-
-def cpp_kernel(
-    q: torch.Tensor, v: torch.Tensor, memories: int, use_delta_rule: bool, work: int | None = None
-) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and `v [B, T, H, V]`, or None where there is none (`work` as for
-    `load_kernel`)."""
-    fits = q.device.type == "cpu" and compute_dtype(q, v) == torch.float32 and v.shape[-1] % 16 == 0 and memories <= 4
-    if not fits or torch.compiler.is_compiling():
-        return None
-    sizes = {"KEY": q.shape[-1], "VALUE": v.shape[-1], "M": memories, "DELTA": int(use_delta_rule)}
-    return load_kernel("dual_state", work=work, **sizes)
-
-
-def cpp_dual(
-    q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule=True, causal=True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`recurrent_dual` by the C++ kernel, in float32; not causal, in both directions at once."""
-    kernel = cpp_kernel(q, v, g.shape[-1], use_delta_rule)
-    if kernel is None:
-        raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, no float64 and value heads "
-            "of a multiple of 16 channels. Use linear_attn_implementation='auto'."
-        )
-    if coupling is None:
-        coupling = torch.eye(g.shape[-1], dtype=torch.float32).expand(*g.shape, g.shape[-1])
-    gates = [x if not causal else x[None] for x in (g.float().exp(), beta, read, coupling)]
-    tensors = [x.float().contiguous() for x in (q if scale == 1 else q * scale, k, v, *gates)]
-    state = None if state is None else state.float().contiguous()
-    skip = None if layout.mask is None else (~layout.mask).contiguous()
-    starts = layout.starts()
-    if starts is not None:
-        ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
-        starts = torch.stack([starts, ends])
-    return _CppDual.apply(kernel, *tensors, state, skip, starts)
-
-
 def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout, use_delta_rule):
     """`core` with the leak for the coupling, and with gates that let padding neither write, decay nor leak."""
     leak = g.new_zeros(*g.shape, g.shape[-1])
@@ -357,12 +269,12 @@ def _dual_state(
     if not causal:
         refuse_states(initial_state, output_final_state)
     if core is cpp_dual:
-        core = partial(cpp_dual, causal=causal)
+        core = partial(cpp_dual, causal=causal, wants_state=output_final_state)
     else:
         core = partial(_inert_padding, core if causal else partial(_both_ways, core))
     check_state(initial_state, (q.shape[0], q.shape[2], memories, q.shape[3], v.shape[3]))
     layout = layout or SequenceLayout()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, beta, read, coupling, scale, initial_state, layout, delta)
         return o.to(v.dtype), state if output_final_state else None
@@ -461,7 +373,7 @@ def cpp_dual_state_delta(
     causal: bool = True,
     use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual_state_delta` by a C++ kernel that keeps a state in the cache of a core: CPU, float32."""
+    """`recurrent_dual_state_delta` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
 

@@ -8,10 +8,11 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from .cpp import load_kernel, pointer
+from .cpp import call, load_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 
-# For fewer numbers than this a pass costs less than calling it.
+# For fewer numbers than this torch's silu and product cost no more than the call of a kernel, and threads more than
+# they save.
 _FEWEST = 1 << 16
 
 
@@ -26,7 +27,7 @@ class _NormInputs(ctypes.Structure):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, eps, x, weight):
-        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1]) if any(ctx.needs_input_grad) else None
         kernel.forward(_RMSNorm.inputs(x, weight, eps), pointer(y), pointer(rstd))
         ctx.kernel, ctx.eps = kernel, eps
         ctx.save_for_backward(x, weight, rstd)
@@ -44,10 +45,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, weight, eps):
-        rows = x.numel() // x.shape[-1]
-        return ctypes.byref(
-            _NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], torch.get_num_threads(), eps)
-        )
+        rows, threads = x.numel() // x.shape[-1], torch.get_num_threads() if x.numel() >= _FEWEST else 1
+        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], threads, eps))
 
 
 class _GateInputs(ctypes.Structure):
@@ -80,7 +79,7 @@ class _SiluGate(torch.autograd.Function):
 
 
 def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor) -> ctypes.CDLL | None:
-    if x.device.type != "cpu" or x.numel() < _FEWEST or compute_dtype(x, *others) != torch.float32:
+    if x.device.type != "cpu" or compute_dtype(x, *others) != torch.float32:
         return None
     return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel())
 
@@ -95,17 +94,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         `[..., D]` in the dtype of x, also under autocast; the mean is taken in float32, or in float64 if an input is.
     """
-    kernel = _kernel("rms_norm", x, weight)
+    # Of few numbers, recording the kernel for a backward pass takes what it saves.
+    is_small = x.numel() < _FEWEST and torch.is_grad_enabled()
+    kernel = None if is_small else _kernel("rms_norm", x, weight)
     if kernel is None:
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
-    return _RMSNorm.apply(kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
+    return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
 
 
 def silu_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`silu(x) * factor` (SwiGLU, arXiv 2002.05202, equation 5), both of one shape and dtype."""
-    kernel = _kernel("silu_gate", x, factor)
-    if kernel is None or x.shape != factor.shape:
+    kernel = None if x.numel() < _FEWEST or x.shape != factor.shape else _kernel("silu_gate", x, factor)
+    if kernel is None:
         return F.silu(x) * factor
-    return _SiluGate.apply(kernel, x.float().contiguous(), factor.float().contiguous()).to(
+    return call(_SiluGate, kernel, x.float().contiguous(), factor.float().contiguous()).to(
         torch.result_type(x, factor)
     )

@@ -22,10 +22,11 @@ class Linear(nn.Linear):
     """torch's Linear, in float32 where a processor has no arithmetic for the 16-bit type asked for (products.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        autocast = torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
             return super().forward(x)
         asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
-        if torch.is_autocast_enabled("cpu") and torch.float64 not in kinds:  # which autocast leaves alone
+        if autocast and torch.float64 not in kinds:  # which autocast leaves alone
             asked = torch.get_autocast_dtype("cpu")
         elif len(kinds) > 1:  # torch has the words for that
             return super().forward(x)
@@ -117,11 +118,9 @@ class ShortConvolution(nn.Module):
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
         if state is None:
-            pieces = zip(parts, self.weight.split(sizes), strict=True)
-            outputs = [cpp_short_conv(x, weight, before, self.activation, layout) for x, weight in pieces]
-            if all(output is not None for output in outputs):
-                state = layout.last_inputs(parts, before) if keeps_state else None
-                return cast(Sequence[torch.Tensor], outputs), state
+            outputs = cpp_short_conv(parts, self.weight, before, self.activation, layout)
+            if outputs is not None:
+                return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         length = x.shape[1]
         x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])

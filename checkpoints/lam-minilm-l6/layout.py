@@ -68,7 +68,7 @@ class SequenceLayout:
         segments = self.segments_pads_first()
         if segments is not None:
             x = x * (segments[:, recent] == segments[:, -1:])[..., None]
-        return F.pad(x, (0, 0, count - x.shape[1], 0))
+        return F.pad(x, (0, 0, count - x.shape[1], 0)) if x.shape[1] < count else x
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `pads_first`."""

@@ -67,7 +67,11 @@ def local_attention(
     """
     layout = layout or SequenceLayout()
     _check(q, k, v, window_size, initial_state, output_final_state, causal, layout)
-    aligned = initial_state is None and layout.mask is None and layout.segments is None
+    plain = layout.mask is None and layout.segments is None
+    if plain and initial_state is None and q.shape[1] <= window_size:
+        return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
+    if plain and initial_state is not None and q.shape[1] == 1:
+        return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
     documents, positions, totals = document_positions(
         layout, q, None if initial_state is None else initial_state.filled
     )
@@ -82,9 +86,40 @@ def local_attention(
         past_labels = _labels_of_past(initial_state.filled, window_size)
         k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
+    aligned = plain and initial_state is None
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
     o = layout.restore(_attend(blocks, q.shape[1], scale, dropout))
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
+
+
+def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout):
+    """A whole text that the first window holds: every query sees all before it, or all."""
+    length = q.shape[1]
+    o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
+    if not output_final_state:
+        return o, None
+    window = F.pad(torch.cat([k, v], dim=-1), (0, 0, 0, 0, 2 * window_size - length, 0))
+    return o, LocalState(window, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
+
+
+def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
+    """The next token of every row sees all that the state remembers, and itself."""
+    size = 2 * window_size
+    window = torch.cat([state.window[:, 1:].to(k.dtype), torch.cat([k, v], dim=-1)], dim=1)
+    filled = state.filled + 1
+    visible = torch.arange(size, device=q.device) >= size - filled[:, None]
+    past_k, past_v = window.split([k.shape[-1], v.shape[-1]], dim=-1)
+    blocks = _Blocks(q[:, None], past_k[:, None], past_v[:, None], visible[:, None, None], False)
+    o = _attend(blocks, 1, scale, dropout)
+    if not output_final_state:
+        return o, None
+    # With a window full, the one before it is of no further use.
+    ends = filled == size
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or bool(ends.any()):
+        forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
+        window = window.masked_fill(forgotten[..., None, None], 0)
+        filled = torch.where(ends, window_size, filled)
+    return o, LocalState(window, filled.to(compute_dtype(k)))
 
 
 def sliding_attention(
@@ -186,8 +221,6 @@ def _blocks(q, k, v, q_labels, k_labels, window_size: int, aligned: bool, causal
     number = -(-length // size)
     reach = (1 if aligned else 2) * size if number > 1 else 0
     back, ahead = max(past, reach), 0 if causal else reach
-    if aligned and number == 1:
-        return _Blocks(q[:, None], k[:, None], v[:, None], None, causal)
     q, k, v, q_labels, k_labels = _cut(q, k, v, q_labels, k_labels, size, back - past, ahead)
     visible = (q_labels[..., :, None] - k_labels[..., None, :]).abs() <= 1
     return _Blocks(q, k, v, visible.tril(back) if causal else visible, False)

@@ -148,27 +148,30 @@ class LalmModel(LalmPreTrainedModel):
             hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
         else:
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
-        if not self.config.is_causal:
-            if past_key_values is not None:
-                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
-        elif use_cache and past_key_values is None and self.makes_cache():
-            past_key_values = DynamicCache(config=self.config)
+        is_causal, kinds = self.config.is_causal, set(self.config.layer_types)
+        fresh, seen = True, 0
         if past_key_values is not None:
+            if not is_causal:
+                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
             adopt_cache(past_key_values, self.config)
+            fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
+        elif use_cache and is_causal and self.makes_cache():
+            past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
-        fresh = is_fresh(past_key_values)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = current_mask(attention_mask, batch, length, seen)
-        reorder = self.config.is_causal or self.mixer_class.is_windowed or bool(self.config.sliding_attention_layers)
+        reorder = is_causal or self.mixer_class.is_windowed or "sliding_attention" in kinds
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
-        if position_ids is None:
+        kind, has_softmax = self.config.position_embedding_type, kinds != {Mixer.layer_type}
+        if position_ids is None and (kind != "none" or has_softmax):
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
-        hidden_states = self.dropout(self.add_positions(hidden_states, position_ids))
-        masks = softmax_masks(self.config, hidden_states, attention_mask, past_key_values, layout)
+        hidden_states = self.dropout(self.add_positions(hidden_states, cast(torch.Tensor, position_ids)))
+        masks = {}
+        if has_softmax:
+            masks = softmax_masks(self.config, hidden_states, attention_mask, past_key_values, layout)
         hidden_states = self.run_layers(
             hidden_states,
             layout=layout,
-            rotary=self._rotary_tables(position_ids),
+            rotary=self._rotary_tables(kinds, cast(torch.Tensor, position_ids)) if kind == "rope" else {},
             masks=masks,
             past_key_values=past_key_values,
             position_ids=position_ids,
@@ -196,12 +199,9 @@ class LalmModel(LalmPreTrainedModel):
         """What the heads read, from what leaves the last block."""
         return self.norm(hidden_states)
 
-    def _rotary_tables(self, position_ids: torch.Tensor) -> Tables:
-        """cos and sin by head size, empty unless positions are rotary."""
-        if self.config.position_embedding_type != "rope":
-            return {}
-        kinds = set(self.config.layer_types)
-        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds else set()
+    def _rotary_tables(self, kinds: set[str], position_ids: torch.Tensor) -> Tables:
+        """cos and sin by head size, for layers of these kinds."""
+        sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds and self.mixer_class.rotates else set()
         if kinds - {Mixer.layer_type}:
             sizes.add(self.config.head_dim)
         return {size: rotary_tables(position_ids, size, self.config.rope_theta) for size in sizes}

@@ -25,12 +25,12 @@ from .modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from .delta_rule_cpp import if_compiled
 from .diagonal_recurrence import compute_dtype
 from .dispatch import choose
 from .dual_state import (
     chunk_dual_state_delta,
     cpp_dual_state_delta,
-    cpp_kernel,
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
@@ -117,15 +117,13 @@ class LamMixer(Mixer):
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         memories, delta = self.config.num_memories, self.config.use_delta_rule
         implementation = self.config.linear_attn_implementation
-        work = None if implementation == "cpp" else q.numel() * self.value_dim * memories
-        kernel = cpp_kernel(q, v, memories, delta, work)
         op = choose(
             "dual_state_delta",
             implementation,
             q,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
-            cpp=None if kernel is None else cpp_dual_state_delta,
+            cpp=if_compiled(cpp_dual_state_delta, implementation, q, self.value_dim, memories, delta),
             triton=triton_dual_state_delta,
         )
         return op(

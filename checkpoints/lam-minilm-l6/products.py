@@ -7,6 +7,7 @@ product is 4 (bfloat16) to 10 times (float16) slower than one of both factors ca
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -14,6 +15,12 @@ import torch
 _INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 # Fewer rows than this wait for the weights to come from memory, which casting only delays.
 _LEAST_ROWS = 16
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside, products have the types of their factors. Costs nothing where they have them anyway."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 @cache

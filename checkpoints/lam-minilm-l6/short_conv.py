@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
-from .cpp import load_kernel, pointer
+from .cpp import call, load_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 from .layout import SequenceLayout
+from .products import without_autocast
 
 
 class _Inputs(ctypes.Structure):
@@ -44,21 +46,27 @@ class _ShortConv(torch.autograd.Function):
 
 
 def cpp_short_conv(
-    x: torch.Tensor, weight: torch.Tensor, before: int, activation: bool, layout: SequenceLayout
-) -> torch.Tensor | None:
-    """Convolve `x [B, T, D]` with `weight [D, W]`, over `before` earlier real tokens of a document and later ones.
+    parts: Sequence[torch.Tensor], weight: torch.Tensor, before: int, activation: bool, layout: SequenceLayout
+) -> list[torch.Tensor] | None:
+    """Convolve `parts` `[B, T, D_i]`, together all D channels, with `weight [D, W]`, over `before` earlier real tokens
+    of a document and later ones.
 
     Returns:
-        `[B, T, D]`, unspecified on padding, after a SiLU if `activation`; None where the kernel does not run.
+        As many `[B, T, D_i]`, unspecified on padding, after a SiLU if `activation`; None where no kernel runs.
     """
-    if x.device.type != "cpu" or compute_dtype(x, weight) != torch.float32 or torch.compiler.is_compiling():
+    device = weight.device
+    if device.type != "cpu" or compute_dtype(weight, *parts) != torch.float32 or torch.compiler.is_compiling():
         return None
-    sizes = {"WIDTH": weight.shape[1], "BEFORE": before, "SILU": int(activation)}
-    kernel = load_kernel("short_conv", work=x.numel() * weight.shape[1], **sizes)
+    channels, width = weight.shape
+    sizes = {"WIDTH": width, "BEFORE": before, "SILU": int(activation)}
+    kernel = load_kernel("short_conv", work=parts[0].shape[:2].numel() * channels * width, **sizes)
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
-    with torch.autocast("cpu", enabled=False):
-        tensors = x.float().contiguous(), weight.float().T.contiguous()
-        return _ShortConv.apply(kernel, *tensors, skip, documents).to(x.dtype)
+    with without_autocast(device):
+        weights = weight.float().split([x.shape[-1] for x in parts])
+        return [
+            call(_ShortConv, kernel, x.float().contiguous(), w.T.contiguous(), skip, documents).to(x.dtype)
+            for x, w in zip(parts, weights, strict=True)
+        ]

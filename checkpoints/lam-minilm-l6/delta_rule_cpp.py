@@ -1,0 +1,165 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The delta rule, with one memory a head or several that leak into each other, by a C++ kernel for the CPU.
+
+`cpp_delta` and `cpp_dual` are the float32 forms of `recurrent_delta` and `recurrent_dual`, in blocks of tokens that
+stay in the caches of a core. Time and memory grow linearly; for the backward pass they keep the inputs and a state
+every `_SEGMENT` tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from .cpp import LANES, borders, call, fits, load_kernel, needed, pointer
+from .layout import SequenceLayout
+
+# Tokens whose states the backward pass recomputes at once, in a second-level cache.
+_SEGMENT = 256
+_GATES = ("decay", "beta", "read", "coupling")
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "reverse", "threads")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
+
+
+class _CppDeltaRule(torch.autograd.Function):
+    """The kernels of delta_rule.cpp, once for every direction; gates and starts have a first axis for it."""
+
+    @staticmethod
+    def forward(ctx, kernel, scale, wants_state, *tensors):
+        q, _, v, _, beta, *_, skip, _ = tensors
+        ctx.kernel, ctx.scale = kernel, scale
+        ctx.set_materialize_grads(False)
+        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
+        batch, length, heads, key_size = q.shape
+        sizes = (beta.shape[-1], key_size, v.shape[-1])
+        final = v.new_empty(batch, heads, *sizes) if wants_state else None
+        kept = None  # the states that enter segments
+        if any(ctx.needs_input_grad):
+            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // _SEGMENT, *sizes)
+        for direction, inputs in enumerate(_directions(scale, *tensors)):
+            to = None if kept is None else pointer(kept[direction])
+            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
+        ctx.save_for_backward(*tensors, kept)
+        return o, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, d_final):
+        *saved, kept = ctx.saved_tensors
+        v, state, skip = saved[2], saved[7], saved[8]
+        fresh = torch.empty_like if skip is None else torch.zeros_like
+        found = [None if x is None else fresh(x) for x in saved[:7]]
+        d_state = None  # in, that of the final state; out, that of the initial one
+        if d_final is not None:
+            d_state = d_final.clone(memory_format=torch.contiguous_format)
+        elif state is not None:
+            d_state = torch.zeros_like(state)
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        for direction, inputs in enumerate(_directions(ctx.scale, *saved)):
+            gates = (None if x is None else x[direction] for x in found[3:])
+            gradients = _Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
+            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
+        return None, None, None, *found, None if state is None else d_state, None, None
+
+
+def _directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts):
+    """The arguments of the kernels for each pass; valid while the tensors live."""
+    for direction in range(beta.shape[0]):
+        gates = (None if x is None else x[direction] for x in (decay, beta, read, coupling))
+        tensors = (q, k, v, *gates, state, skip, None if starts is None else starts[direction])
+        yield _Inputs(*(pointer(x) for x in tensors), scale, *q.shape[:3], direction, torch.get_num_threads())
+
+
+def delta_kernel(
+    q: torch.Tensor, value_size: int, memories: int = 1, use_delta_rule: bool = True, work: int | None = None
+) -> ctypes.CDLL | None:
+    """The compiled kernel for `q [B, T, H, K]` and values of size V, or None where there is none or it is no use
+    (`work` as for `load_kernel`)."""
+    if memories > 4 or not fits(q, q.shape[-1] * value_size * memories):
+        return None
+    sizes = {"KEY": q.shape[-1], "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
+    return load_kernel("delta_rule", work=work, **sizes, DELTA=int(use_delta_rule))
+
+
+def if_compiled(
+    form: Callable,
+    implementation: str,
+    q: torch.Tensor,
+    value_size: int,
+    memories: int = 1,
+    use_delta_rule: bool = True,
+) -> Callable | None:
+    """`form`, a function on top of `cpp_delta` or `cpp_dual`, where `delta_kernel` has a kernel for it; unless
+    `implementation` is "cpp", a short text must find it compiled."""
+    work = None if implementation == "cpp" else q.numel() * value_size * memories
+    return form if delta_kernel(q, value_size, memories, use_delta_rule, work) else None
+
+
+def cpp_dual(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    read: torch.Tensor | None,
+    coupling: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout,
+    use_delta_rule: bool = True,
+    causal: bool = True,
+    wants_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
+
+    Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
+    (always so if not causal) there is no final state, nor the work for it.
+    """
+    value_size = v.shape[-1]
+    kernel = needed(
+        delta_kernel(q, value_size, beta.shape[-1], use_delta_rule), q, k, v, g, beta, read, coupling, state
+    )
+    if missing := -value_size % LANES:  # columns of zeros that make whole registers
+        v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
+    gates = [None if g is None else g.float().exp(), beta, read, coupling]
+    gates = [x if x is None or not causal else x[None] for x in gates]
+    tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]
+    skip, starts = borders(layout)
+    if starts is not None:
+        ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
+        starts = torch.stack([starts, ends])
+    o, final = call(_CppDeltaRule, kernel, scale, wants_state and causal, *tensors, skip, starts)
+    if missing:
+        o, final = o[..., :value_size], None if final is None else final[..., :value_size]
+    return o, final
+
+
+def cpp_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout,
+    wants_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`recurrent_delta` in C++, as `cpp_dual` with one memory a head."""
+    g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
+    arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
+    o, final = cpp_dual(*arguments, wants_state=wants_state)
+    return o, None if final is None else final[:, :, 0]
