@@ -183,7 +183,7 @@ for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (20, 60, 60), st
         partial(against_llama, train_step, trains_exactly, _length, _target, "train step"),
         budget=_budget,
         # Two rounds of the longest would take four of the twenty minutes.
-        **_LONG | {"least_rounds": 1 if _length > 2048 else 3} if _length > 512 else {},
+        **_LONG | {"least_rounds": 1 if _length > 2048 else 3, "long": _length > 512},
     )
 for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.15, 2.0), (10, 20, 30), strict=True):
     register(
@@ -197,7 +197,7 @@ register(
     "decode",
     f"decoding, {_MODEL}, after 8,192 tokens against Llama with its cache; after 32,768 against after 512",
     partial(decoding, 512, 8192, 32768),
-    budget=40,
+    budget=25,
     long=True,
 )
 for _name, _variants, _extra in (("linear_time", _KINDS, False), ("linear_time_all", tuple(VARIANTS), True)):

@@ -15,22 +15,12 @@ from transformers import initialization as init
 
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.taylor import taylor_features
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
     """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost beside 1."""
     return x.clamp(max=0).exp() + x.relu()
-
-
-def taylor_features(x: torch.Tensor) -> torch.Tensor:
-    """phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K) (Based, Arora et al., arXiv 2402.18668, section 4.1).
-
-    Of the K^2 second-order products the K (K + 1) / 2 distinct ones are kept, those off the diagonal times sqrt 2.
-    """
-    size = x.shape[-1]
-    row, column = torch.triu_indices(size, size, device=x.device)
-    weight = torch.where(row == column, x.new_tensor(0.5).sqrt(), x.new_tensor(1.0)) / size**0.5
-    return torch.cat([torch.ones_like(x[..., :1]), x / size**0.25, x[..., row] * x[..., column] * weight], dim=-1)
 
 
 def dpfp_features(x: torch.Tensor, nu: int) -> torch.Tensor:

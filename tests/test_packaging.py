@@ -36,6 +36,7 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",
     "lalm/modeling/ops/silu_gate.cpp",
+    "lalm/modeling/ops/taylor.cpp",
 }
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
 
