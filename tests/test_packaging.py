@@ -32,10 +32,10 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/delta_rule.h",
     "lalm/modeling/ops/diagonal.cpp",
     "lalm/modeling/ops/diagonal.h",
+    "lalm/modeling/ops/gate.cpp",
     "lalm/modeling/ops/kernel.h",
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",
-    "lalm/modeling/ops/silu_gate.cpp",
     "lalm/modeling/ops/taylor.cpp",
 }
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")

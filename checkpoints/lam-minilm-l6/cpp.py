@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """C++ kernels for the CPU, compiled by the machine's own compiler when first needed and kept in its cache folder.
 
-A kernel is one source file (and headers), compiled for fixed sizes in one to three seconds once a call is long enough.
+A kernel is one source file (and headers), compiled for fixed sizes in one to four seconds once a call is long enough.
 Where there is no compiler, or the source is absent (a checkpoint loaded as remote code), plain torch runs instead.
 """
 

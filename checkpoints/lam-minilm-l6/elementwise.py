@@ -56,11 +56,11 @@ class _GateInputs(ctypes.Structure):
     ]
 
 
-class _SiluGate(torch.autograd.Function):
+class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, x, factor):
         y = torch.empty_like(x)
-        kernel.forward(_SiluGate.inputs(x, factor), pointer(y))
+        kernel.forward(_Gate.inputs(x, factor), pointer(y))
         ctx.kernel = kernel
         ctx.save_for_backward(x, factor)
         return y
@@ -70,7 +70,7 @@ class _SiluGate(torch.autograd.Function):
     def backward(ctx, dy):
         x, factor = ctx.saved_tensors
         dx, d_factor, dy = torch.empty_like(x), torch.empty_like(x), dy.contiguous()
-        ctx.kernel.backward(_SiluGate.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
+        ctx.kernel.backward(_Gate.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
         return None, dx, d_factor
 
     @staticmethod
@@ -78,10 +78,10 @@ class _SiluGate(torch.autograd.Function):
         return ctypes.byref(_GateInputs(x.data_ptr(), factor.data_ptr(), x.numel(), torch.get_num_threads()))
 
 
-def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor) -> ctypes.CDLL | None:
+def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor, **sizes: int) -> ctypes.CDLL | None:
     if x.device.type != "cpu" or compute_dtype(x, *others) != torch.float32:
         return None
-    return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel())
+    return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel(), **sizes)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -104,9 +104,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def silu_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`silu(x) * factor` (SwiGLU, arXiv 2002.05202, equation 5), both of one shape and dtype."""
-    kernel = None if x.numel() < _FEWEST or x.shape != factor.shape else _kernel("silu_gate", x, factor)
+    y = _gate(x, factor, silu=True)
+    return F.silu(x) * factor if y is None else y
+
+
+def sigmoid_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`sigmoid(x) * factor`, both of one shape and dtype."""
+    y = _gate(x, factor, silu=False)
+    return x.sigmoid() * factor if y is None else y
+
+
+def _gate(x: torch.Tensor, factor: torch.Tensor, silu: bool) -> torch.Tensor | None:
+    if x.numel() < _FEWEST or x.shape != factor.shape:
+        return None
+    kernel = _kernel("gate", x, factor, SILU=int(silu))
     if kernel is None:
-        return F.silu(x) * factor
-    return call(_SiluGate, kernel, x.float().contiguous(), factor.float().contiguous()).to(
-        torch.result_type(x, factor)
-    )
+        return None
+    dtype = torch.result_type(x, factor)
+    return call(_Gate, kernel, x.float().contiguous(), factor.float().contiguous()).to(dtype)

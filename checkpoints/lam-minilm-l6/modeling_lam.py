@@ -34,6 +34,7 @@ from .dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
+from .elementwise import sigmoid_gate
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -105,7 +106,7 @@ class LamMixer(Mixer):
     """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
 
     projection_bias, conv_activation, unit_length_qk = True, False, True
-    output_gate = staticmethod(lambda gate, o: gate.sigmoid() * o)
+    output_gate = staticmethod(sigmoid_gate)
 
     def __init__(self, config: LamConfig, layer_idx: int):
         super().__init__(config, layer_idx)

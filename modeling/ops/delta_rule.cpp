@@ -16,7 +16,7 @@
 
 namespace {
 
-// And as its gradients are taken.
+// A block, and what its gradients are made of.
 struct Backward : Workspace {
   alignas(64) float values_across[VALUE][TOKENS];
   Values d_updates[M], d_errors[M], d_written[M], entered[M];

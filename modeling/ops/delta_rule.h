@@ -17,7 +17,7 @@ struct Inputs {
 struct Gradients {
   float *q, *k, *v;                       // written by the first direction, added to by the second
   float *decay, *beta, *read, *coupling;  // written; null where the input is
-  float* state;  // [B, H, M, KEY, VALUE]: in, that of the last state; out, of the first. Null where neither counts.
+  float* state;                           // in, that of the last state; out, of the first; null where neither counts
 };
 }
 
@@ -77,7 +77,7 @@ struct State {
     }
   }
 
-  // memory a + x^T y, or just that where `from` was empty; x [count, KEYS], y [count, VALUE]
+  // memory a (+)= x^T y, for x [count, KEYS] and y [count, VALUE]
   void write(int a, const Keys& x, const Values& y, int count, bool adds) {
     adds ? multiply<VALUE, 1, KEYS, WHOLE, true>(of[a], x[0], y[0], KEYS, count)
          : multiply<VALUE, 1, KEYS>(of[a], x[0], y[0], KEYS, count);
@@ -108,7 +108,7 @@ struct Unit {
 };
 constexpr Unit unit;
 
-// PARTS vectors of a row of values; aligned where they are a workspace's own.
+// PARTS vectors of a row of values.
 struct Row {
   vec part[PARTS];
 

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp, elementwise
-from lalm.modeling.ops.elementwise import rms_norm, silu_gate
+from lalm.modeling.ops.elementwise import rms_norm, sigmoid_gate, silu_gate
 from lalm.modeling.ops.taylor import taylor_features
 from tests.ops.cases import relative_error
 
@@ -42,9 +42,10 @@ def test_rms_norm(size, scale):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_silu_gate(size):
+@pytest.mark.parametrize(("gate", "act"), [(silu_gate, F.silu), (sigmoid_gate, torch.sigmoid)])
+def test_gates(gate, act, size):
     torch.manual_seed(size)
-    for actual, exact in both(silu_gate, lambda x, y: F.silu(x) * y, torch.randn(5, size) * 4, torch.randn(5, size)):
+    for actual, exact in both(gate, lambda x, y: act(x) * y, torch.randn(5, size) * 4, torch.randn(5, size)):
         assert relative_error(actual, exact) < 1e-6
 
 

@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// y = silu(x) * factor, number by number.
+// y = silu(x) * factor, or without SILU sigmoid(x) * factor, number by number.
 
 #include "kernel.h"
 
@@ -41,7 +41,7 @@ void forward(const Inputs* inputs, float* y) {
   const Inputs in = *inputs;
   everywhere(in, [&](int64_t place) {
     const vec x = take(in.x, place, in.count);
-    put(y, place, in.count, x * sigmoid(x) * take(in.factor, place, in.count));
+    put(y, place, in.count, (SILU ? x * sigmoid(x) : sigmoid(x)) * take(in.factor, place, in.count));
   });
 }
 
@@ -49,8 +49,9 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_factor)
   const Inputs in = *inputs;
   everywhere(in, [&](int64_t place) {
     const vec x = take(in.x, place, in.count), open = sigmoid(x), grad = take(dy, place, in.count);
-    put(d_factor, place, in.count, grad * x * open);
-    put(dx, place, in.count, grad * take(in.factor, place, in.count) * open * (1 + x * (1 - open)));
+    put(d_factor, place, in.count, SILU ? grad * x * open : grad * open);
+    const vec slope = SILU ? open * (1 + x * (1 - open)) : open * (1 - open);
+    put(dx, place, in.count, grad * take(in.factor, place, in.count) * slope);
   });
 }
 
