@@ -24,11 +24,11 @@ def new_machine(monkeypatch, tmp_path):
 
 def test_without_a_compiler_there_is_no_kernel(monkeypatch, new_machine):
     monkeypatch.setenv("LALM_CPP", "0")
-    assert cpp.load_kernel("silu_gate") is None
+    assert cpp.load_kernel("rms_norm") is None
     monkeypatch.delenv("LALM_CPP")
     monkeypatch.setenv("CXX", "/bin/false")
     cpp._plan.cache_clear()
-    assert cpp.load_kernel("silu_gate") is None
+    assert cpp.load_kernel("rms_norm") is None
     assert not list(new_machine.glob("*.so"))
 
 
@@ -40,5 +40,5 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
     for q, form, files in ((short, None, 0), (long, cpp_gla, 1), (short, cpp_gla, 1)):
         assert if_compiled(cpp_gla, "auto", q, 32, 32) is form
         assert len(list(new_machine.glob("*.so"))) == files
-    assert cpp.load_kernel("silu_gate", work=1) is None
-    assert cpp.load_kernel("silu_gate", work=MUCH) is not None
+    assert cpp.load_kernel("rms_norm", work=1) is None
+    assert cpp.load_kernel("rms_norm", work=MUCH) is not None
