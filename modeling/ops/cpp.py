@@ -102,7 +102,6 @@ class _Plan:
     kernel: ctypes.CDLL | None = None
 
     def load(self) -> None:
-        self.is_tried = True
         try:
             if not os.path.isfile(self.library):
                 _compile(self)
@@ -112,6 +111,7 @@ class _Plan:
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or error
             logger.info(f"{self.name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
+        self.is_tried = True  # last, for another thread must not take a kernel being made for one that cannot be had
 
 
 # The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
