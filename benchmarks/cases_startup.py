@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """How long one waits for the first result: importing, and the first forward of a tiny model.
 
-python -m benchmarks.cases_startup     # in a process of its own: seconds of the first forwards, as JSON
+python -m benchmarks.cases_startup     # in a process of its own: asked for names, says seconds of first forwards
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.forks import in_a_fork
+from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.models import LLAMA, VARIANTS, build, decodes_exactly, tokens
 from benchmarks.registry import Contest, Contestant, Ratio, register
 
@@ -64,24 +64,34 @@ def first_forward(name: str) -> float:
         return time.perf_counter() - start
 
 
-def forwards() -> dict[str, float]:
-    """The first forward of every model, each in a process that has imported all and run nothing."""
-    found = {name: in_a_fork(partial(first_forward, name)) for name in (LLAMA, *VARIANTS)}
-    for name in COLD:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["LALM_CACHE"] = folder
-            found[name + _COLD] = in_a_fork(partial(first_forward, name + _COLD))
-    return found
+def answer_forwards() -> None:
+    """For every name on standard input, the first forward of that model in a process that has imported all, run
+    nothing, and holds its memory as if it had done the imports itself."""
+    pages = touched_pages()
+
+    def sample(name: str) -> float:
+        make_own(pages)
+        return first_forward(name)
+
+    with tempfile.TemporaryDirectory() as empty:
+        for line in sys.stdin:
+            name = line.strip()
+            os.environ.pop("LALM_CACHE", None)
+            if name.endswith(_COLD):
+                os.environ["LALM_CACHE"] = empty
+            print(in_a_fork(partial(sample, name)), flush=True)
 
 
 def first_forwards() -> Contest:
-    """Each round is one fresh interpreter, from which every contestant takes its own figure."""
-    round_: dict[str, float] = {}
+    """A fresh interpreter that runs nothing itself answers for all."""
+    command = [sys.executable, "-m", "benchmarks.cases_startup"]
+    asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def take(name: str) -> float:
-        if name not in round_:
-            round_.update(fresh_interpreter("-m", "benchmarks.cases_startup"))
-        return round_.pop(name)
+        assert asked.stdin is not None
+        assert asked.stdout is not None
+        print(name, file=asked.stdin, flush=True)
+        return float(asked.stdout.readline())
 
     names = (*VARIANTS, *(name + _COLD for name in COLD))
     contestants = {LLAMA: Contestant(partial(take, LLAMA))}
@@ -98,9 +108,9 @@ if hasattr(os, "fork"):
         "first_forward",
         "first forward of a tiny model against Llama's, kernels compiled before and not",
         first_forwards,
-        budget=12,
+        budget=40,
         warm_up=False,
     )
 
 if __name__ == "__main__":
-    print(json.dumps(forwards()))
+    answer_forwards()

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.taylor import taylor_features
+from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
@@ -91,17 +92,26 @@ class ElementwiseProductFeatures(nn.Module):
 
 
 class FeatureMap(nn.Module):
-    """The map called `name`, for heads of key size `size`."""
+    """The map called `name`, from heads of key size `size` to `num_features` (given for "favor" alone)."""
 
     def __init__(self, name: str, size: int, num_features: int | None = None, dpfp_nu: int = 3):
         super().__init__()
         self.name, self.dpfp_nu = name, dpfp_nu
+        self.num_features = {
+            "favor": num_features or size,
+            "hedgehog": 2 * size,
+            "elementwise_product": 2 * size,
+            "dpfp": 2 * dpfp_nu * size,
+            "taylor": num_taylor_features(size),
+        }.get(name, size)
         if name == "favor":
-            self.map: nn.Module = FavorFeatures(size, num_features or size)
+            self.map: nn.Module = FavorFeatures(size, self.num_features)
         elif name == "hedgehog":
             self.map = HedgehogFeatures(size)
         elif name == "elementwise_product":
             self.map = ElementwiseProductFeatures(size)
+        elif name == "taylor":
+            open_kernel("taylor", SIZE=size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(compute_dtype(x))

@@ -11,11 +11,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.elementwise import rms_norm, silu_gate
+from lalm.modeling.ops.elementwise import activate, has_kernel, open_activation, rms_norm
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.products import product_dtype
-from lalm.modeling.ops.short_conv import cpp_short_conv
+from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv
 
 
 class Linear(nn.Linear):
@@ -41,8 +42,29 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, computed in float32 or wider also under autocast; the output has the dtype of the input."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        open_kernel("rms_norm")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, cast(float, self.eps))
+
+
+class Activation(nn.Module):
+    """`act(x)`, or gated `act(x) * factor`, of the activation that transformers calls `name`."""
+
+    def __init__(self, name: str, gated: bool = False):
+        super().__init__()
+        self.name, self.function = name, None
+        if has_kernel(name):
+            open_activation(name, gated)
+        else:
+            self.function = ACT2FN[name]
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+        if self.function is None:
+            return activate(self.name, x, factor)
+        return self.function(x) if factor is None else self.function(x) * factor
 
 
 # Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
@@ -64,8 +86,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, width, bias=self.bias) if gated else None
         self.up_proj = Linear(config.hidden_size, width, bias=self.bias)
         self.down_proj = Linear(width, config.hidden_size, bias=self.bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.is_swiglu = gated and config.hidden_act in ("silu", "swish")
+        self.act_fn = Activation(config.hidden_act, gated)
         self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,10 +105,8 @@ class MLP(nn.Module):
         return cast(torch.Tensor, y).view_as(x)
 
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x), up))
 
 
 class ShortConvolution(nn.Module):
@@ -102,6 +121,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.activation = activation
         self.after = 0 if causal else (width - 1) // 2
+        open_short_conv(width, width - 1 - self.after, activation)
 
     def forward(
         self,

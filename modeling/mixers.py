@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state
 from lalm.modeling.layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
-from lalm.modeling.ops.elementwise import silu_gate
+from lalm.modeling.ops.elementwise import activate
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.local_attention import sliding_attention
 
@@ -34,7 +34,7 @@ class Mixer(nn.Module):
     unit_length_qk: ClassVar[bool] = False  # whether q and k are divided by their length, in float32 or wider
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
-    output_gate: ClassVar[Callable] = staticmethod(silu_gate)  # of the gate's logits and the output
+    output_gate: ClassVar[str] = "silu"  # what opens the output gate
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -110,7 +110,7 @@ class Mixer(nn.Module):
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`norm(o) * act(x W)`, as far as there are such: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
         o = o if self.o_norm is None else self.o_norm(o)
-        return o if self.g_proj is None else self.output_gate(self.g_proj(hidden_states).view_as(o), o)
+        return o if self.g_proj is None else activate(self.output_gate, self.g_proj(hidden_states).view_as(o), o)
 
 
 class SoftmaxAttention(nn.Module):

@@ -24,7 +24,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear_attention import (
@@ -43,6 +43,9 @@ class BasedMixer(Mixer):
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.feature_map = FeatureMap("taylor", self.key_dim)
+        self.compiled = compiled_diagonal(
+            cpp_linear_attention, self.feature_map.num_features, self.value_dim, normalized=True
+        )
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         q, k = self.feature_map(q), self.feature_map(k)
@@ -54,7 +57,7 @@ class BasedMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim, 0, normalized=True),
+            cpp=self.compiled.where_had(implementation, q),
         )
         return op(
             q,

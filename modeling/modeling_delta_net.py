@@ -32,7 +32,7 @@ from lalm.modeling.ops.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.delta_rule_cpp import if_compiled
+from lalm.modeling.ops.delta_rule_cpp import compiled_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.products import without_autocast
@@ -82,6 +82,8 @@ class DeltaNetMixer(Mixer):
             self.gate_bias = DecayGate(self.num_heads)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
+        form = cpp_gated_delta_rule if config.use_decay_gate else cpp_delta_rule
+        self.compiled = compiled_delta(form, self.key_dim, self.value_dim)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         implementation = self.config.linear_attn_implementation
@@ -95,7 +97,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_delta_rule,
                 chunk=chunk_delta_rule,
                 fla=fla_delta_rule,
-                cpp=if_compiled(cpp_delta_rule, implementation, q, self.value_dim),
+                cpp=self.compiled.where_had(implementation, q),
             )
             gates: tuple[torch.Tensor, ...] = (beta,)
         else:
@@ -106,7 +108,7 @@ class DeltaNetMixer(Mixer):
                 recurrent=recurrent_gated_delta_rule,
                 chunk=chunk_gated_delta_rule,
                 fla=fla_gated_delta_rule,
-                cpp=if_compiled(cpp_gated_delta_rule, implementation, q, self.value_dim),
+                cpp=self.compiled.where_had(implementation, q),
             )
             gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
         return op(

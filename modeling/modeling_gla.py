@@ -18,7 +18,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
@@ -36,6 +36,7 @@ class GLAMixer(Mixer):
         )
         self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer
+        self.compiled = compiled_diagonal(cpp_gla, self.key_dim, self.value_dim, gate_size=self.key_dim)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         gate = self.gk_proj(hidden_states)
@@ -48,7 +49,7 @@ class GLAMixer(Mixer):
             recurrent=recurrent_gla,
             chunk=chunk_gla,
             fla=fla_gla,
-            cpp=if_compiled(cpp_gla, implementation, q, self.value_dim, self.key_dim),
+            cpp=self.compiled.where_had(implementation, q),
         )
         return op(
             q,

@@ -25,7 +25,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.delta_rule_cpp import if_compiled
+from lalm.modeling.ops.delta_rule_cpp import compiled_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.dual_state import (
@@ -34,7 +34,6 @@ from lalm.modeling.ops.dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
-from lalm.modeling.ops.elementwise import sigmoid_gate
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -106,7 +105,7 @@ class LamMixer(Mixer):
     """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
 
     projection_bias, conv_activation, unit_length_qk = True, False, True
-    output_gate = staticmethod(sigmoid_gate)
+    output_gate = "sigmoid"
 
     def __init__(self, config: LamConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -114,9 +113,10 @@ class LamMixer(Mixer):
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
         self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
+        sizes = (self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule)
+        self.compiled = compiled_delta(cpp_dual_state_delta, *sizes)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        memories, delta = self.config.num_memories, self.config.use_delta_rule
         implementation = self.config.linear_attn_implementation
         op = choose(
             "dual_state_delta",
@@ -124,7 +124,7 @@ class LamMixer(Mixer):
             q,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
-            cpp=if_compiled(cpp_dual_state_delta, implementation, q, self.value_dim, memories, delta),
+            cpp=self.compiled.where_had(implementation, q),
             triton=triton_dual_state_delta,
         )
         return op(
@@ -137,7 +137,7 @@ class LamMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
-            use_delta_rule=delta,
+            use_delta_rule=self.config.use_delta_rule,
         )
 
 

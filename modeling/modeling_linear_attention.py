@@ -17,7 +17,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.linear_attention import (
     chunk_linear_attention,
@@ -37,6 +37,9 @@ class LinearAttentionMixer(Mixer):
         # Random features approximate softmax only if q and k share their directions; a learned map has one for each.
         self.k_map = None if config.feature_map == "favor" else FeatureMap(*map_args)
         self.normalize = config.normalize
+        self.compiled = compiled_diagonal(
+            cpp_linear_attention, self.q_map.num_features, self.value_dim, normalized=self.normalize
+        )
         if config.output_norm:
             self.make_output_gate(gated=False)
 
@@ -50,7 +53,7 @@ class LinearAttentionMixer(Mixer):
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,
-            cpp=if_compiled(cpp_linear_attention, implementation, q, self.value_dim, 0, normalized=self.normalize),
+            cpp=self.compiled.where_had(implementation, q),
         )
         return op(
             q,

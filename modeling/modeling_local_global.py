@@ -15,11 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import previous_state
-from lalm.modeling.layers import NORMS, Linear, sinusoidal_positions
+from lalm.modeling.layers import NORMS, Activation, Linear, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
 from lalm.modeling.modeling_base import Block, LalmModel
 from lalm.modeling.modeling_heads import (
@@ -43,7 +42,7 @@ class LocalGlobalMLP(nn.Module):
         width, bias = cast(int, config.intermediate_size), config.semantics == "0.19"
         self.gated, self.chunks = config.ff_glu, config.ff_chunks
         self.up_proj = Linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = Activation(cast(str, config.hidden_act), self.gated)
         self.dropout = nn.Dropout(config.ff_dropout)
         self.down_proj = Linear(width, config.hidden_size, bias=bias)
 
@@ -61,7 +60,7 @@ class LocalGlobalMLP(nn.Module):
         x = self.up_proj(x)
         if self.gated:
             x, factor = x.chunk(2, dim=-1)
-            return self.down_proj(self.dropout(self.act_fn(x) * factor))
+            return self.down_proj(self.dropout(self.act_fn(x, factor)))
         return self.down_proj(self.dropout(self.act_fn(x)))
 
 

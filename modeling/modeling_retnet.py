@@ -14,7 +14,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
 
@@ -25,6 +25,7 @@ class RetNetMixer(Mixer):
     def __init__(self, config: RetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.make_output_gate(config.use_output_gate)
+        self.compiled = compiled_diagonal(cpp_retention, self.key_dim, self.value_dim, gate_size=1)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         implementation = self.config.linear_attn_implementation
@@ -35,7 +36,7 @@ class RetNetMixer(Mixer):
             recurrent=recurrent_retention,
             chunk=chunk_retention,
             fla=fla_retention,
-            cpp=if_compiled(cpp_retention, implementation, q, self.value_dim, 1),
+            cpp=self.compiled.where_had(implementation, q),
         )
         return op(
             q,

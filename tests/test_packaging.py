@@ -32,7 +32,7 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/delta_rule.h",
     "lalm/modeling/ops/diagonal.cpp",
     "lalm/modeling/ops/diagonal.h",
-    "lalm/modeling/ops/gate.cpp",
+    "lalm/modeling/ops/activation.cpp",
     "lalm/modeling/ops/kernel.h",
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",

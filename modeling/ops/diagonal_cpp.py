@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import LANES, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
 from lalm.modeling.ops.layout import SequenceLayout
 
 
@@ -69,30 +69,29 @@ class _CppDiagonal(torch.autograd.Function):
         return None, None, None, dg, dq, dk, dv, None if state is None else d_state, None, None
 
 
-def diagonal_kernel(
-    q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False, work: int | None = None
-) -> ctypes.CDLL | None:
+def _sizes(key_size: int, value_size: int, gate_size: int, normalized: bool) -> dict[str, int]:
+    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "DECAY": min(gate_size, 2)}
+    return sizes | {"NORMALIZED": int(normalized)}
+
+
+def diagonal_kernel(q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False) -> ctypes.CDLL | None:
     """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
 
     Args:
         value_size: V.
         gate_size: numbers of a token's log decay in a head: 0, 1 or K.
         normalized: for sums that are divided by z . q + eps.
-        work: as for `load_kernel`.
     """
     if not fits(q, q.shape[-1] * value_size):
         return None
-    sizes = {"KEY": q.shape[-1], "VALUE": value_size + -value_size % LANES, "DECAY": min(gate_size, 2)}
-    return load_kernel("diagonal", work=work, **sizes, NORMALIZED=int(normalized))
+    return load_kernel("diagonal", **_sizes(q.shape[-1], value_size, gate_size, normalized))
 
 
-def if_compiled(
-    form: Callable, implementation: str, q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False
-) -> Callable | None:
-    """`form`, a function on top of `cpp_diagonal`, where `diagonal_kernel` has a kernel for it; unless
-    `implementation` is "cpp", a short text must find it compiled."""
-    work = None if implementation == "cpp" else q.numel() * value_size
-    return form if diagonal_kernel(q, value_size, gate_size, normalized, work) else None
+def compiled_diagonal(
+    form: Callable, key_size: int, value_size: int, gate_size: int = 0, normalized: bool = False
+) -> CompiledForm:
+    """`form`, a function on top of `cpp_diagonal`, with the kernel for these sizes (as for `diagonal_kernel`)."""
+    return CompiledForm(form, "diagonal", key_size * value_size, **_sizes(key_size, value_size, gate_size, normalized))
 
 
 def _with_columns(state: torch.Tensor, missing: int, value_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lalm.modeling.ops.cpp import call, load_kernel, pointer
+from lalm.modeling.ops.cpp import call, load_kernel, open_kernel, pointer
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.products import without_autocast
@@ -45,6 +45,15 @@ class _ShortConv(torch.autograd.Function):
         return ctypes.byref(_Inputs(*pointers, *x.shape, torch.get_num_threads()))
 
 
+def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
+    return {"WIDTH": width, "BEFORE": before, "SILU": int(activation)}
+
+
+def open_short_conv(width: int, before: int, activation: bool) -> None:
+    """Load the kernel that `cpp_short_conv` will look for, if it is compiled."""
+    open_kernel("short_conv", **_sizes(width, before, activation))
+
+
 def cpp_short_conv(
     parts: Sequence[torch.Tensor], weight: torch.Tensor, before: int, activation: bool, layout: SequenceLayout
 ) -> list[torch.Tensor] | None:
@@ -58,8 +67,8 @@ def cpp_short_conv(
     if device.type != "cpu" or compute_dtype(weight, *parts) != torch.float32 or torch.compiler.is_compiling():
         return None
     channels, width = weight.shape
-    sizes = {"WIDTH": width, "BEFORE": before, "SILU": int(activation)}
-    kernel = load_kernel("short_conv", work=parts[0].shape[:2].numel() * channels * width, **sizes)
+    work = parts[0].shape[:2].numel() * channels * width
+    kernel = load_kernel("short_conv", work=work, **_sizes(width, before, activation))
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()

@@ -17,8 +17,7 @@ class _Inputs(ctypes.Structure):
 class _Taylor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, x):
-        size = x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], 1 + size + size * (size + 1) // 2)
+        y = x.new_empty(*x.shape[:-1], num_taylor_features(x.shape[-1]))
         kernel.forward(_Taylor.inputs(x), pointer(y))
         ctx.kernel = kernel
         ctx.save_for_backward(x)
@@ -35,6 +34,11 @@ class _Taylor(torch.autograd.Function):
     @staticmethod
     def inputs(x):
         return ctypes.byref(_Inputs(x.data_ptr(), x.numel() // x.shape[-1], torch.get_num_threads()))
+
+
+def num_taylor_features(size: int) -> int:
+    """Features of a head of `size`."""
+    return 1 + size + size * (size + 1) // 2
 
 
 def taylor_features(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lalm.modeling.ops import cpp
-from lalm.modeling.ops.diagonal_cpp import if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.gla import cpp_gla
 
 MUCH = 1 << 40
@@ -38,7 +38,7 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
     monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
     short, long = torch.zeros(1, 8, 2, 32), torch.zeros(1, 2048, 2, 32)
     for q, form, files in ((short, None, 0), (long, cpp_gla, 1), (short, cpp_gla, 1)):
-        assert if_compiled(cpp_gla, "auto", q, 32, 32) is form
+        assert compiled_diagonal(cpp_gla, 32, 32, 32).where_had("auto", q) is form
         assert len(list(new_machine.glob("*.so"))) == files
     assert cpp.load_kernel("rms_norm", work=1) is None
     assert cpp.load_kernel("rms_norm", work=MUCH) is not None

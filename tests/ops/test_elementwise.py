@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp, elementwise
-from lalm.modeling.ops.elementwise import rms_norm, sigmoid_gate, silu_gate
+from lalm.modeling.ops.elementwise import activate, rms_norm
 from lalm.modeling.ops.taylor import taylor_features
 from tests.ops.cases import relative_error
 
@@ -42,10 +42,13 @@ def test_rms_norm(size, scale):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("gate", "act"), [(silu_gate, F.silu), (sigmoid_gate, torch.sigmoid)])
-def test_gates(gate, act, size):
+@pytest.mark.parametrize(("name", "act"), [("silu", F.silu), ("sigmoid", torch.sigmoid), ("gelu", F.gelu)])
+def test_activations(name, act, size):
     torch.manual_seed(size)
-    for actual, exact in both(gate, lambda x, y: act(x) * y, torch.randn(5, size) * 4, torch.randn(5, size)):
+    x, factor = torch.randn(5, size) * 4, torch.randn(5, size)
+    for actual, exact in both(lambda x: activate(name, x), act, x):
+        assert relative_error(actual, exact) < 1e-6
+    for actual, exact in both(lambda x, y: activate(name, x, y), lambda x, y: act(x) * y, x, factor):
         assert relative_error(actual, exact) < 1e-6
 
 
@@ -64,13 +67,25 @@ def test_taylor_features(size, monkeypatch):
 
 def test_silu_of_every_size():
     x = torch.cat([torch.linspace(-100, 100, 20001), torch.tensor([-1e30, -3e38, 1e30, 0.0, -0.0, 1e-30])])
-    y = silu_gate(x, torch.ones_like(x))
+    y = activate("silu", x, torch.ones_like(x))
     torch.testing.assert_close(y, F.silu(x.double()).float(), rtol=1e-6, atol=1e-35)
+
+
+def test_gelu_of_every_size():
+    x = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-1e30, -100, -13.3, 1e30, 0.0, -0.0, 1e-30])])
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, share = activate("gelu", leaf, torch.ones_like(x)), torch.special.erfc(-exact / 2**0.5) / 2
+    # Also where torch's own 1 + erf has lost all digits; the last term is what x^2 / 2 loses in float32.
+    torch.testing.assert_close(y, (exact * share).float(), rtol=5e-6, atol=1e-35)
+    assert (y - exact * share).abs().div((exact * share).abs() + 1e-35)[x.abs() < 3].max() < 1e-6
+    (found,), (expected,) = (torch.autograd.grad(z.sum(), z0) for z, z0 in ((y, leaf), (exact * share, exact)))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=3e-7)
 
 
 def test_not_a_number_stays_one():
     x = torch.tensor([1.0, float("nan"), 2.0, float("inf")])
-    assert silu_gate(x, torch.ones(4)).isnan().tolist() == [False, True, False, False]
+    assert activate("silu", x, torch.ones(4)).isnan().tolist() == [False, True, False, False]
+    assert activate("gelu", x, torch.ones(4)).isnan().tolist() == [False, True, False, False]
     assert rms_norm(x[:3], torch.ones(3), 1e-5).isnan().all()
 
 
@@ -81,7 +96,7 @@ def test_other_types(dtype):
     exact = F.rms_norm(x.double(), (64,), weight.double(), 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, **tolerance)
     exact = F.silu(x.double()) * weight.double()
-    found = silu_gate(x, weight.expand_as(x).contiguous())
+    found = activate("silu", x, weight.expand_as(x).contiguous())
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
@@ -96,7 +111,7 @@ def test_strided_inputs_frozen_weight_and_threads():
             torch.set_num_threads(threads)
             (found,) = torch.autograd.grad(rms_norm(x, weight, 1e-5).square().sum(), x)
             torch.testing.assert_close(found, expected)
-            assert torch.allclose(silu_gate(x, x), F.silu(x) * x, atol=1e-6)
+            assert torch.allclose(activate("silu", x, x), F.silu(x) * x, atol=1e-6)
     finally:
         torch.set_num_threads(before)
 
@@ -110,7 +125,7 @@ def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
         x, weight = torch.randn(8, 64), torch.randn(64)
         with torch.no_grad():
             torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
-            torch.testing.assert_close(silu_gate(x, x), F.silu(x) * x)
+            torch.testing.assert_close(activate("silu", x, x), F.silu(x) * x)
         assert not list(tmp_path.iterdir())
     finally:
         cpp._plan.cache_clear()
@@ -121,7 +136,10 @@ def test_small_inputs_take_a_kernel_that_is_there(monkeypatch):
     monkeypatch.setattr(elementwise, "call", lambda *given: recorded.append(given) or cpp.call(*given))
     with torch.no_grad():
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
-    assert len(recorded) == 1
+        assert len(recorded) == 1
+        monkeypatch.setattr(elementwise, "_FEWEST", x.numel() + 1)
+        torch.testing.assert_close(activate("gelu", x), F.gelu(x))
+        assert len(recorded) == 2
 
 
 @pytest.mark.parametrize("dual", [False, True], ids=["torch.func", "forward mode"])
@@ -129,7 +147,8 @@ def test_transforms_see_plain_torch(dual):
     x, weight = torch.randn(8, 64), torch.randn(64)
     for op, plain in (
         (lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (64,), weight, 1e-5)),
-        (lambda x: silu_gate(x, weight.expand_as(x)), lambda x: F.silu(x) * weight),
+        (lambda x: activate("silu", x, weight.expand_as(x)), lambda x: F.silu(x) * weight),
+        (lambda x: activate("gelu", x), F.gelu),
     ):
         tangent = torch.func.jvp(plain, (x,), (x,))[1]
         if dual:

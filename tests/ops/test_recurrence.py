@@ -8,7 +8,7 @@ import torch
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops.delta_rule import cpp_gated_delta_rule, recurrent_delta
 from lalm.modeling.ops.delta_rule_cpp import cpp_delta
-from lalm.modeling.ops.diagonal_cpp import cpp_diagonal, diagonal_kernel, if_compiled
+from lalm.modeling.ops.diagonal_cpp import compiled_diagonal, cpp_diagonal, diagonal_kernel
 from lalm.modeling.ops.diagonal_recurrence import recurrent_diagonal
 from lalm.modeling.ops.gla import cpp_gla, recurrent_gla
 from lalm.modeling.ops.layout import SequenceLayout
@@ -221,14 +221,14 @@ def test_a_gradient_of_a_part_of_the_inputs():
 
 
 def test_without_a_kernel_the_other_forms_run(monkeypatch):
-    q = torch.zeros(1, 1, 1, 32)
-    assert if_compiled(cpp_gla, "cpp", q, 32, 32) is cpp_gla
-    assert if_compiled(cpp_gla, "cpp", q.double(), 32, 32) is None
-    assert if_compiled(cpp_gla, "cpp", q[..., :4], 8, 4) is None  # too small to be worth it
+    q, compiled = torch.zeros(1, 1, 1, 32), compiled_diagonal(cpp_gla, 32, 32, 32)
+    assert compiled.where_had("cpp", q) is cpp_gla
+    assert compiled.where_had("cpp", q.double()) is None
+    assert compiled_diagonal(cpp_gla, 4, 8, 4).where_had("cpp", q[..., :4]) is None  # too small to be worth it
     monkeypatch.setenv("LALM_CPP", "0")
     cpp._plan.cache_clear()
     try:
-        assert if_compiled(cpp_gla, "cpp", q, 32, 32) is None
+        assert compiled.where_had("cpp", q) is None
         with pytest.raises(RuntimeError, match="linear_attn_implementation='auto'"):
             cpp_gla(q, q, q, q)
     finally:
