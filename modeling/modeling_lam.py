@@ -25,6 +25,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.delta_rule_cpp import compiled_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
@@ -34,6 +35,7 @@ from lalm.modeling.ops.dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
+from lalm.modeling.ops.lam_gates import cpp_lam_gates
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -62,6 +64,9 @@ class LamGates(nn.Module):
         if config.use_flux:
             self.flux_weight = nn.Parameter(torch.empty(self.heads, config.linear_key_dim, config.linear_value_dim))
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
+        self.is_complete = config.use_flux and list(self.sizes.values()) == [1, 2, 2, 2]
+        if self.is_complete:
+            open_kernel("lam_gates")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,6 +84,18 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
+        found = self._by_kernel(x, k, v)
+        gates = dict(zip(("g", "beta", "read", "coupling"), found, strict=True)) if found else self._plain(x, k, v)
+        if self.config.is_causal:
+            gates = {name: None if gate is None else gate[0] for name, gate in gates.items()}
+        return gates
+
+    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        if not self.is_complete or self.flux_weight is None or self.flux_bias is None:
+            return None
+        return cpp_lam_gates(x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+
+    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
         parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
         decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
@@ -95,10 +112,7 @@ class LamGates(nn.Module):
             taken = parts["leak"].sigmoid() * _LEAK_MAX
             fast, slow = taken.unbind(-1)
             coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
-        gates = {"g": g, "beta": beta, "read": read, "coupling": coupling}
-        if self.config.is_causal:
-            gates = {name: None if gate is None else gate[0] for name, gate in gates.items()}
-        return gates
+        return {"g": g, "beta": beta, "read": read, "coupling": coupling}
 
 
 class LamMixer(Mixer):
