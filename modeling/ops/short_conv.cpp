@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// Depthwise convolution along the real tokens of each document, x and y [B, T, D], weight and its gradient [WIDTH, D].
+// Depthwise convolution along the real tokens of each document, x and y [B, T, D], weight and its gradient [D, WIDTH].
 // Compiled for one WIDTH, for BEFORE earlier tokens in a window, and for SILU (1 ends in a SiLU).
 // skip and documents [B, T] may be null; a token with skip != 0 is padding, and its y and dx stay as they are.
 
@@ -42,12 +42,22 @@ void window(const Inputs& in, const Row& row, int64_t i, int64_t first, const fl
   }
 }
 
-// y = sum_o weight[o] rows[o]
-inline void weigh(const float* weight, int64_t stride, const float* const (&rows)[WIDTH], int64_t size,
-                  float* __restrict__ y) {
+// What belongs to each channel of a block, in WIDTH rows.
+struct Weights {
+  alignas(64) float rows[WIDTH][BLOCK] = {};
+
+  Weights() = default;
+  Weights(const Inputs& in, int64_t first, int64_t size) {
+    for (int64_t c = 0; c < size; ++c)
+      for (int o = 0; o < WIDTH; ++o) rows[o][c] = in.weight[(first + c) * WIDTH + o];
+  }
+};
+
+// y = sum_o weights[o] rows[o]
+inline void weigh(const Weights& weights, const float* const (&rows)[WIDTH], int64_t size, float* __restrict__ y) {
   for (int64_t c = 0; c < size; ++c) {
     float total = 0;
-    for (int o = 0; o < WIDTH; ++o) total += weight[o * stride + c] * rows[o][c];
+    for (int o = 0; o < WIDTH; ++o) total += weights.rows[o][c] * rows[o][c];
     y[c] = total;
   }
 }
@@ -67,6 +77,7 @@ void forward(const Inputs* inputs, float* y) {
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
   for (int64_t first = 0; first < in.channels; first += block) {
     const int64_t size = in.channels - first < block ? in.channels - first : block;
+    const Weights weights(in, first, size);
     alignas(64) float sums[BLOCK] = {};
     const float* seen[WIDTH];
     for (int64_t b = 0; b < in.batch; ++b) {
@@ -74,7 +85,7 @@ void forward(const Inputs* inputs, float* y) {
       for (int64_t i = 0; i < row.count(); ++i) {
         window(in, row, i, first, seen);
         float* to = y + row.at[i] * in.channels + first;
-        weigh(in.weight + first, in.channels, seen, size, SILU ? sums : to);
+        weigh(weights, seen, size, SILU ? sums : to);
         if (!SILU) continue;
         for (int64_t c = 0; c < size; c += LANES) {
           vec& s = *reinterpret_cast<vec*>(sums + c);
@@ -86,7 +97,7 @@ void forward(const Inputs* inputs, float* y) {
   }
 }
 
-// Writes dx, adds to d_weight. A token's dx is ready when the last window that sees it has its gradient.
+// Writes dx and d_weight. A token's dx is ready when the last window that sees it has its gradient.
 void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight) {
   const Inputs in = *inputs;
   const int64_t block = block_of(in);
@@ -94,6 +105,8 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
   for (int64_t first = 0; first < in.channels; first += block) {
     const int64_t size = in.channels - first < block ? in.channels - first : block;
+    const Weights weights(in, first, size);
+    Weights slopes;
     alignas(64) float grads[WIDTH][BLOCK] = {};  // of the latest WIDTH sums
     const float *seen[WIDTH], *later[WIDTH];
     for (int64_t b = 0; b < in.batch; ++b) {
@@ -104,7 +117,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           float* const grad = grads[i % WIDTH];
           window(in, row, i, first, seen);
           if (SILU) {
-            weigh(in.weight + first, in.channels, seen, size, grad);
+            weigh(weights, seen, size, grad);
             for (int64_t c = 0; c < size; c += LANES) {
               vec& s = *reinterpret_cast<vec*>(grad + c);
               const vec open = sigmoid(s);
@@ -115,7 +128,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
             std::memcpy(grad, from, size * sizeof(float));
           }
           for (int o = 0; o < WIDTH; ++o) {
-            float* __restrict__ to = d_weight + o * in.channels + first;
+            float* __restrict__ to = slopes.rows[o];
             for (int64_t c = 0; c < size; ++c) to[c] += seen[o][c] * grad[c];
           }
         }
@@ -125,9 +138,11 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           const int64_t n = j + BEFORE - o;  // sees j at its place o
           later[o] = n >= j - AFTER && row.together(j, n) ? grads[n % WIDTH] : ZEROS;
         }
-        weigh(in.weight + first, in.channels, later, size, dx + row.at[j] * in.channels + first);
+        weigh(weights, later, size, dx + row.at[j] * in.channels + first);
       }
     }
+    for (int64_t c = 0; c < size; ++c)
+      for (int o = 0; o < WIDTH; ++o) d_weight[(first + c) * WIDTH + o] = slopes.rows[o][c];
   }
 }
 
