@@ -49,20 +49,27 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         state_idx: int = 0,
         conv_kernel_size: int | None = None,
         num_tokens: int = 0,
+        given_away: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """Store the window after the current tokens. A layer without a recurrent state counts its tokens here."""
+        """Store the window after the current tokens. A layer without a recurrent state counts its tokens here.
+        `given_away`: the caller has made the tensor for the cache and does not touch it again."""
         self.is_conv_states_initialized[state_idx] = True
-        return self._update("conv_states", conv_states, state_idx, num_tokens)
+        return self._update("conv_states", conv_states, state_idx, num_tokens, given_away)
 
     def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, state_idx: int = 0, num_tokens: int = 0, **kwargs
+        self,
+        recurrent_states: torch.Tensor,
+        state_idx: int = 0,
+        num_tokens: int = 0,
+        given_away: bool = False,
+        **kwargs,
     ) -> torch.Tensor:
-        """Store the state after `num_tokens` further tokens."""
+        """Store the state after `num_tokens` further tokens; `given_away` as for `update_conv_state`."""
         self.is_recurrent_states_initialized[state_idx] = True
-        return self._update("recurrent_states", recurrent_states, state_idx, num_tokens)
+        return self._update("recurrent_states", recurrent_states, state_idx, num_tokens, given_away)
 
-    def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int) -> torch.Tensor:
+    def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int, given_away: bool) -> torch.Tensor:
         if self.device is None:
             self.dtype, self.device = value.dtype, value.device
         if self.cumulative_length.device != value.device:
@@ -72,14 +79,20 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self.has_previous_state[index] = self.is_written[kind][index] = True
         if num_tokens:
             self.cumulative_length.add_(num_tokens)
-        return self._replace(getattr(self, kind), index, value)
+        return self._replace(getattr(self, kind), index, value, given_away)
 
     @staticmethod
-    def _replace(states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor) -> torch.Tensor:
+    def _replace(
+        states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor, given_away: bool
+    ) -> torch.Tensor:
         current = states[index]
         if current is None or current.shape != value.shape or value.requires_grad or current.requires_grad:
-            current = states[index] = value if value.requires_grad else value.clone()
-            if not torch.compiler.is_compiling():
+            eager = not torch.compiler.is_compiling()
+            # A part of something larger would keep all of it.
+            is_whole = eager and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            keeps = value.requires_grad or (given_away and is_whole)
+            current = states[index] = value if keeps else value.clone()
+            if eager:
                 torch._dynamo.mark_static_address(current)
         else:
             current.copy_(value)

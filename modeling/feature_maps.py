@@ -100,7 +100,6 @@ class FeatureMap(nn.Module):
         self.num_features = {
             "favor": num_features or size,
             "hedgehog": 2 * size,
-            "elementwise_product": 2 * size,
             "dpfp": 2 * dpfp_nu * size,
             "taylor": num_taylor_features(size),
         }.get(name, size)

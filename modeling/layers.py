@@ -179,10 +179,20 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin `[B, T, 1, size]`, float32, of rotary embeddings (Su et al., arXiv 2104.09864), halves layout."""
-    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
-    angles = position_ids[..., None].float() * frequencies
+    angles = _angles(position_ids, size, theta)
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]
     return angles.cos(), angles.sin()
+
+
+def _angles(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """`[B, T, size / 2]` float32: the positions times theta^(-2 i / size)."""
+    if position_ids.device.type == "cpu":  # elsewhere the copy of a list would wait for the device
+        frequencies = torch.tensor(
+            [theta ** -(i / size) for i in range(0, size, 2)], dtype=torch.float32, device="cpu"
+        )
+    else:
+        frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    return position_ids[..., None].float() * frequencies
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -194,8 +204,7 @@ def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 def sinusoidal_positions(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
     """`[B, T, size]` float32: the fixed table of Vaswani et al. (arXiv 1706.03762, 3.5), sines before cosines."""
-    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
-    angles = position_ids[..., None].float() * frequencies
+    angles = _angles(position_ids, size, theta)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 

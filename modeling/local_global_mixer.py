@@ -107,7 +107,7 @@ class LocalGlobalMixer(nn.Module):
         )
         if cache is not None:
             assert state is not None
-            cache.update_conv_state(state.window.flatten(-2), index)
+            cache.update_conv_state(state.window.flatten(-2), index, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once
             cache.update_recurrent_state(state.filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
         return o

@@ -70,7 +70,7 @@ class Mixer(nn.Module):
             state = previous_state(cache, self.layer_idx, "conv_states")
             (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
             if cache is not None:
-                cache.update_conv_state(state, self.layer_idx)
+                cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
@@ -84,7 +84,8 @@ class Mixer(nn.Module):
         state = previous_state(cache, self.layer_idx, "recurrent_states")
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
         if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+            tokens = hidden_states.shape[1]
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
         del q, k, v  # nothing below needs them, and a long text makes them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 

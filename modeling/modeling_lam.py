@@ -84,18 +84,17 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        found = self._by_kernel(x, k, v)
-        gates = dict(zip(("g", "beta", "read", "coupling"), found, strict=True)) if found else self._plain(x, k, v)
+        gates = self._by_kernel(x, k, v) or self._plain(x, k, v)
         if self.config.is_causal:
-            gates = {name: None if gate is None else gate[0] for name, gate in gates.items()}
-        return gates
+            gates = tuple(None if gate is None else gate[0] for gate in gates)
+        return dict(zip(("g", "beta", "read", "coupling"), gates, strict=True))
 
-    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
         if not self.is_complete or self.flux_weight is None or self.flux_bias is None:
             return None
         return cpp_lam_gates(x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
 
-    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
         parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
         decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
@@ -112,7 +111,7 @@ class LamGates(nn.Module):
             taken = parts["leak"].sigmoid() * _LEAK_MAX
             fast, slow = taken.unbind(-1)
             coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
-        return {"g": g, "beta": beta, "read": read, "coupling": coupling}
+        return g, beta, read, coupling
 
 
 class LamMixer(Mixer):

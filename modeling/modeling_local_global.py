@@ -179,12 +179,22 @@ class AxialPositions(nn.Module):
             ValueError: a position that the tables lack (told on the CPU only).
         """
         told = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if told and not 0 <= (first := int(position_ids.min())) <= (last := int(position_ids.max())) < self.limit:
+        # The tables end with a whole window, which the last may not be.
+        if told and self.limit % self.size:
+            self._check(position_ids)
+        try:
+            return self.windows(position_ids // self.size) + self.places(position_ids % self.size)
+        except IndexError:
+            self._check(position_ids)
+            raise
+
+    def _check(self, position_ids: torch.Tensor) -> None:
+        first, last = int(position_ids.min()), int(position_ids.max())
+        if not 0 <= first <= last < self.limit:
             raise ValueError(
                 f"position ids run from {first} to {last}; max_position_embeddings = {self.limit} allows 0 to "
                 f"{self.limit - 1}."
-            )
-        return self.windows(position_ids // self.size) + self.places(position_ids % self.size)
+            ) from None
 
 
 class EmbeddingProjection(Linear):

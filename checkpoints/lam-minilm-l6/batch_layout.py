@@ -142,7 +142,7 @@ def positions(
         offset = (attention_mask[:, :-length] != 0).sum(1, keepdim=True)
     starts = layout.starts()
     if layout.segments is None or starts is None:
-        return before + offset
+        return before if isinstance(offset, int) and offset == 0 else before + offset
     begin = torch.where(starts, before, 0).cummax(1).values
     return before - begin + torch.where(layout.segments == layout.segments[:, :1], offset, 0)
 

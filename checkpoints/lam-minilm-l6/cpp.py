@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -56,15 +57,23 @@ def _cpu_flags() -> bytes:
         return b""
 
 
-def _shared_by_all() -> Any:
-    """Hash of what every library depends on beside its own source: the headers, and what tells processors apart, for
-    a home folder that several machines share."""
-    headers = sorted(name for name in os.listdir(_SOURCES) if name.endswith(".h")) if os.path.isdir(_SOURCES) else []
-    texts = [_read(os.path.join(_SOURCES, name)) for name in headers]
-    return hashlib.blake2b(b"".join([*texts, platform.machine().encode(), _cpu_flags()]), digest_size=10)
+def _hashes() -> dict[str, Any]:
+    """By kernel, the hash of what its libraries depend on beside their sizes: its source, the headers, and what tells
+    processors apart, for a home folder that several machines share."""
+    files = sorted(os.listdir(_SOURCES)) if os.path.isdir(_SOURCES) else []
+    headers = [_read(os.path.join(_SOURCES, name)) for name in files if name.endswith(".h")]
+    shared = hashlib.blake2b(b"".join([*headers, platform.machine().encode(), _cpu_flags()]), digest_size=10)
+    hashes = {name.removesuffix(".cpp"): shared.copy() for name in files if name.endswith(".cpp")}
+    for name, key in hashes.items():
+        key.update(_read(_source(name)))
+    return hashes
 
 
-_SHARED = _shared_by_all()
+def _source(name: str) -> str:
+    return os.path.join(_SOURCES, f"{name}.cpp")
+
+
+_HASHES = _hashes()
 
 
 def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
@@ -82,6 +91,11 @@ def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.C
             return None
         plan.load()
     return plan.kernel
+
+
+def open_kernel(name: str, **sizes: int) -> None:
+    """Load what `load_kernel` would, if it is compiled: a model opens when it is made what its first forward needs."""
+    load_kernel(name, work=0, **sizes)
 
 
 def _is_looked_into() -> bool:
@@ -117,19 +131,13 @@ class _Plan:
 # The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
 @cache
 def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
-    source = _source(name)
-    if os.environ.get("LALM_CPP") == "0" or not os.path.isfile(source):
+    if os.environ.get("LALM_CPP") == "0" or name not in _HASHES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
     compiler, defines = os.environ.get("CXX"), tuple(f"-D{key}={value}" for key, value in sorted(sizes))
-    key = _SHARED.copy()
-    key.update(_read(source))
+    key = _HASHES[name].copy()
     key.update(" ".join([compiler or "", _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
-
-
-def _source(name: str) -> str:
-    return os.path.join(_SOURCES, f"{name}.cpp")
 
 
 class _Unrecorded:
@@ -175,6 +183,29 @@ def needed(kernel: ctypes.CDLL | None, *tensors: torch.Tensor | None) -> ctypes.
             f"with a state of at least {SMALLEST_STATE} numbers. Use linear_attn_implementation='auto'."
         )
     return kernel
+
+
+class CompiledForm:
+    """A form of an op that runs where its kernel can be had; made with the mixer that calls it.
+
+    Args:
+        form: a function on top of the kernel.
+        name, sizes: the kernel, as for `load_kernel`.
+        state_size: numbers in the state of a head.
+    """
+
+    def __init__(self, form: Callable, name: str, state_size: int, **sizes: int):
+        self.form, self.name, self.state_size, self.sizes = form, name, state_size, sizes
+        if state_size >= SMALLEST_STATE:
+            open_kernel(name, **sizes)
+
+    def where_had(self, implementation: str, q: torch.Tensor) -> Callable | None:
+        """`form`, if there is a kernel for heads like those of `q [B, T, H, K]`, else None. Unless `implementation` is
+        "cpp", a short text must find it compiled."""
+        if not fits(q, self.state_size):
+            return None
+        work = None if implementation == "cpp" else q.shape[:3].numel() * self.state_size
+        return self.form if load_kernel(self.name, work=work, **self.sizes) else None
 
 
 def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .cpp import LANES, borders, call, fits, load_kernel, needed, pointer
+from .cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
 from .layout import SequenceLayout
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
@@ -83,29 +83,26 @@ def _directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts
         yield _Inputs(*(pointer(x) for x in tensors), scale, *q.shape[:3], direction, torch.get_num_threads())
 
 
+def _sizes(key_size: int, value_size: int, memories: int, use_delta_rule: bool) -> dict[str, int]:
+    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
+    return sizes | {"DELTA": int(use_delta_rule)}
+
+
 def delta_kernel(
-    q: torch.Tensor, value_size: int, memories: int = 1, use_delta_rule: bool = True, work: int | None = None
+    q: torch.Tensor, value_size: int, memories: int = 1, use_delta_rule: bool = True
 ) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and values of size V, or None where there is none or it is no use
-    (`work` as for `load_kernel`)."""
+    """The compiled kernel for `q [B, T, H, K]` and values of size V, or None where there is none or it is no use."""
     if memories > 4 or not fits(q, q.shape[-1] * value_size * memories):
         return None
-    sizes = {"KEY": q.shape[-1], "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
-    return load_kernel("delta_rule", work=work, **sizes, DELTA=int(use_delta_rule))
+    return load_kernel("delta_rule", **_sizes(q.shape[-1], value_size, memories, use_delta_rule))
 
 
-def if_compiled(
-    form: Callable,
-    implementation: str,
-    q: torch.Tensor,
-    value_size: int,
-    memories: int = 1,
-    use_delta_rule: bool = True,
-) -> Callable | None:
-    """`form`, a function on top of `cpp_delta` or `cpp_dual`, where `delta_kernel` has a kernel for it; unless
-    `implementation` is "cpp", a short text must find it compiled."""
-    work = None if implementation == "cpp" else q.numel() * value_size * memories
-    return form if delta_kernel(q, value_size, memories, use_delta_rule, work) else None
+def compiled_delta(
+    form: Callable, key_size: int, value_size: int, memories: int = 1, use_delta_rule: bool = True
+) -> CompiledForm:
+    """`form`, a function on top of `cpp_delta` or `cpp_dual`, with the kernel for these sizes (at most 4 memories)."""
+    state_size, sizes = key_size * value_size * memories, _sizes(key_size, value_size, memories, use_delta_rule)
+    return CompiledForm(form, "delta_rule", state_size, **sizes)
 
 
 def cpp_dual(

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
-from .cpp import call, load_kernel, pointer
+from .cpp import call, load_kernel, open_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 
 # For fewer numbers than this torch's silu and product cost no more than the call of a kernel, and threads more than
@@ -45,22 +46,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, weight, eps):
-        rows, threads = x.numel() // x.shape[-1], torch.get_num_threads() if x.numel() >= _FEWEST else 1
-        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], threads, eps))
+        rows = x.numel() // x.shape[-1]
+        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], _threads(x), eps))
 
 
-class _GateInputs(ctypes.Structure):
+class _ActivationInputs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "factor")),
         *((name, ctypes.c_int64) for name in ("count", "threads")),
     ]
 
 
-class _Gate(torch.autograd.Function):
+class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, x, factor):
         y = torch.empty_like(x)
-        kernel.forward(_Gate.inputs(x, factor), pointer(y))
+        kernel.forward(_Activation.inputs(x, factor), pointer(y))
         ctx.kernel = kernel
         ctx.save_for_backward(x, factor)
         return y
@@ -69,16 +70,21 @@ class _Gate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, factor = ctx.saved_tensors
-        dx, d_factor, dy = torch.empty_like(x), torch.empty_like(x), dy.contiguous()
-        ctx.kernel.backward(_Gate.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
+        dx, d_factor, dy = torch.empty_like(x), None if factor is None else torch.empty_like(x), dy.contiguous()
+        ctx.kernel.backward(_Activation.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
         return None, dx, d_factor
 
     @staticmethod
     def inputs(x, factor):
-        return ctypes.byref(_GateInputs(x.data_ptr(), factor.data_ptr(), x.numel(), torch.get_num_threads()))
+        places = x.data_ptr(), None if factor is None else factor.data_ptr()
+        return ctypes.byref(_ActivationInputs(*places, x.numel(), _threads(x)))
 
 
-def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor, **sizes: int) -> ctypes.CDLL | None:
+def _threads(x: torch.Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _FEWEST else 1
+
+
+def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
     if x.device.type != "cpu" or compute_dtype(x, *others) != torch.float32:
         return None
     return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel(), **sizes)
@@ -102,23 +108,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
 
 
-def silu_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`silu(x) * factor` (SwiGLU, arXiv 2002.05202, equation 5), both of one shape and dtype."""
-    y = _gate(x, factor, silu=True)
-    return F.silu(x) * factor if y is None else y
+# The number of an activation in the kernel, and what it replaces.
+_ACTIVATIONS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "sigmoid": (0, torch.sigmoid),
+    "silu": (1, F.silu),
+    "swish": (1, F.silu),
+    "gelu": (2, F.gelu),
+}
 
 
-def sigmoid_gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`sigmoid(x) * factor`, both of one shape and dtype."""
-    y = _gate(x, factor, silu=False)
-    return x.sigmoid() * factor if y is None else y
+def has_kernel(activation: str) -> bool:
+    """Whether `activate` knows the function of this name."""
+    return activation in _ACTIVATIONS
 
 
-def _gate(x: torch.Tensor, factor: torch.Tensor, silu: bool) -> torch.Tensor | None:
-    if x.numel() < _FEWEST or x.shape != factor.shape:
-        return None
-    kernel = _kernel("gate", x, factor, SILU=int(silu))
+def open_activation(activation: str, gated: bool) -> None:
+    """Load the kernel that `activate` will look for, if it is compiled."""
+    open_kernel("activation", ACT=_ACTIVATIONS[activation][0], GATED=int(gated))
+
+
+def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+    """`act(x)`, or `act(x) * factor` for a factor of the same shape (gated linear units, Shazeer, arXiv 2002.05202).
+
+    Args:
+        activation: "sigmoid", "silu" (or "swish"), or "gelu" (Hendrycks and Gimpel, arXiv 1606.08415, with erf).
+    """
+    number, function = _ACTIVATIONS[activation]
+    gated, kernel, is_small = factor is not None, None, x.numel() < _FEWEST
+    # torch's GELU makes code for each new shape, which takes longer than few numbers do.
+    pays = activation == "gelu" and not torch.is_grad_enabled() if is_small else gated
+    if pays and (factor is None or factor.shape == x.shape):
+        kernel = _kernel("activation", x, factor, ACT=number, GATED=int(gated))
     if kernel is None:
-        return None
-    dtype = torch.result_type(x, factor)
-    return call(_Gate, kernel, x.float().contiguous(), factor.float().contiguous()).to(dtype)
+        return function(x) if factor is None else function(x) * factor
+    dtype = x.dtype if factor is None else torch.result_type(x, factor)
+    factor = None if factor is None else factor.float().contiguous()
+    return call(_Activation, kernel, x.float().contiguous(), factor).to(dtype)

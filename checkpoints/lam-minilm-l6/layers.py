@@ -11,11 +11,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_base import LalmConfig
+from .cpp import open_kernel
 from .diagonal_recurrence import compute_dtype
-from .elementwise import rms_norm, silu_gate
+from .elementwise import activate, has_kernel, open_activation, rms_norm
 from .layout import SequenceLayout
 from .products import product_dtype
-from .short_conv import cpp_short_conv
+from .short_conv import cpp_short_conv, open_short_conv
 
 
 class Linear(nn.Linear):
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         autocast = torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
-            return super().forward(x)
+            return nn.functional.linear(x, self.weight, self.bias)
         asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
         if autocast and torch.float64 not in kinds:  # which autocast leaves alone
             asked = torch.get_autocast_dtype("cpu")
@@ -41,8 +42,29 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, computed in float32 or wider also under autocast; the output has the dtype of the input."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        open_kernel("rms_norm")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, cast(float, self.eps))
+
+
+class Activation(nn.Module):
+    """`act(x)`, or gated `act(x) * factor`, of the activation that transformers calls `name`."""
+
+    def __init__(self, name: str, gated: bool = False):
+        super().__init__()
+        self.name, self.function = name, None
+        if has_kernel(name):
+            open_activation(name, gated)
+        else:
+            self.function = ACT2FN[name]
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+        if self.function is None:
+            return activate(self.name, x, factor)
+        return self.function(x) if factor is None else self.function(x) * factor
 
 
 # Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
@@ -64,8 +86,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, width, bias=self.bias) if gated else None
         self.up_proj = Linear(config.hidden_size, width, bias=self.bias)
         self.down_proj = Linear(width, config.hidden_size, bias=self.bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.is_swiglu = gated and config.hidden_act in ("silu", "swish")
+        self.act_fn = Activation(config.hidden_act, gated)
         self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,10 +105,8 @@ class MLP(nn.Module):
         return cast(torch.Tensor, y).view_as(x)
 
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x), up))
 
 
 class ShortConvolution(nn.Module):
@@ -102,6 +121,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.activation = activation
         self.after = 0 if causal else (width - 1) // 2
+        open_short_conv(width, width - 1 - self.after, activation)
 
     def forward(
         self,
@@ -159,10 +179,20 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
 
 def rotary_tables(position_ids: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin `[B, T, 1, size]`, float32, of rotary embeddings (Su et al., arXiv 2104.09864), halves layout."""
-    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
-    angles = position_ids[..., None].float() * frequencies
+    angles = _angles(position_ids, size, theta)
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]
     return angles.cos(), angles.sin()
+
+
+def _angles(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """`[B, T, size / 2]` float32: the positions times theta^(-2 i / size)."""
+    if position_ids.device.type == "cpu":  # elsewhere the copy of a list would wait for the device
+        frequencies = torch.tensor(
+            [theta ** -(i / size) for i in range(0, size, 2)], dtype=torch.float32, device="cpu"
+        )
+    else:
+        frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
+    return position_ids[..., None].float() * frequencies
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -174,8 +204,7 @@ def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 def sinusoidal_positions(position_ids: torch.Tensor, size: int, theta: float) -> torch.Tensor:
     """`[B, T, size]` float32: the fixed table of Vaswani et al. (arXiv 1706.03762, 3.5), sines before cosines."""
-    frequencies = theta ** -(torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
-    angles = position_ids[..., None].float() * frequencies
+    angles = _angles(position_ids, size, theta)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 

@@ -98,7 +98,8 @@ def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout
     o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
     if not output_final_state:
         return o, None
-    window = F.pad(torch.cat([k, v], dim=-1), (0, 0, 0, 0, 2 * window_size - length, 0))
+    window = k.new_zeros(k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
+    window[:, -length:, :, : k.shape[3]], window[:, -length:, :, k.shape[3] :] = k, v
     return o, LocalState(window, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
 
 

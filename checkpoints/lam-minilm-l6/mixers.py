@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .configuration_base import LalmConfig
 from .cache import RecurrentLayer, previous_state
 from .layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
-from .elementwise import silu_gate
+from .elementwise import activate
 from .layout import SequenceLayout
 from .local_attention import sliding_attention
 
@@ -34,7 +34,7 @@ class Mixer(nn.Module):
     unit_length_qk: ClassVar[bool] = False  # whether q and k are divided by their length, in float32 or wider
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
-    output_gate: ClassVar[Callable] = staticmethod(silu_gate)  # of the gate's logits and the output
+    output_gate: ClassVar[str] = "silu"  # what opens the output gate
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -70,7 +70,7 @@ class Mixer(nn.Module):
             state = previous_state(cache, self.layer_idx, "conv_states")
             (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
             if cache is not None:
-                cache.update_conv_state(state, self.layer_idx)
+                cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
@@ -84,7 +84,8 @@ class Mixer(nn.Module):
         state = previous_state(cache, self.layer_idx, "recurrent_states")
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
         if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+            tokens = hidden_states.shape[1]
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
         del q, k, v  # nothing below needs them, and a long text makes them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 
@@ -110,7 +111,7 @@ class Mixer(nn.Module):
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`norm(o) * act(x W)`, as far as there are such: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
         o = o if self.o_norm is None else self.o_norm(o)
-        return o if self.g_proj is None else self.output_gate(self.g_proj(hidden_states).view_as(o), o)
+        return o if self.g_proj is None else activate(self.output_gate, self.g_proj(hidden_states).view_as(o), o)
 
 
 class SoftmaxAttention(nn.Module):

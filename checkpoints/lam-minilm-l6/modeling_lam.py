@@ -25,7 +25,8 @@ from .modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from .delta_rule_cpp import if_compiled
+from .cpp import open_kernel
+from .delta_rule_cpp import compiled_delta
 from .diagonal_recurrence import compute_dtype
 from .dispatch import choose
 from .dual_state import (
@@ -34,7 +35,7 @@ from .dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
-from .elementwise import sigmoid_gate
+from .lam_gates import cpp_lam_gates
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -63,6 +64,9 @@ class LamGates(nn.Module):
         if config.use_flux:
             self.flux_weight = nn.Parameter(torch.empty(self.heads, config.linear_key_dim, config.linear_value_dim))
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
+        self.is_complete = config.use_flux and list(self.sizes.values()) == [1, 2, 2, 2]
+        if self.is_complete:
+            open_kernel("lam_gates")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -80,6 +84,17 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
+        gates = self._by_kernel(x, k, v) or self._plain(x, k, v)
+        if self.config.is_causal:
+            gates = tuple(None if gate is None else gate[0] for gate in gates)
+        return dict(zip(("g", "beta", "read", "coupling"), gates, strict=True))
+
+    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
+        if not self.is_complete or self.flux_weight is None or self.flux_bias is None:
+            return None
+        return cpp_lam_gates(x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+
+    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
         parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
         decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
@@ -96,17 +111,14 @@ class LamGates(nn.Module):
             taken = parts["leak"].sigmoid() * _LEAK_MAX
             fast, slow = taken.unbind(-1)
             coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
-        gates = {"g": g, "beta": beta, "read": read, "coupling": coupling}
-        if self.config.is_causal:
-            gates = {name: None if gate is None else gate[0] for name, gate in gates.items()}
-        return gates
+        return g, beta, read, coupling
 
 
 class LamMixer(Mixer):
     """q, k, v and the gates -> dual-state delta rule, in both directions -> norm per head, gate -> output."""
 
     projection_bias, conv_activation, unit_length_qk = True, False, True
-    output_gate = staticmethod(sigmoid_gate)
+    output_gate = "sigmoid"
 
     def __init__(self, config: LamConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -114,9 +126,10 @@ class LamMixer(Mixer):
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
         self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
+        sizes = (self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule)
+        self.compiled = compiled_delta(cpp_dual_state_delta, *sizes)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        memories, delta = self.config.num_memories, self.config.use_delta_rule
         implementation = self.config.linear_attn_implementation
         op = choose(
             "dual_state_delta",
@@ -124,7 +137,7 @@ class LamMixer(Mixer):
             q,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
-            cpp=if_compiled(cpp_dual_state_delta, implementation, q, self.value_dim, memories, delta),
+            cpp=self.compiled.where_had(implementation, q),
             triton=triton_dual_state_delta,
         )
         return op(
@@ -137,7 +150,7 @@ class LamMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
-            use_delta_rule=delta,
+            use_delta_rule=self.config.use_delta_rule,
         )
 
 

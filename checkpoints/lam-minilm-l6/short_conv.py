@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .cpp import call, load_kernel, pointer
+from .cpp import call, load_kernel, open_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 from .layout import SequenceLayout
 from .products import without_autocast
@@ -23,26 +23,42 @@ class _Inputs(ctypes.Structure):
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, x, weight, skip, documents):
+    def forward(ctx, kernel, weight, skip, documents, *parts):
         ctx.kernel = kernel
-        ctx.save_for_backward(x, weight, skip, documents)
-        y = torch.empty_like(x) if skip is None else torch.zeros_like(x)
-        kernel.forward(_ShortConv.inputs(x, weight, skip, documents), pointer(y))
-        return y
+        ctx.save_for_backward(weight, skip, documents, *parts)
+        outputs = tuple(torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts)
+        for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, skip, documents, parts), strict=True):
+            kernel.forward(inputs, pointer(y))
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, skip, documents = ctx.saved_tensors
-        dx = torch.empty_like(x) if skip is None else torch.zeros_like(x)
-        d_weight, dy = torch.zeros_like(weight), dy.contiguous()
-        ctx.kernel.backward(_ShortConv.inputs(x, weight, skip, documents), pointer(dy), pointer(dx), pointer(d_weight))
-        return None, dx, d_weight, None, None
+    def backward(ctx, *gradients):
+        weight, skip, documents, *parts = ctx.saved_tensors
+        found = [torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts]
+        d_weight, inputs = torch.empty_like(weight), _ShortConv.inputs(weight, skip, documents, parts)
+        for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
+            dy = dy.contiguous()  # under a name, which keeps it alive
+            ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]))
+        return None, d_weight, None, None, *found
 
     @staticmethod
-    def inputs(x, weight, skip, documents):
-        pointers = (pointer(tensor) for tensor in (x, weight, skip, documents))
-        return ctypes.byref(_Inputs(*pointers, *x.shape, torch.get_num_threads()))
+    def inputs(weight, skip, documents, parts):
+        """The arguments of the kernel for each part, and its first channel."""
+        first, threads = 0, torch.get_num_threads()
+        for x in parts:
+            own = weight.data_ptr() + first * weight.stride(0) * weight.element_size()
+            yield ctypes.byref(_Inputs(x.data_ptr(), own, pointer(skip), pointer(documents), *x.shape, threads)), first
+            first += x.shape[2]
+
+
+def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
+    return {"WIDTH": width, "BEFORE": before, "SILU": int(activation)}
+
+
+def open_short_conv(width: int, before: int, activation: bool) -> None:
+    """Load the kernel that `cpp_short_conv` will look for, if it is compiled."""
+    open_kernel("short_conv", **_sizes(width, before, activation))
 
 
 def cpp_short_conv(
@@ -58,15 +74,13 @@ def cpp_short_conv(
     if device.type != "cpu" or compute_dtype(weight, *parts) != torch.float32 or torch.compiler.is_compiling():
         return None
     channels, width = weight.shape
-    sizes = {"WIDTH": width, "BEFORE": before, "SILU": int(activation)}
-    kernel = load_kernel("short_conv", work=parts[0].shape[:2].numel() * channels * width, **sizes)
+    work = parts[0].shape[:2].numel() * channels * width
+    kernel = load_kernel("short_conv", work=work, **_sizes(width, before, activation))
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
     with without_autocast(device):
-        weights = weight.float().split([x.shape[-1] for x in parts])
-        return [
-            call(_ShortConv, kernel, x.float().contiguous(), w.T.contiguous(), skip, documents).to(x.dtype)
-            for x, w in zip(parts, weights, strict=True)
-        ]
+        given = [x.float().contiguous() for x in parts]
+        outputs = call(_ShortConv, kernel, weight.float().contiguous(), skip, documents, *given)
+        return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]

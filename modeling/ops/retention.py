@@ -8,6 +8,7 @@ The caller rotates q and k. Padding stands outside of time: it is not counted in
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ def retention_log_decay(
     num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """`[H]`: log(1 - 2^(-5 - h)) for the heads h = 0, 1, ... (eq. 8), natural log; memories of 32, 64, ... tokens."""
+    if device is None or torch.device(device).type == "cpu":  # elsewhere the copy of a list would wait for the device
+        return torch.tensor([math.log1p(-(2.0 ** -(5 + h))) for h in range(num_heads)], dtype=dtype, device=device)
     exponents = torch.arange(-5, -5 - num_heads, -1, dtype=torch.float64, device=device)
     return torch.log1p(-torch.exp2(exponents)).to(dtype)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from lalm.modeling.cache import RecurrentLayer
 from tests.modeling.exact import (
     assert_close,
     assert_same_gradients,
@@ -197,3 +198,16 @@ def test_gradients_reach_back_through_a_cache(row):
         cache, loss = out.past_key_values, loss + (out.logits * weight).sum()
     loss.backward()
     assert_same_gradients(parameter_gradients(model), expected)
+
+
+def test_a_cache_keeps_what_it_is_given_and_copies_the_rest():
+    layer, whole = RecurrentLayer(), torch.ones(1, 2, 3)
+    assert layer.update_conv_state(whole, given_away=True) is whole
+    later = torch.zeros(1, 2, 3)
+    assert layer.update_conv_state(later, given_away=True) is whole, "the address holds"
+    assert not whole.any()
+    lent, part = torch.ones(1, 2, 3), torch.ones(2, 2, 3)[:1]
+    for index, value in ((1, lent), (2, part)):
+        kept = layer.update_recurrent_state(value, state_idx=index, given_away=value is part)
+        assert kept.data_ptr() != value.data_ptr()
+        assert kept.untyped_storage().nbytes() == value.numel() * 4

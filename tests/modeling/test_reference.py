@@ -184,6 +184,15 @@ def test_feature_maps_stay_finite_and_wide(name):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, {}) for name in ("elu", "relu", "exp", "softmax", "taylor", "identity", "hedgehog", "elementwise_product")]
+    + [("dpfp", {"dpfp_nu": 2}), ("favor", {}), ("favor", {"num_features": 9})],
+)
+def test_number_of_features(name, fields):
+    assert feature(name, torch.randn(1, 2, 3, 6), **fields).shape[-1] == FeatureMap(name, 6, **fields).num_features
+
+
 def test_elu_keeps_small_values_in_bfloat16():
     """elu(-10) + 1 = 4.5e-5 is rounded to 0 beside a 1 in bfloat16, and to 4.5299e-5 in float32."""
     y = feature("elu", torch.full((1, 1, 1, 1), -10.0, dtype=torch.bfloat16))

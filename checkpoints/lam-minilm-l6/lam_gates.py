@@ -1,0 +1,97 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The gates of LAM's two memories by a C++ kernel: one pass over what their projection gives."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .cpp import call, load_kernel, pointer
+from .diagonal_recurrence import compute_dtype
+from .products import without_autocast
+
+# Where in the projected numbers of a head the decays stand.
+_DECAY = slice(3, 5)
+# Fewer numbers than these are not worth another thread.
+_FEWEST = 1 << 14
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "written", "v", "decay_bias", "flux_bias")),
+        *((name, ctypes.c_int64) for name in ("tokens", "directions", "heads", "value_size", "threads")),
+        ("leak_max", ctypes.c_double),
+    ]
+
+
+class _Gates(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("g", "beta", "read", "coupling")]
+
+
+class _LamGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, leak_max, x, written, v, decay_bias, flux_bias):
+        tensors = (x, written, v, decay_bias, flux_bias)
+        directions, heads = flux_bias.shape
+        g, beta, read = (x.new_empty(directions, *v.shape[:2], heads, 2) for _ in range(3))
+        coupling = x.new_empty(*g.shape, 2)
+        gates = _Gates(*(gate.data_ptr() for gate in (g, beta, read, coupling)))
+        kernel.forward(_LamGates.inputs(tensors, leak_max), ctypes.byref(gates))
+        ctx.kernel, ctx.leak_max = kernel, leak_max
+        ctx.save_for_backward(*tensors)
+        return g, beta, read, coupling
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        tensors = ctx.saved_tensors
+        given = [gradient.contiguous() for gradient in gradients]
+        dx, d_written, dv = (torch.empty_like(tensor) for tensor in tensors[:3])
+        d_flux = dx.new_empty(*dx.shape[:2], *tensors[4].shape)
+        places = (pointer(found) for found in (dx, d_written, dv, d_flux))
+        gates = _Gates(*(gradient.data_ptr() for gradient in given))
+        ctx.kernel.backward(_LamGates.inputs(tensors, ctx.leak_max), ctypes.byref(gates), *places)
+        d_decay = dx.unflatten(-1, (*tensors[4].shape, -1))[..., _DECAY]  # the bias is added to what is projected
+        return None, None, dx, d_written, dv, d_decay.sum((0, 1)), d_flux.sum((0, 1))
+
+    @staticmethod
+    def inputs(tensors, leak_max):
+        batch, length, heads, size = tensors[2].shape
+        threads = torch.get_num_threads() if tensors[0].numel() >= _FEWEST else 1
+        sizes = (batch * length, tensors[4].shape[0], heads, size, threads)
+        return ctypes.byref(_Inputs(*(tensor.data_ptr() for tensor in tensors), *sizes, leak_max))
+
+
+def cpp_lam_gates(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    flux_weight: torch.Tensor,
+    decay_bias: torch.Tensor,
+    flux_bias: torch.Tensor,
+    leak_max: float,
+) -> tuple[torch.Tensor, ...] | None:
+    """The gates of two memories, D directions and H heads.
+
+    Args:
+        x: what is projected, `[B, T, D H 7]`; of a head the write strength, two read weights, decays and leaks.
+        k, v: unit keys and values, `[B, T, H, K]` and `[B, T, H, V]`.
+        flux_weight: `[H, K, V]`; k^T W v + flux_bias is what the first memory's share of a write is the sigmoid of.
+        decay_bias, flux_bias: `[D, H, 2]` and `[D, H]`.
+        leak_max: what a leak is at most.
+
+    Returns:
+        g, beta and read `[D, B, T, H, 2]` and the coupling `[D, B, T, H, 2, 2]`, float32; None where no kernel runs.
+    """
+    tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(*tensors) != torch.float32:
+        return None
+    kernel = load_kernel("lam_gates", work=16 * x.numel())
+    if kernel is None:
+        return None
+    with without_autocast(x.device):
+        x, k, v, flux_weight, decay_bias, flux_bias = (tensor.float() for tensor in tensors)
+        written = torch.bmm(k.flatten(0, 1).transpose(0, 1), flux_weight)
+        given = (x, written, v, decay_bias, flux_bias)
+        return call(_LamGates, kernel, leak_max, *(tensor.contiguous() for tensor in given))
