@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from .chunks import chunk_borders, from_chunks, suffix_sums, to_chunks
+from .chunks import chunk_borders, fill_up, from_chunks, suffix_sums, to_chunks
 from .layout import SequenceLayout
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
@@ -98,7 +98,7 @@ def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
 
 
 def _strongest_decay(g: torch.Tensor, size: int) -> float:
-    windows = F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % size)).unflatten(1, (-1, size))
+    windows = fill_up(g, size).unflatten(1, (-1, size))
     return -windows.sum(2, dtype=compute_dtype(g)).min().item()
 
 

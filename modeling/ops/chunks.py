@@ -14,8 +14,15 @@ from torch.nn import functional as F
 
 def to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
     """`[B, T, H, *] -> [B, H, N, C, *]`, the tail filled with zeros, which neither write nor decay."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk_size))
-    return x.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).to(dtype).contiguous()
+    x = fill_up(x, chunk_size).unflatten(1, (-1, chunk_size))
+    return x.permute(0, 3, 1, 2, 4).to(dtype).contiguous()
+
+
+def fill_up(x: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """`[B, T, H, *]` with zeros after the last token, up to a whole number of chunks."""
+    missing = -x.shape[1] % chunk_size
+    # Eagerly, padding with nothing is a copy; a compiled graph must not depend on the remainder.
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if torch.compiler.is_compiling() or missing else x
 
 
 def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
