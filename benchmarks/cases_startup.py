@@ -108,7 +108,7 @@ if hasattr(os, "fork"):
         "first_forward",
         "first forward of a tiny model against Llama's, kernels compiled before and not",
         first_forwards,
-        budget=40,
+        budget=30,
         warm_up=False,
     )
 
