@@ -177,7 +177,7 @@ _LENGTHS = (512, 2048, 8192)
 _KINDS = ("based", "gla", "gated_delta_net", "local_global", "lam")
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
-for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (20, 60, 60), strict=True):
+for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.1, 2.0), (15, 60, 60), strict=True):
     register(
         f"train_{_length}",
         f"train step, {_MODEL}, every causal variant against Llama on SDPA, T = {_length}",
@@ -198,7 +198,7 @@ register(
     "decode",
     f"decoding, {_MODEL}, after 8,192 tokens against Llama with its cache; after 32,768 against after 512",
     partial(decoding, 512, 8192, 32768),
-    budget=25,
+    budget=15,
     long=True,
 )
 for _name, _variants, _extra in (("linear_time", _KINDS, False), ("linear_time_all", tuple(VARIANTS), True)):

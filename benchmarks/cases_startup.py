@@ -102,7 +102,9 @@ def first_forwards() -> Contest:
     return Contest(contestants, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
 
 
-register("import", "import lalm against importing transformers' Llama", importing, budget=15, warm_up=False)
+register(
+    "import", "import lalm against importing transformers' Llama", importing, budget=15, least_rounds=2, warm_up=False
+)
 if hasattr(os, "fork"):
     register(
         "first_forward",

@@ -119,7 +119,7 @@ class LocalGlobalMixer(nn.Module):
         op = choose(
             "efficient_attention",
             self.config.linear_attn_implementation,
-            q,
+            v,
             recurrent=recurrent_efficient_attention,
             chunk=chunk_efficient_attention,
             fla=chunk_efficient_attention,

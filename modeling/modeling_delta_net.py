@@ -93,7 +93,7 @@ class DeltaNetMixer(Mixer):
             op = choose(
                 "delta_rule",
                 implementation,
-                q,
+                v,
                 recurrent=recurrent_delta_rule,
                 chunk=chunk_delta_rule,
                 fla=fla_delta_rule,
@@ -104,7 +104,7 @@ class DeltaNetMixer(Mixer):
             op = choose(
                 "gated_delta_rule",
                 implementation,
-                q,
+                v,
                 recurrent=recurrent_gated_delta_rule,
                 chunk=chunk_gated_delta_rule,
                 fla=fla_gated_delta_rule,

@@ -45,7 +45,7 @@ class GLAMixer(Mixer):
         op = choose(
             "gla",
             implementation,
-            q,
+            v,
             recurrent=recurrent_gla,
             chunk=chunk_gla,
             fla=fla_gla,

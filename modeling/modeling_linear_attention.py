@@ -49,7 +49,7 @@ class LinearAttentionMixer(Mixer):
         op = choose(
             "linear_attention",
             implementation,
-            q,
+            v,
             recurrent=recurrent_linear_attention,
             chunk=chunk_linear_attention,
             fla=fla_linear_attention,

@@ -32,7 +32,7 @@ class RetNetMixer(Mixer):
         op = choose(
             "retention",
             implementation,
-            q,
+            v,
             recurrent=recurrent_retention,
             chunk=chunk_retention,
             fla=fla_retention,

@@ -1,12 +1,15 @@
 """The benchmark runner: what it reports, what it withholds, and what it draws."""
 
 import json
+import resource
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import cases_ops, plot, run, timing
+from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.gates import all_near, gradients, near
 from benchmarks.memory import peaks, resident
 from benchmarks.models import VARIANTS, build, decodes_exactly, tokens, train_step, trains_exactly
@@ -167,6 +170,22 @@ def test_models_pass_their_gates(name):
     model = build(name, **TINY)
     trains_exactly(model)
     decodes_exactly(model)
+
+
+@pytest.mark.skipif(not touched_pages(), reason="this system does not tell which pages a process has touched")
+def test_a_fork_can_own_its_memory():
+    block = np.ones(32 << 20, dtype=np.uint8)
+    pages = touched_pages()
+
+    def faults(own):
+        if own:
+            make_own(pages)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block[::4096] = 2
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert 10 * in_a_fork(partial(faults, True)) < in_a_fork(partial(faults, False))
+    assert (block == 1).all(), "a fork's memory is a copy"
 
 
 def test_a_train_step_trains_and_takes_memory():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,26 @@ def test_the_field_overrides(name, length):
 def test_gpu_kernels_on_the_cpu_name_the_field(name):
     with pytest.raises(ValueError, match=f"linear_attn_implementation='{name}'.*auto"):
         choose("gla", name, q(5), **FORMS, triton="the triton form")
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "device", "installed", "form"),
+    [
+        (64, torch.bfloat16, "cuda", True, "fla"),
+        (64, torch.float16, "cuda", True, "fla"),
+        (64, torch.bfloat16, "cuda", False, "chunk"),
+        (64, torch.float32, "cuda", True, "chunk"),
+        (1, torch.bfloat16, "cuda", True, "recurrent"),
+        (64, torch.bfloat16, "cpu", True, "chunk"),
+    ],
+)
+def test_auto_takes_the_kernels_of_the_gpu_extra(length, dtype, device, installed, form, monkeypatch):
+    monkeypatch.setattr(dispatch, "has_fla", lambda: installed)
+    v = SimpleNamespace(shape=(1, length, 2, 4), dtype=dtype, device=torch.device(device))
+    assert choose("gla", "auto", v, **FORMS) == FORMS[form]
+    assert choose("gla", "auto", v, **FORMS | {"fla": FORMS["chunk"]}) == FORMS["chunk" if form == "fla" else form]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose("gla", "auto", v, **FORMS) == FORMS["chunk" if form == "fla" else form]
 
 
 def test_kernels_of_our_own_run_off_the_cpu_where_there_are_some():

@@ -1,7 +1,8 @@
 """What dispatch hands to flash-linear-attention, and what it makes of the answer.
 
-The kernels need a GPU. Stand-ins with their signatures, built on our recurrent forms, take their place: they know
-packed documents by cu_seqlens only, as the kernels do, so padding and per-row documents must have been translated.
+The kernels need a GPU, and run these tests where there is one. Elsewhere stand-ins with their signatures, built on our
+recurrent forms, take their place: they know packed documents by cu_seqlens only, as the kernels do, so padding and
+per-row documents must have been translated.
 """
 
 import sys
@@ -16,12 +17,12 @@ from lalm.modeling.ops.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.dispatch import fla_diagonal
+from lalm.modeling.ops.dispatch import fla_diagonal, has_fla
 from lalm.modeling.ops.gla import fla_gla, recurrent_gla
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear_attention import fla_linear_attention, recurrent_linear_attention
 from lalm.modeling.ops.retention import fla_retention, recurrent_retention
-from tests.ops.cases import CASE_IDS, CASES, make_inputs
+from tests.ops.cases import CASE_IDS, CASES, make_inputs, relative_error
 
 FORMS = {
     recurrent_gla: fla_gla,
@@ -38,8 +39,16 @@ def simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_sta
     )
 
 
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
+ON_A_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_fla(), reason="there is no GPU with flash-linear-attention"
+)
+
+
+@pytest.fixture(params=["stand-ins", pytest.param("kernels", marks=ON_A_GPU)])
+def device(request, monkeypatch):
+    """Where the tensors have to be."""
+    if request.param == "kernels":
+        return "cuda"
     kernels = {
         "gla.chunk_gla": recurrent_gla,
         "simple_gla.chunk_simple_gla": simple_gla,
@@ -53,13 +62,15 @@ def stand_ins(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    return "cpu"
 
 
-def layouts(length):
+def layouts(length, device):
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[0, :3] = mask[1, 5:7] = mask[1, -2:] = False
     segments = torch.zeros(2, length, dtype=torch.int64)
     segments[0, 4:], segments[1, 9:], segments[1, 11:] = 1, 7, 2
+    mask, segments = mask.to(device), segments.to(device)
     return {
         "plain": None,
         "padded": SequenceLayout(mask=mask),
@@ -71,22 +82,40 @@ def layouts(length):
 @pytest.mark.parametrize("kind", ["plain", "padded", "packed", "both"])
 @pytest.mark.parametrize("stateful", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_same_as_the_recurrence(case, stateful, kind):
-    x = make_inputs(case, 17, dtype=torch.float32)
-    initial_state = x.pop("initial_state") if stateful else x.pop("initial_state") * 0
-    layout = layouts(17)[kind]
-    arguments = {**x, "initial_state": initial_state, "output_final_state": True, "layout": layout, **case.options}
+def test_same_as_the_recurrence(case, stateful, kind, device):
+    """Outputs, last states and all gradients."""
+    # The kernels multiply float32 in TF32, and take heads of whole tiles.
+    length, sizes, tolerance = (17, (5, 7), 1e-5) if device == "cpu" else (150, (32, 64), 1e-2)
+    x = {
+        name: tensor.to(device)
+        for name, tensor in make_inputs(case, length, 2, 3, *sizes, dtype=torch.float32).items()
+        if tensor is not None
+    }
+    if not stateful:
+        x["initial_state"] *= 0
     if case.gate == "fixed" or (case.strongest_write and not case.takes_g):
-        del arguments["g"]
-    expected, expected_state = case.recurrent(**arguments)
-    o, state = FORMS[case.recurrent](**arguments)
-    real = torch.ones(2, 17, dtype=torch.bool) if layout is None or layout.mask is None else layout.mask
-    torch.testing.assert_close(o[real], expected[real], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-6)
+        x.pop("g", None)
+    layout = layouts(length, device)[kind]
+    real = torch.ones(2, length, dtype=torch.bool) if layout is None or layout.mask is None else layout.mask
+    found, expected = (
+        outputs_and_gradients(function, x, real, layout=layout, **case.options)
+        for function in (FORMS[case.recurrent], case.recurrent)
+    )
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < tolerance, name
 
 
-def test_kernels_get_one_dtype():
+def outputs_and_gradients(function, x, real, **options):
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
+    o, state = function(**leaves, output_final_state=True, **options)
+    found = {"o": o[real], "state": state}
+    loss = sum((value * torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)).sum()
+               for value in found.values())  # fmt: skip
+    return found | dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def test_kernels_get_one_dtype(device):
     """The kernels take q, k and v of one type; a feature map gives float32 beside a bfloat16 v."""
-    q = torch.rand(1, 5, 2, 4)
-    o, _ = fla_diagonal(q, q, torch.rand(1, 5, 2, 3, dtype=torch.bfloat16), None, 1.0, None, None)
+    q, v = torch.rand(1, 5, 2, 32), torch.rand(1, 5, 2, 64, dtype=torch.bfloat16)
+    o, _ = fla_diagonal(q.to(device), q.to(device), v.to(device), None, 1.0, None, None)
     assert o.dtype == torch.bfloat16
