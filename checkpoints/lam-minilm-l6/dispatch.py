@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -21,7 +22,7 @@ _SHORT = 8
 def choose(
     rule: str,
     implementation: str,
-    q: torch.Tensor,
+    v: torch.Tensor,
     *,
     recurrent: Callable,
     chunk: Callable,
@@ -29,12 +30,13 @@ def choose(
     cpp: Callable | None = None,
     triton: Callable | None = None,
 ) -> Callable:
-    """Pick the form of op `rule` for queries `q [B, T, H, K]`.
+    """Pick the form of op `rule` for values `v [B, T, H, V]`.
 
     Args:
         rule: the op's name, for the log.
-        implementation: "auto" takes `cpp` where it is given, else `recurrent` for a few tokens (decoding) and `chunk`
-            otherwise; "chunk", "recurrent", "fla", "cpp" and "triton" take that form whatever the input.
+        implementation: "auto" takes `cpp` where it is given, else `recurrent` for a few tokens (decoding), else `fla`
+            for 16-bit values on a GPU if flash-linear-attention is installed (`lalm[gpu]`) and nothing is being
+            compiled, else `chunk`; "chunk", "recurrent", "fla", "cpp" and "triton" take that form whatever the input.
         fla: the GPU kernel of flash-linear-attention, None where it has none.
         cpp: the C++ kernel, None where it does not run.
         triton: our own GPU kernel, None where there is none.
@@ -45,14 +47,16 @@ def choose(
     """
     name = implementation
     if name == "auto":
-        name = "cpp" if cpp else "recurrent" if q.shape[1] < _SHORT else "chunk"
-    if name in ("fla", "triton") and q.device.type == "cpu":
+        name = "cpp" if cpp else "recurrent" if v.shape[1] < _SHORT else "chunk"
+        if name == "chunk" and fla not in (None, chunk) and _is_for_fla(v):
+            name = "fla"
+    if name in ("fla", "triton") and v.device.type == "cpu":
         raise ValueError(
             f"linear_attn_implementation={name!r} runs Triton kernels on a GPU, and the input is on the CPU: move the "
             "model to the GPU or set linear_attn_implementation='auto'."
         )
     if not torch.compiler.is_compiling():
-        _announce(rule, name, implementation, q.device.type)
+        _announce(rule, name, implementation, v.device.type)
     form = {"recurrent": recurrent, "chunk": chunk, "fla": fla, "cpp": cpp, "triton": triton}[name]
     if form is None:
         reason = "no C++ kernel for this model, device or machine" if name == "cpp" else f"no {name} kernel for a GPU"
@@ -60,6 +64,19 @@ def choose(
             f"linear_attn_implementation={name!r}: {rule} has {reason}; set linear_attn_implementation='auto'."
         )
     return form
+
+
+@cache
+def has_fla() -> bool:
+    """Whether flash-linear-attention and Triton are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
+
+
+def _is_for_fla(v: torch.Tensor) -> bool:
+    """Whether flash-linear-attention's kernels are at home with `v`. They would round float32 to TF32, which torch does
+    only when asked to, and a compiled graph breaks at them."""
+    is_half = v.dtype in (torch.bfloat16, torch.float16)
+    return v.device.type == "cuda" and is_half and not torch.compiler.is_compiling() and has_fla()
 
 
 @cache

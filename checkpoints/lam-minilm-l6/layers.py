@@ -66,6 +66,9 @@ class Activation(nn.Module):
             return activate(self.name, x, factor)
         return self.function(x) if factor is None else self.function(x) * factor
 
+    def extra_repr(self) -> str:
+        return self.name
+
 
 # Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
 _WIDE_AT_ONCE = 1 << 20

@@ -134,7 +134,7 @@ class LamMixer(Mixer):
         op = choose(
             "dual_state_delta",
             implementation,
-            q,
+            v,
             recurrent=recurrent_dual_state_delta,
             chunk=chunk_dual_state_delta,
             cpp=self.compiled.where_had(implementation, q),
