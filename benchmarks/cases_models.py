@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache, partial
 from typing import Any
 
@@ -67,7 +68,9 @@ def decoding(early: int, middle: int, late: int) -> Contest:
 
     @cache
     def filled(name: str, length: int) -> Any:
-        return fill(build(name), tokens(length))
+        shorter = max((x for x in (early, middle) if x < length and name != LLAMA), default=0)
+        before = deepcopy(filled(name, shorter)) if shorter else None
+        return fill(build(name), tokens(length)[:, shorter:], before)
 
     def ready(name: str, length: int) -> None:
         filled(name, length)  # not in the first sample

@@ -73,8 +73,8 @@ def has_fla() -> bool:
 
 
 def _is_for_fla(v: torch.Tensor) -> bool:
-    """Whether flash-linear-attention's kernels are at home with `v`. They would round float32 to TF32, which torch does
-    only when asked to, and a compiled graph breaks at them."""
+    """Whether flash-linear-attention's kernels are at home with `v`. They would round float32 to TF32, which torch
+    does only when asked to, and a compiled graph breaks at them."""
     is_half = v.dtype in (torch.bfloat16, torch.float16)
     return v.device.type == "cuda" and is_half and not torch.compiler.is_compiling() and has_fla()
 
