@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModel
 
+import lalm
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.gla import cpp_gla
@@ -42,3 +44,30 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
         assert len(list(new_machine.glob("*.so"))) == files
     assert cpp.load_kernel("rms_norm", work=1) is None
     assert cpp.load_kernel("rms_norm", work=MUCH) is not None
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+@pytest.mark.parametrize(
+    ("config_class", "fields", "kernels"),
+    [
+        (lalm.DeltaNetConfig, {"use_short_conv": True}, {"rms_norm", "short_conv", "delta_rule"}),
+        (lalm.BasedConfig, {"feature_dim": 16}, {"rms_norm", "short_conv", "taylor", "diagonal"}),
+        (lalm.LamConfig, {"is_causal": True}, {"rms_norm", "short_conv", "lam_gates", "activation", "delta_rule"}),
+    ],
+    ids=["delta_net", "based", "lam"],
+)
+def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machine, monkeypatch):
+    """So that its first forward loads nothing."""
+    config = config_class(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, **fields)
+    ids, loaded, load = torch.arange(1, 20)[None], [], cpp._Plan.load
+    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 0)
+    with torch.no_grad():
+        AutoModel.from_config(config).eval()(input_ids=ids)
+        monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+        cpp._plan.cache_clear()
+        monkeypatch.setattr(cpp._Plan, "load", lambda plan: (loaded.append(plan.name), load(plan)))
+        model = AutoModel.from_config(config).eval()
+        assert kernels <= set(loaded)
+        opened = len(loaded)
+        model(input_ids=ids)
+    assert len(loaded) == opened

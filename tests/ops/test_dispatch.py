@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from lalm.modeling.ops import dispatch
+from lalm.modeling.ops import cpp, dispatch
 from lalm.modeling.ops.dispatch import choose
+from tests.variants import recurrent_rows
 
 FORMS = {"recurrent": "the recurrent form", "chunk": "the chunk form", "fla": "the fla form"}
 
@@ -87,3 +88,16 @@ def test_one_log_line_names_the_choice():
     assert "gla" in message
     assert "chunk" in message
     assert "linear_attn_implementation" in message
+
+
+@recurrent_rows
+def test_mixers_ask_with_their_values(row, monkeypatch):
+    """Feature maps and norms leave q in float32; a 16-bit model is known by its values."""
+    asked = []
+    monkeypatch.setattr(dispatch, "_is_for_fla", lambda v: asked.append(v.dtype))
+    monkeypatch.setattr(cpp, "fits", lambda q, state_size: False)
+    model = row.build(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=torch.arange(1, 20)[None])
+    assert set(asked) <= {torch.bfloat16}
+    assert asked or model.config.model_type in ("lalm_lam", "lalm_local_global")
