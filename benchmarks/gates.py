@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from benchmarks.registry import GateError
 
 Tensors = Mapping[str, torch.Tensor]
+# What a run has checked already, in this process or in one before it.
+PASSED: set[str] = set()
+
+
+def once(gate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A gate of models, which runs once for models of the same configuration (and hence, by `models.build`, weights)."""
+
+    def check(model: Any) -> None:
+        key = f"{gate.__name__} {model.config.to_json_string()}"
+        if key not in PASSED:
+            gate(model)
+            PASSED.add(key)
+
+    return check
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

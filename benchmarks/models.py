@@ -141,7 +141,7 @@ def specification(model: Any) -> Iterator[None]:
         model.config.linear_attn_implementation = chosen
 
 
-@cache
+@gates.once
 def trains_exactly(model: Any) -> None:
     """Gate: loss and gradients of every parameter are those of the recurrent specification."""
     ids = tokens(CHECKED, model.config.vocab_size)
@@ -155,7 +155,7 @@ def trains_exactly(model: Any) -> None:
     gates.all_near("training", found, expected, TOLERANCE)
 
 
-@cache
+@gates.once
 @torch.no_grad()
 def decodes_exactly(model: Any) -> None:
     """Gate: the logits of a text in one piece, and of its last tokens one by one, are the specification's."""

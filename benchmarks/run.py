@@ -28,6 +28,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.forks import in_a_fork
+from benchmarks.gates import PASSED
 from benchmarks.machine import describe, matrix_product_rates
 from benchmarks.memory import keep_freed_memory
 from benchmarks.registry import CASES, Case, Contest, GateError, Ratio, select
@@ -162,6 +163,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _apart(*arguments: Any) -> tuple[list[Line], dict[str, Any], list[str]]:
+    """`attempt`, and the gates that have passed, for the processes of the cases to come."""
+    return *attempt(*arguments), sorted(PASSED)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = parse(argv)
@@ -181,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     for case in arguments.cases:
         began = time.monotonic()
         # What a case leaves behind, in the allocator above all, would change the figures of the next.
-        lines, details = in_a_fork(partial(attempt, case, arguments.only, haste, arguments.rounds))
+        lines, details, passed = in_a_fork(partial(_apart, case, arguments.only, haste, arguments.rounds))
+        PASSED.update(passed)
         print("\n".join(map(row, lines)), flush=True)
         report["lines"] += lines
         report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "contestants": details}

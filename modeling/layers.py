@@ -15,17 +15,19 @@ from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.elementwise import activate, has_kernel, open_activation, rms_norm
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.linear import linear
 from lalm.modeling.ops.products import product_dtype
 from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv
 
 
 class Linear(nn.Linear):
-    """torch's Linear, in float32 where a processor has no arithmetic for the 16-bit type asked for (products.py)."""
+    """torch's Linear by the faster library (ops/linear.py), in float32 where a processor has no arithmetic for the
+    16-bit type asked for (ops/products.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         autocast = torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
-            return nn.functional.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
         if autocast and torch.float64 not in kinds:  # which autocast leaves alone
             asked = torch.get_autocast_dtype("cpu")
@@ -36,7 +38,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
-            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(asked)
+            return linear(x.to(dtype), self.weight.to(dtype), bias).to(asked)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from .linear import linear, weight_gradient
 from .products import product_dtype
 
 # Logits that exist at once: 64 MiB in float32.
@@ -29,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(1, _LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             rows, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
-            logits = torch.nn.functional.linear(rows, matrix, None if bias is None else bias.to(dtype)).to(wide)
+            logits = linear(rows, matrix, None if bias is None else bias.to(dtype)).to(wide)
             top = logits.logsumexp(-1, keepdim=True)
             loss += (top - logits.gather(-1, target)).sum()
             if not any(needs):
@@ -39,9 +40,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(dtype)
             if d_hidden is not None:
-                d_hidden[start : start + size] = d_logits @ matrix
+                d_hidden[start : start + size] = linear(d_logits, matrix.t())
             if d_weight is not None:
-                d_weight += d_logits.t() @ rows
+                d_weight += weight_gradient(d_logits, rows)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return loss

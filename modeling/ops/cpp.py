@@ -79,12 +79,12 @@ _HASHES = _hashes()
 def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
     """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
     cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
-    inside what would have to look into a kernel (`_is_looked_into`).
+    inside what would have to look into a kernel (`is_looked_into`).
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
     plan = _plan(name, tuple(sizes.items()))
-    if plan is None or _is_looked_into():
+    if plan is None or is_looked_into():
         return None
     if not plan.is_tried:
         if work is not None and work < _EARNS_COMPILING and not os.path.isfile(plan.library):
@@ -98,7 +98,7 @@ def open_kernel(name: str, **sizes: int) -> None:
     load_kernel(name, work=0, **sizes)
 
 
-def _is_looked_into() -> bool:
+def is_looked_into() -> bool:
     """Whether a transform of torch.func, forward-mode differentiation or a tracer is at work."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()

@@ -150,6 +150,9 @@ def test_encoders_load_as_saved(row, head, tmp_path):
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    for weight in loaded.parameters():
+        # As they lie in the file: where a matrix begins decides in which order some processors' libraries add.
+        weight.data = weight.data.clone()
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids)[0], model(ids)[0])
 
@@ -171,7 +174,7 @@ def test_trains_and_fills_masks(row, tmp_path):
         model,
         TrainingArguments(
             tmp_path / "run",
-            max_steps=150,
+            max_steps=300,  # 150 leave one word of three open for some seeds
             per_device_train_batch_size=16,
             learning_rate=1e-2,
             report_to="none",
