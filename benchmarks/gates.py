@@ -16,7 +16,7 @@ PASSED: set[str] = set()
 
 
 def once(gate: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A gate of models, which runs once for models of the same configuration (and hence, by `models.build`, weights)."""
+    """A gate of models, run once for those of the same configuration (and so, by `models.build`, the same weights)."""
 
     def check(model: Any) -> None:
         key = f"{gate.__name__} {model.config.to_json_string()}"
