@@ -65,10 +65,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    least = max(_EARNS_ONEDNN, _LEAST_ROWS * weight.numel())
-    if x.numel() * weight.shape[0] < least or not prefers_onednn() or x.device.type != "cpu":
+    if x.numel() * weight.shape[0] < _EARNS_ONEDNN or x.numel() < _LEAST_ROWS * x.shape[-1]:
         return False
-    if any(y is not None and y.dtype != torch.float32 for y in (x, weight, bias)):
+    if (
+        x.device.type != "cpu"
+        or not prefers_onednn()
+        or any(y is not None and y.dtype != torch.float32 for y in (x, weight, bias))
+    ):
         return False
     observed = torch.compiler.is_compiling() or is_looked_into() or torch.is_autocast_enabled("cpu")
     return not observed and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
