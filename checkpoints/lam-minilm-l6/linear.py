@@ -18,6 +18,7 @@ from .cpp import call, is_looked_into
 _EARNS_ONEDNN = 1 << 25
 # Fewer rows than this wait for the weights to come from memory, by MKL for a shorter time.
 _LEAST_ROWS = 16
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # A gradient of a weight with so many times more rows than columns is made transposed: oneDNN copies its first factor.
 _TALL = 4
 
@@ -65,16 +66,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if x.numel() * weight.shape[0] < _EARNS_ONEDNN or x.numel() < _LEAST_ROWS * x.shape[-1]:
+    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < _EARNS_ONEDNN:
         return False
-    if (
-        x.device.type != "cpu"
-        or not prefers_onednn()
-        or any(y is not None and y.dtype != torch.float32 for y in (x, weight, bias))
-    ):
+    if x.numel() < _LEAST_ROWS * x.shape[-1] or not prefers_onednn():
         return False
-    observed = torch.compiler.is_compiling() or is_looked_into() or torch.is_autocast_enabled("cpu")
-    return not observed and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
+    given = [y for y in (x, weight, bias) if y is not None]
+    # Subclasses (quantised or distributed weights) have products of their own.
+    fits = all(type(y) in _PLAIN and y.dtype == torch.float32 and y.device.type == "cpu" for y in given)
+    switched_off = not torch._C._get_mkldnn_enabled()  # by torch.backends.mkldnn.flags
+    return fits and not (switched_off or is_looked_into() or torch.is_autocast_enabled("cpu"))
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

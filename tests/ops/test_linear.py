@@ -32,6 +32,16 @@ def calls(monkeypatch):
     return taken
 
 
+class Quantised(torch.Tensor):
+    """A weight whose product is not that of its numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            y = function(*arguments, **(kwargs or {}))
+            return torch.full_like(y, 7) if function is F.linear else y
+
+
 def factors(rows=33, size=24, outputs=40, dtype=torch.float32):
     torch.manual_seed(rows)
     return tuple(torch.randn(shape, dtype=dtype) for shape in ((rows, size), (outputs, size), (outputs,)))
@@ -125,6 +135,19 @@ def test_layers_and_the_loss_in_pieces_run_there(calls):
         assert relative_error(actual, wanted) < 1e-5
 
 
+def test_a_graph_holds_the_stock_product(calls, monkeypatch):
+    """In one piece, without a look at the processor, and for any number of rows."""
+    monkeypatch.setattr(module, "prefers_onednn", None)
+    x, weight, bias = factors()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="eager")
+    for rows in (x, x[:20], x[:7]):
+        assert torch.equal(compiled(rows, weight, bias), F.linear(rows, weight, bias))
+    layer = Linear(24, 40)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    assert torch.equal(exported(x[:20]), F.linear(x[:20], layer.weight, layer.bias))
+    assert not calls
+
+
 def test_what_is_left_to_torch(calls, monkeypatch):
     x, weight, bias = factors()
     wide = factors(dtype=torch.float64)
@@ -138,6 +161,7 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     assert linear(x[:0], weight, bias).shape == (0, 40)
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x.bfloat16(), weight)
+    assert torch.equal(linear(x, weight.as_subclass(Quantised)), torch.full((33, 40), 7.0))
     torch.func.vmap(linear, (0, None))(x.expand(2, 33, 24), weight)
     torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
     monkeypatch.setattr(module, "_EARNS_ONEDNN", 33 * 24 * 40 + 1)
