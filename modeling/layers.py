@@ -15,14 +15,18 @@ from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.elementwise import activate, has_kernel, open_activation, rms_norm
 from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear import linear
+from lalm.modeling.ops.linear import linear, open_linear
 from lalm.modeling.ops.products import product_dtype
 from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv
 
 
 class Linear(nn.Linear):
-    """torch's Linear by the faster library (ops/linear.py), in float32 where a processor has no arithmetic for the
-    16-bit type asked for (ops/products.py)."""
+    """torch's Linear by what is fastest (ops/linear.py), in float32 where a processor has no arithmetic for the 16-bit
+    type asked for (ops/products.py)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        open_linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         autocast = torch.is_autocast_enabled("cpu")

@@ -34,6 +34,7 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/diagonal.h",
     "lalm/modeling/ops/activation.cpp",
     "lalm/modeling/ops/kernel.h",
+    "lalm/modeling/ops/few_rows.cpp",
     "lalm/modeling/ops/lam_gates.cpp",
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",

@@ -77,8 +77,8 @@ _HASHES = _hashes()
 
 
 def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
-    """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and a `backward`; None where it
-    cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
+    """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and mostly a `backward`; None where
+    it cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
     inside what would have to look into a kernel (`is_looked_into`).
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
@@ -120,7 +120,9 @@ class _Plan:
             if not os.path.isfile(self.library):
                 _compile(self)
             kernel = ctypes.CDLL(self.library)
-            kernel.forward.restype = kernel.backward.restype = None
+            for entry in ("forward", "backward"):
+                if hasattr(kernel, entry):
+                    getattr(kernel, entry).restype = None
             self.kernel = kernel
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or error

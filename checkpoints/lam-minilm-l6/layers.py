@@ -15,14 +15,18 @@ from .cpp import open_kernel
 from .diagonal_recurrence import compute_dtype
 from .elementwise import activate, has_kernel, open_activation, rms_norm
 from .layout import SequenceLayout
-from .linear import linear
+from .linear import linear, open_linear
 from .products import product_dtype
 from .short_conv import cpp_short_conv, open_short_conv
 
 
 class Linear(nn.Linear):
-    """torch's Linear by the faster library (ops/linear.py), in float32 where a processor has no arithmetic for the
-    16-bit type asked for (ops/products.py)."""
+    """torch's Linear by what is fastest (ops/linear.py), in float32 where a processor has no arithmetic for the 16-bit
+    type asked for (ops/products.py)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        open_linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         autocast = torch.is_autocast_enabled("cpu")

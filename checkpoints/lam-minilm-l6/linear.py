@@ -1,31 +1,43 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""`x W^T + b` by the faster of the two libraries that torch has for it on a CPU.
+"""`x W^T + b` on a CPU by what is fastest there: torch's two libraries, or a kernel of our own for a few rows.
 
 torch multiplies float32 matrices by MKL, which leaves half of a processor that is not Intel's idle: it does not use
-its AVX-512. oneDNN, which torch brings for other types, does (on a Zen 5 at twice the speed).
+its AVX-512. oneDNN, which torch brings for other types, does (on a Zen 5 at twice the speed). A few rows, the tokens
+that decoding is at, wait for the weights to come from memory: there a kernel that reads them in one stream takes half
+of MKL's time.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
 from torch.nn import functional as F
 
-from .cpp import call, is_looked_into
+from .cpp import call, is_looked_into, load_kernel, open_kernel, pointer
 
+# With fewer rows than this the weights are streamed, if they are more than a call of a kernel is worth.
+_FEW_ROWS, _WORTH_STREAMING = 16, 1 << 14
 # oneDNN makes code for every new shape, in 0.2 to 1 ms; fewer multiply-adds than this do not earn that back at once.
 _EARNS_ONEDNN = 1 << 25
-# Fewer rows than this wait for the weights to come from memory, by MKL for a shorter time.
-_LEAST_ROWS = 16
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # A gradient of a weight with so many times more rows than columns is made transposed: oneDNN copies its first factor.
 _TALL = 4
+# Fewer numbers of a weight are not worth another thread.
+_FEWEST = 1 << 16
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _FewRowsInputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "size", "outputs", "threads")),
+    ]
 
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN is the faster one on this processor, as far as is known."""
+    """Whether oneDNN is the faster library on this processor, as far as is known."""
     found: dict = getattr(torch.cpu, "get_capabilities", dict)()
     idle = found.get("avx512_f") and "AMD" in found.get("cpu_name", "") and torch.backends.mkl.is_available()
     return bool(idle and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
@@ -57,24 +69,50 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return linear(dy.t(), x.t())
 
 
+def open_linear() -> None:
+    """Load the kernel that `linear` takes for a few rows, if it is compiled."""
+    open_kernel("few_rows")
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x [..., D]`, `weight [N, D]`, `bias [N]` -> `x weight^T + bias [..., N]`, as `torch.nn.functional.linear`."""
-    if not _pays(x, weight, bias):
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if x.numel() < _FEW_ROWS * x.shape[-1]:
+        y = _stream(x, weight, bias) if weight.numel() >= _WORTH_STREAMING else None
+        return F.linear(x, weight, bias) if y is None else y
+    if x.numel() * weight.shape[0] < _EARNS_ONEDNN or not prefers_onednn() or not _are_plain(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if is_looked_into() or not torch._C._get_mkldnn_enabled():  # by torch.backends.mkldnn.flags
         return F.linear(x, weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return call(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < _EARNS_ONEDNN:
-        return False
-    if x.numel() < _LEAST_ROWS * x.shape[-1] or not prefers_onednn():
-        return False
+def _are_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether a product is one of float32 numbers in this machine's memory, and nothing else: subclasses of Tensor
+    (quantised or distributed weights) have products of their own, and so has autocast."""
+    plain = (
+        type(x) in _PLAIN and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors if x is not None
+    )
+    return all(plain) and not torch.is_autocast_enabled("cpu")
+
+
+def _stream(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`linear` of a few rows by the kernel, which has no backward pass; None where it does not run."""
     given = [y for y in (x, weight, bias) if y is not None]
-    # Subclasses (quantised or distributed weights) have products of their own.
-    fits = all(type(y) in _PLAIN and y.dtype == torch.float32 and y.device.type == "cpu" for y in given)
-    switched_off = not torch._C._get_mkldnn_enabled()  # by torch.backends.mkldnn.flags
-    return fits and not (switched_off or is_looked_into() or torch.is_autocast_enabled("cpu"))
+    recorded = torch.is_grad_enabled() and any(y.requires_grad for y in given)
+    if recorded or not _are_plain(*given) or not weight.is_contiguous() or x.shape[-1] != weight.shape[1]:
+        return None
+    kernel = load_kernel("few_rows", work=x.numel() * weight.shape[0])
+    if kernel is None:
+        return None
+    x, threads = x.contiguous(), torch.get_num_threads() if weight.numel() >= _FEWEST else 1
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    sizes = (x.numel() // x.shape[-1], *reversed(weight.shape), threads)
+    places = (None if part is None else part.data_ptr() for part in (x, weight, bias))
+    kernel.forward(ctypes.byref(_FewRowsInputs(*places, *sizes)), pointer(y))
+    return y
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

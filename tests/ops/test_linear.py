@@ -1,11 +1,13 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""A linear map by oneDNN is the stock one: outputs, gradients of both orders, and everything it leaves to torch."""
+"""A linear map by oneDNN, or by the kernel for a few rows, is the stock one: outputs, gradients of both orders, and
+everything that is left to torch."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lalm.modeling.layers import Linear
+from lalm.modeling.ops import cpp
 from lalm.modeling.ops import linear as module
 from lalm.modeling.ops.cross_entropy import linear_cross_entropy
 from lalm.modeling.ops.linear import linear, prefers_onednn, weight_gradient
@@ -13,6 +15,7 @@ from tests.ops.cases import relative_error
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
+needs_compiler = pytest.mark.skipif(cpp.load_kernel("few_rows") is None, reason="this machine has no C++ compiler")
 AMD = {"architecture": "x86_64", "cpu_name": "AMD EPYC", "avx512_f": True}
 
 
@@ -157,7 +160,7 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
-    assert torch.equal(linear(x[0], weight, bias), F.linear(x[0], weight, bias))  # one row
+    assert torch.equal(linear(x[0], weight, bias), F.linear(x[0], weight, bias))  # one row of a small weight
     assert linear(x[:0], weight, bias).shape == (0, 40)
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x.bfloat16(), weight)
@@ -167,6 +170,75 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     monkeypatch.setattr(module, "_EARNS_ONEDNN", 33 * 24 * 40 + 1)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert not calls
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Weights of any size are worth streaming; the number of rows of each product that was."""
+    taken = []
+    kernel = cpp.load_kernel("few_rows")
+
+    class Counted:
+        @staticmethod
+        def forward(inputs, y):
+            taken.append(inputs._obj.rows)
+            kernel.forward(inputs, y)
+
+    monkeypatch.setattr(module, "_WORTH_STREAMING", 0)
+    monkeypatch.setattr(module, "load_kernel", lambda name, work: cpp.load_kernel(name) and Counted)
+    return taken
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("size", "outputs"), [(1, 1), (15, 3), (16, 7), (64, 33), (100, 1), (131, 20), (512, 300)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, 13, 15])
+def test_few_rows(rows, size, outputs, threads, streamed, monkeypatch):
+    monkeypatch.setattr(module, "_FEWEST", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, weight, bias = factors(rows, size, outputs)
+    with torch.no_grad():
+        for given in ((x, weight), (x, weight, bias), (x[:, None], weight, bias), (x.t().contiguous().t(), weight)):
+            expected = F.linear(*(y.double() for y in given))
+            actual = linear(*given)
+            assert actual.shape == expected.shape
+            assert actual.dtype == torch.float32
+            assert rows == 0 or relative_error(actual, expected) < 1e-6
+    assert streamed == [rows] * 4
+
+
+@needs_compiler
+def test_a_vector_and_parameters_are_streamed(streamed):
+    layer = Linear(24, 40)
+    with torch.no_grad():
+        assert layer(torch.randn(24)).shape == (40,)
+    layer.requires_grad_(False)
+    layer(torch.randn(2, 3, 24))
+    assert streamed == [1, 6]
+
+
+@needs_compiler
+def test_few_rows_that_are_left_to_torch(streamed, monkeypatch):
+    x, weight, bias = factors(3)
+    wide = factors(3, dtype=torch.float64)
+    recorded = linear(x, weight.clone().requires_grad_(), bias)
+    assert torch.equal(recorded, F.linear(x, weight, bias))
+    assert recorded.requires_grad
+    assert torch.equal(linear(*wide), F.linear(*wide))
+    assert torch.equal(linear(x, weight.t().contiguous().t()), F.linear(x, weight.t().contiguous().t()))
+    assert torch.equal(linear(x, weight.as_subclass(Quantised)), torch.full((3, 40), 7.0))
+    assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(x, weight[:, :20].contiguous())
+    torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
+    monkeypatch.setattr(module, "_WORTH_STREAMING", weight.numel() + 1)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    monkeypatch.setattr(module, "_WORTH_STREAMING", 0)
+    monkeypatch.setattr(module, "_FEW_ROWS", 3)
+    linear(x, weight, bias)
+    assert not streamed
 
 
 @pytest.mark.parametrize(
