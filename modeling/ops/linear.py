@@ -89,29 +89,32 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return call(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def _are_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether a product is one of float32 numbers in this machine's memory, and nothing else: subclasses of Tensor
+def _are_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the product is one of float32 numbers in this machine's memory, and nothing else: subclasses of Tensor
     (quantised or distributed weights) have products of their own, and so has autocast."""
-    plain = (
-        type(x) in _PLAIN and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors if x is not None
-    )
-    return all(plain) and not torch.is_autocast_enabled("cpu")
+    for y in (x, weight) if bias is None else (x, weight, bias):
+        if type(y) not in _PLAIN or y.dtype != torch.float32 or y.device.type != "cpu":
+            return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def _stream(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """`linear` of a few rows by the kernel, which has no backward pass; None where it does not run."""
-    given = [y for y in (x, weight, bias) if y is not None]
-    recorded = torch.is_grad_enabled() and any(y.requires_grad for y in given)
-    if recorded or not _are_plain(*given) or not weight.is_contiguous() or x.shape[-1] != weight.shape[1]:
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return None
-    kernel = load_kernel("few_rows", work=x.numel() * weight.shape[0])
+    outputs, size = weight.shape
+    if not _are_plain(x, weight, bias) or not weight.is_contiguous() or x.shape[-1] != size:
+        return None
+    numbers = x.numel()
+    kernel = load_kernel("few_rows", work=numbers * outputs)
     if kernel is None:
         return None
-    x, threads = x.contiguous(), torch.get_num_threads() if weight.numel() >= _FEWEST else 1
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    sizes = (x.numel() // x.shape[-1], *reversed(weight.shape), threads)
-    places = (None if part is None else part.data_ptr() for part in (x, weight, bias))
-    kernel.forward(ctypes.byref(_FewRowsInputs(*places, *sizes)), pointer(y))
+    x, threads = x.contiguous(), torch.get_num_threads() if size * outputs >= _FEWEST else 1
+    y = x.new_empty(*x.shape[:-1], outputs)
+    places = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()
+    kernel.forward(ctypes.byref(_FewRowsInputs(*places, numbers // size, size, outputs, threads)), pointer(y))
     return y
 
 
