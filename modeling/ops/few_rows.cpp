@@ -14,70 +14,73 @@ struct Inputs {
   int64_t rows, size, outputs, threads;
 };
 
-constexpr int AHEAD = 1024;  // numbers between what is read and what memory is asked for
+constexpr int AHEAD = 1024;            // numbers between what is read and what memory is asked for
+constexpr int OUTPUTS = 32, ROWS = 64;  // of y that are made before they are written
 
-// y[first + r, n] for ROWS rows r. A core keeps at least four sums going: each waits for its last addition.
-template <int ROWS>
-void row(const Inputs& in, int64_t first, int64_t n, float* y) {
-  constexpr int PARTS = ROWS < 4 ? 4 / ROWS : 1;
-  const float *w = in.weight + n * in.size, *x = in.x + first * in.size;
-  vec sums[ROWS][PARTS] = {};
-  int64_t c = 0;
-  for (; c + PARTS * LANES <= in.size; c += PARTS * LANES) EACH_PART(p) {
-      const int64_t at = c + p * LANES;
-      __builtin_prefetch(w + at + AHEAD);
-      const vec weights = *reinterpret_cast<const loose*>(w + at);
-      for (int r = 0; r < ROWS; ++r) sums[r][p] += weights * *reinterpret_cast<const loose*>(x + r * in.size + at);
+struct Block {
+  const Inputs& in;
+  const int64_t first, begin, end;  // row; outputs
+  float y[ROWS][OUTPUTS];
+
+  Block(const Inputs& in, int64_t first, int64_t begin, int64_t end) : in(in), first(first), begin(begin), end(end) {}
+
+  // COUNT rows from `row` on, with as many weights from n on as make a vector of sums.
+  template <int COUNT>
+  void tile(int64_t row, int64_t n) {
+    constexpr int WIDTH = LANES / COUNT, SIDE = WIDTH == 2 ? 2 : 1;  // weights, and how many of them side by side
+    constexpr int PARTS = COUNT * SIDE < 4 ? 4 / COUNT : 1;          // at least four sums: each waits for its last addition
+    const float* x = in.x + (first + row) * in.size;
+    const int64_t width = std::min<int64_t>(WIDTH, end - n), whole = in.size - in.size % (PARTS * LANES);
+    vec sums[WIDTH][COUNT] = {};
+    for (int i = 0; i + SIDE <= width; i += SIDE) {
+      const float* w = in.weight + (n + i) * in.size;
+      vec parts[SIDE][COUNT][PARTS] = {};
+      for (int64_t c = 0; c < whole; c += PARTS * LANES) EACH_PART(p) {
+          const int64_t at = c + p * LANES;
+          vec weights[SIDE];
+          for (int s = 0; s < SIDE; ++s) {
+            __builtin_prefetch(w + s * in.size + at + AHEAD);
+            weights[s] = *reinterpret_cast<const loose*>(w + s * in.size + at);
+          }
+          for (int r = 0; r < COUNT; ++r) {
+            const vec values = *reinterpret_cast<const loose*>(x + r * in.size + at);
+            for (int s = 0; s < SIDE; ++s) parts[s][r][p] += weights[s] * values;
+          }
+        }
+      for (int s = 0; s < SIDE; ++s)
+        for (int r = 0; r < COUNT; ++r) EACH_PART(p) sums[i + s][r] += parts[s][r][p];
     }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int p = 1; p < PARTS; ++p) sums[r][0] += sums[r][p];
-    float total = sum(sums[r][0]) + (in.bias ? in.bias[n] : 0);
-    for (int64_t rest = c; rest < in.size; ++rest) total += w[rest] * x[r * in.size + rest];
-    y[(first + r) * in.outputs + n] = total;
+    const vec totals = sums_of<LANES>(sums[0]);
+    for (int i = 0; i < width; ++i)
+      for (int r = 0; r < COUNT; ++r) {
+        const int64_t from = i < width - width % SIDE ? whole : 0;  // the last weight of an odd number has no side
+        float total = totals[i * COUNT + r] + (in.bias ? in.bias[n + i] : 0);
+        for (int64_t c = from; c < in.size; ++c) total += in.weight[(n + i) * in.size + c] * x[r * in.size + c];
+        y[row + r][n + i - begin] = total;
+      }
   }
-}
 
-// y[first + r, n + i] for TILE_ROWS rows r and two weights i: with that many rows arithmetic is what takes time.
-constexpr int TILE_ROWS = LANES / 2;
-
-void tile(const Inputs& in, int64_t first, int64_t n, float* y) {
-  const float *w = in.weight + n * in.size, *x = in.x + first * in.size;
-  vec sums[LANES] = {};
-  int64_t c = 0;
-  for (; c + LANES <= in.size; c += LANES) {
-    __builtin_prefetch(w + c + AHEAD);
-    __builtin_prefetch(w + in.size + c + AHEAD);
-    const vec one = *reinterpret_cast<const loose*>(w + c), two = *reinterpret_cast<const loose*>(w + in.size + c);
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      const vec values = *reinterpret_cast<const loose*>(x + r * in.size + c);
-      sums[r] += one * values;
-      sums[r + TILE_ROWS] += two * values;
-    }
+  template <int COUNT>
+  void make(int64_t row, int64_t rows) {
+    for (; row + COUNT <= rows; row += COUNT)
+      for (int64_t n = begin; n < end; n += LANES / COUNT) tile<COUNT>(row, n);
+    if constexpr (COUNT > 1) make<COUNT / 2>(row, rows);
   }
-  const vec totals = sums_of<LANES>(sums);
-  for (int i = 0; i < 2; ++i)
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      float total = totals[i * TILE_ROWS + r] + (in.bias ? in.bias[n + i] : 0);
-      for (int64_t rest = c; rest < in.size; ++rest) total += w[i * in.size + rest] * x[r * in.size + rest];
-      y[(first + r) * in.outputs + n + i] = total;
-    }
-}
+};
 
 }  // namespace
 
 extern "C" void forward(const Inputs& in, float* y) {
-  const int64_t pairs = (in.outputs + 1) / 2;
+  const int64_t blocks = (in.outputs + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for num_threads(in.threads) schedule(static)
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    int64_t r = 0, n = 2 * pair;
-    const int64_t end = std::min(n + 2, in.outputs);
-    for (; end == n + 2 && r + TILE_ROWS <= in.rows; r += TILE_ROWS) tile(in, r, n, y);
-    for (; n < end; ++n) {
-      int64_t first = r;
-      for (; first + 4 <= in.rows; first += 4) row<4>(in, first, n, y);
-      if (first + 2 <= in.rows) row<2>(in, first, n, y), first += 2;
-      if (first < in.rows) row<1>(in, first, n, y);
+  for (int64_t index = 0; index < blocks; ++index) {
+    const int64_t begin = index * OUTPUTS, end = std::min(begin + OUTPUTS, in.outputs);
+    for (int64_t first = 0; first < in.rows; first += ROWS) {
+      const int64_t rows = std::min<int64_t>(ROWS, in.rows - first);
+      Block block(in, first, begin, end);
+      block.make<LANES / 2>(0, rows);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(y + (first + r) * in.outputs + begin, block.y[r], (end - begin) * sizeof(float));
     }
   }
 }

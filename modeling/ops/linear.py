@@ -1,10 +1,10 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""`x W^T + b` on a CPU by what is fastest there: torch's two libraries, or a kernel of our own for a few rows.
+"""`x W^T + b` on a CPU by what is fastest there: one of torch's two libraries, or a kernel of our own for few rows.
 
 torch multiplies float32 matrices by MKL, which leaves half of a processor that is not Intel's idle: it does not use
 its AVX-512. oneDNN, which torch brings for other types, does (on a Zen 5 at twice the speed). A few rows, the tokens
-that decoding is at, wait for the weights to come from memory: there a kernel that reads them in one stream takes half
-of MKL's time.
+that decoding is at, wait for the weights to come from memory: a kernel that reads them in one stream takes half of
+MKL's time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops.cpp import call, is_looked_into, load_kernel, open_kernel, pointer
 
-# With fewer rows than this the weights are streamed, if they are more than a call of a kernel is worth.
-_FEW_ROWS, _WORTH_STREAMING = 16, 1 << 14
+# With fewer rows than these our kernel streams the weights: a text's next tokens; where MKL is slow, a short text too.
+_FEW_ROWS, _SHORT_TEXT = 16, 64
+# Fewer multiply-adds than this are not worth the call.
+_WORTH_A_CALL = 1 << 13
 # oneDNN makes code for every new shape, in 0.2 to 1 ms; fewer multiply-adds than this do not earn that back at once.
 _EARNS_ONEDNN = 1 << 25
 # A gradient of a weight with so many times more rows than columns is made transposed: oneDNN copies its first factor.
@@ -36,8 +38,8 @@ class _FewRowsInputs(ctypes.Structure):
 
 
 @cache
-def prefers_onednn() -> bool:
-    """Whether oneDNN is the faster library on this processor, as far as is known."""
+def mkl_is_slow() -> bool:
+    """Whether MKL leaves this processor's widest registers idle and oneDNN is at hand, as far as is known."""
     found: dict = getattr(torch.cpu, "get_capabilities", dict)()
     idle = found.get("avx512_f") and "AMD" in found.get("cpu_name", "") and torch.backends.mkl.is_available()
     return bool(idle and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
@@ -76,15 +78,21 @@ def open_linear() -> None:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x [..., D]`, `weight [N, D]`, `bias [N]` -> `x weight^T + bias [..., N]`, as `torch.nn.functional.linear`."""
-    if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if x.numel() < _FEW_ROWS * x.shape[-1]:
-        y = _stream(x, weight, bias) if weight.numel() >= _WORTH_STREAMING else None
-        return F.linear(x, weight, bias) if y is None else y
-    if x.numel() * weight.shape[0] < _EARNS_ONEDNN or not prefers_onednn() or not _are_plain(x, weight, bias):
-        return F.linear(x, weight, bias)
-    if is_looked_into() or not torch._C._get_mkldnn_enabled():  # by torch.backends.mkldnn.flags
-        return F.linear(x, weight, bias)
+    y = None
+    if not torch.compiler.is_compiling():
+        numbers, work = x.numel(), x.numel() * weight.shape[0]
+        if work >= _EARNS_ONEDNN and numbers >= _FEW_ROWS * x.shape[-1] and mkl_is_slow():
+            y = _by_onednn(x, weight, bias)
+        elif work >= _WORTH_A_CALL and numbers < (_SHORT_TEXT if mkl_is_slow() else _FEW_ROWS) * x.shape[-1]:
+            y = _by_kernel(x, weight, bias)
+    return F.linear(x, weight, bias) if y is None else y
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`linear` by oneDNN; None where it does not run."""
+    switched_off = not torch._C._get_mkldnn_enabled()  # by torch.backends.mkldnn.flags
+    if switched_off or is_looked_into() or not _are_plain(x, weight, bias):
+        return None
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return call(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -98,7 +106,7 @@ def _are_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return not torch.is_autocast_enabled("cpu")
 
 
-def _stream(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _by_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """`linear` of a few rows by the kernel, which has no backward pass; None where it does not run."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -10,7 +10,7 @@ from lalm.modeling.layers import Linear
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops import linear as module
 from lalm.modeling.ops.cross_entropy import linear_cross_entropy
-from lalm.modeling.ops.linear import linear, prefers_onednn, weight_gradient
+from lalm.modeling.ops.linear import linear, mkl_is_slow, weight_gradient
 from tests.ops.cases import relative_error
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -29,7 +29,7 @@ def calls(monkeypatch):
         taken.append(arguments)
         return forward(ctx, *arguments)
 
-    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(module, "_EARNS_ONEDNN", 0)
     monkeypatch.setattr(module._OneDnnLinear, "forward", staticmethod(counted))
     return taken
@@ -140,9 +140,10 @@ def test_layers_and_the_loss_in_pieces_run_there(calls):
 
 def test_a_graph_holds_the_stock_product(calls, monkeypatch):
     """In one piece, without a look at the processor, and for any number of rows."""
-    monkeypatch.setattr(module, "prefers_onednn", None)
+    monkeypatch.setattr(module, "mkl_is_slow", None)
     x, weight, bias = factors()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="eager")
+    monkeypatch.setattr(module, "_WORTH_A_CALL", 0)
     for rows in (x, x[:20], x[:7]):
         assert torch.equal(compiled(rows, weight, bias), F.linear(rows, weight, bias))
     layer = Linear(24, 40)
@@ -160,7 +161,7 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
-    assert torch.equal(linear(x[0], weight, bias), F.linear(x[0], weight, bias))  # one row of a small weight
+    assert torch.equal(linear(x[0], weight, bias), F.linear(x[0], weight, bias))  # one row, hardly any work
     assert linear(x[:0], weight, bias).shape == (0, 40)
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x.bfloat16(), weight)
@@ -168,13 +169,14 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     torch.func.vmap(linear, (0, None))(x.expand(2, 33, 24), weight)
     torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
     monkeypatch.setattr(module, "_EARNS_ONEDNN", 33 * 24 * 40 + 1)
+    monkeypatch.setattr(module, "_SHORT_TEXT", 33)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert not calls
 
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """Weights of any size are worth streaming; the number of rows of each product that was."""
+    """Any product of few rows is worth a call of the kernel; the number of rows of each that it did."""
     taken = []
     kernel = cpp.load_kernel("few_rows")
 
@@ -184,7 +186,7 @@ def streamed(monkeypatch):
             taken.append(inputs._obj.rows)
             kernel.forward(inputs, y)
 
-    monkeypatch.setattr(module, "_WORTH_STREAMING", 0)
+    monkeypatch.setattr(module, "_WORTH_A_CALL", 0)
     monkeypatch.setattr(module, "load_kernel", lambda name, work: cpp.load_kernel(name) and Counted)
     return taken
 
@@ -233,22 +235,34 @@ def test_few_rows_that_are_left_to_torch(streamed, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         linear(x, weight[:, :20].contiguous())
     torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
-    monkeypatch.setattr(module, "_WORTH_STREAMING", weight.numel() + 1)
+    monkeypatch.setattr(module, "_WORTH_A_CALL", 3 * weight.numel() + 1)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    monkeypatch.setattr(module, "_WORTH_STREAMING", 0)
-    monkeypatch.setattr(module, "_FEW_ROWS", 3)
-    linear(x, weight, bias)
     assert not streamed
 
 
+@needs_compiler
+@torch.no_grad()
+def test_a_short_text_is_streamed_where_mkl_is_slow(streamed, calls, monkeypatch):
+    x, weight, bias = factors(65)
+    monkeypatch.setattr(module, "_EARNS_ONEDNN", 64 * weight.numel())
+    for slow, rows in ((True, [15, 16, 63]), (False, [15])):
+        monkeypatch.setattr(module, "mkl_is_slow", lambda slow=slow: slow)
+        streamed.clear()
+        for size in (15, 16, 63, 64, 65):
+            actual = linear(x[:size], weight, bias)
+            assert relative_error(actual, F.linear(x[:size].double(), weight.double(), bias.double())) < 1e-6
+        assert streamed == rows
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(
-    ("changes", "prefers"),
+    ("changes", "slow"),
     [({}, True), ({"avx512_f": False}, False), ({"cpu_name": "Intel(R) Xeon(R)"}, False), (None, False)],
 )
-def test_processors_that_mkl_serves_well_stay_with_it(changes, prefers, monkeypatch):
+def test_processors_that_mkl_serves_well_stay_with_it(changes, slow, monkeypatch):
     found = {} if changes is None else AMD | changes
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert prefers_onednn.__wrapped__() is prefers
+    assert mkl_is_slow.__wrapped__() is slow
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not prefers_onednn.__wrapped__()
+    assert not mkl_is_slow.__wrapped__()
