@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.batch_layout import adopt_cache, build_layout, current_mask, is_fresh, positions, softmax_masks
-from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables
+from lalm.modeling.layers import MLP, NORMS, Linear, PositionEmbedding, ShortConvolution, look_up, rotary_tables
 from lalm.modeling.mixers import Mixer, SoftmaxAttention, Tables
 
 
@@ -64,6 +64,16 @@ class LalmPreTrainedModel(PreTrainedModel):
             # The bound torch gives a convolution of this width, whose every output sees `width` inputs.
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the base class, which puts torch's own Linear in the place of a head; here it stays one of ours."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        head = self.get_output_embeddings()
+        if type(head) is nn.Linear:
+            ours = Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+            ours.weight, ours.bias = head.weight, head.bias
+            self.set_output_embeddings(ours.train(head.training))
+        return embeddings
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with

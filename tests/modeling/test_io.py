@@ -124,6 +124,7 @@ def test_resized_embeddings(row, size, tmp_path):
     before, _ = run(model, ids)
     model.resize_token_embeddings(size)
     assert model.config.vocab_size == size
+    assert type(model.lm_head) is type(row.build().lm_head)
     after, _ = run(model, ids)
     kept = min(size, 61)
     assert_close(after[..., :kept], before[..., :kept], "old logits", tolerance=1e-5)
