@@ -45,8 +45,8 @@ def against_llama(job: Any, gate: Any, length: int, target: float, what: str) ->
 def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Contest:
     """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
 
-    The layers of a stack cost alike, and there is no head, whose share would hide what they cost. Of short steps, which
-    vary most, the mean of four counts.
+    The layers of a stack cost alike, and there is no head, whose share would hide what they cost. Of short steps,
+    which vary most, the mean of four counts.
     """
     contestants, ratios = {}, []
     for name in names:
