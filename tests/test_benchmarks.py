@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases_ops, plot, run, timing
+from benchmarks import cases_ops, gates, plot, run, timing
 from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.gates import all_near, gradients, near
 from benchmarks.memory import peaks, resident
@@ -166,10 +166,30 @@ def test_ops_pass_their_gates_and_a_wrong_one_does_not(name):
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "local_global"])
-def test_models_pass_their_gates(name):
+def test_models_pass_their_gates(name, monkeypatch):
+    monkeypatch.setattr(gates, "PASSED", set())
     model = build(name, **TINY)
     trains_exactly(model)
     decodes_exactly(model)
+    assert len(gates.PASSED) == 2
+
+
+def test_a_gate_runs_once_for_a_configuration_and_again_after_it_failed(monkeypatch):
+    monkeypatch.setattr(gates, "PASSED", set())
+    ran: list[object] = []
+
+    @gates.once
+    def gate(model):
+        ran.append(model)
+        if model is wrong:
+            raise GateError("wrong")
+
+    right, wrong = build("linear", **TINY), build("gla", **TINY)
+    for _ in range(2):
+        gate(right)
+        with pytest.raises(GateError, match="wrong"):
+            gate(wrong)
+    assert ran == [right, wrong, wrong]
 
 
 @pytest.mark.skipif(not touched_pages(), reason="this system does not tell which pages a process has touched")
