@@ -182,7 +182,7 @@ def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
 
 
 _LENGTHS = (512, 2048, 8192)
-# One of each recurrence; first the one that takes the most memory, whose warm-up run leaves it to the others.
+# One of each recurrence.
 _KINDS = ("based", "gla", "gated_delta_net", "local_global", "lam")
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"

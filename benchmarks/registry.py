@@ -79,8 +79,7 @@ class Case:
         what: ours against whom, for the list and for the line of a case that cannot run.
         build: makes the models and tensors.
         budget: seconds for the samples; rounds follow from it.
-        warm_up: run a round that is not counted; of long cases only its first contestant runs, the others have their
-            gates.
+        warm_up: run a round that is not counted; the contestants of long cases have their gates only.
         least_rounds: rounds that run whatever the budget.
         needs: "cpu" or "cuda".
         long: left out by --quick.

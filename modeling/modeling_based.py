@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.modeling.cache import previous_state
-from lalm.modeling.feature_maps import FeatureMap
+from lalm.modeling.feature_maps import FeatureMap, FeatureMixer
 from lalm.modeling.layers import Linear, ShortConvolution
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
@@ -24,53 +24,18 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear_attention import (
-    chunk_linear_attention,
-    cpp_linear_attention,
-    fla_linear_attention,
-    recurrent_linear_attention,
-)
 
 
-class BasedMixer(Mixer):
+class BasedMixer(FeatureMixer):
     """phi(q), phi(k), v -> normalised linear attention -> output, phi the Taylor map of order 2; no gate, no norm."""
 
     rotates = False
 
     def __init__(self, config: BasedConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.feature_map = FeatureMap("taylor", self.key_dim)
-        self.compiled = compiled_diagonal(
-            cpp_linear_attention, self.feature_map.num_features, self.value_dim, normalized=True
-        )
-
-    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        q, k = self.feature_map(q), self.feature_map(k)
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "linear_attention",
-            implementation,
-            v,
-            recurrent=recurrent_linear_attention,
-            chunk=chunk_linear_attention,
-            fla=fla_linear_attention,
-            cpp=self.compiled.where_had(implementation, q),
-        )
-        return op(
-            q,
-            k,
-            v,
-            scale=1.0,
-            initial_state=state,
-            output_final_state=output_final_state,
-            # A weight 1 + s + s^2 / 2 is at least 1/2, so the sum needs no help in float32. This one is for rows that
-            # begin with padding, where 0 / 0 would put NaN into the gradients.
-            eps=1e-12,
-            layout=layout,
-        )
+        # A weight 1 + s + s^2 / 2 is at least 1/2, so the sum needs no help in float32. This eps is for rows that
+        # begin with padding, where 0 / 0 would put NaN into the gradients.
+        super().__init__(config, layer_idx, FeatureMap("taylor", config.linear_key_dim), eps=1e-12)
 
 
 class GatedConvolution(nn.Module):

@@ -77,6 +77,13 @@ def test_selection(cases):
         register("b", "", contest)
 
 
+def test_a_sample_that_had_to_get_memory_is_taken_again(monkeypatch):
+    sizes = iter([0, 1 << 30, 1 << 30, 1 << 30, 0, 1, 0, 1 << 30, 0, 1 << 30, 0, 1 << 30])
+    monkeypatch.setattr(timing, "resident", lambda: (next(sizes), None))
+    results = iter([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert [timing.sample(lambda: next(results)) for _ in range(3)] == [1.0, 2.0, 6.0]  # three times at most
+
+
 def test_rounds_alternate_and_follow_the_budget(monkeypatch):
     calls = []
     runs = {name: partial(calls.append, name) for name in "ab"}

@@ -38,7 +38,7 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/lam_gates.cpp",
     "lalm/modeling/ops/rms_norm.cpp",
     "lalm/modeling/ops/short_conv.cpp",
-    "lalm/modeling/ops/taylor.cpp",
+    "lalm/modeling/ops/taylor.h",
 }
 OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
 

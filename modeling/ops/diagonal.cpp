@@ -11,8 +11,9 @@
 // S forwards (the rest of dq). The gradient of a log decay g = log a follows from these: <D, S> changes at a token by
 // q dq - k dk, row by row; its exact value is taken every ANCHOR blocks.
 //
-// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED.
-// Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], states [B, H, KEY, VALUE], or
+// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED,
+// TAYLOR (0, or the size of q and k, of which a block makes KEY features: they never exist all at once).
+// Layouts: q, k [B, T, H, SIZE], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], states [B, H, KEY, VALUE], or
 // under NORMALIZED [B, H, KEY, VALUE + 1], whose last column is z, skip and starts [B, T] (may be null). A token with
 // starts != 0 begins from an empty state; one with skip != 0 is padding and does nothing else.
 
@@ -30,14 +31,22 @@ struct Workspace {
   Factor kept[TOKENS], inverse[TOKENS], enter, leave;  // f_i, 1 / f_i, a_1, f_n
 
   void load(const Inputs& x, const Window& window, const Block& block, int64_t head) {
+    alignas(64) float features[2][TAYLOR ? Map::SLACK : 1];
     for (int t = 0; t < block.count; ++t) {
       const int64_t n = at[t] = window.at(block.first + t, head);
       if (DECAY) {
         kept[t] = window.kept[block.first + t];
         inverse[t].invert(kept[t]);
       }
+      const float *from_q = x.q + n * SIZE, *from_k = x.k + n * SIZE;
+      if (TAYLOR) {
+        Map::map(from_q, features[0]);
+        Map::map(from_k, features[1]);
+        from_q = features[0];
+        from_k = features[1];
+      }
       EACH_GROUP(g) {
-        const vec a = part_of<KEY>(x.q + n * KEY, g), b = part_of<KEY>(x.k + n * KEY, g);
+        const vec a = part_of<KEY>(from_q, g), b = part_of<KEY>(from_k, g);
         aligned(q[t] + g) = float(x.scale) * (DECAY ? kept[t].rows(g) * a : a);
         aligned(k[t] + g) = DECAY ? inverse[t].rows(g) * b : b;
       }
@@ -72,6 +81,16 @@ struct Workspace {
     for (int j = 0; j < TOKENS; j += LANES) total += aligned(scores[t] + j);
     EACH_GROUP(g) total += aligned(q[t] + g) * aligned(z + g);
     return sum(total);
+  }
+
+  // The gradient of a token's q or k, in the place of that of its features.
+  static const float* of_inputs(const float* from, float* d) {
+    if (TAYLOR) {
+      alignas(64) float features[Map::SLACK] = {};
+      std::memcpy(features, d, KEY * sizeof(float));
+      Map::gradient(from, features, d);
+    }
+    return d;
   }
 
   // Gradients of the reads, into o, and under NORMALIZED of the divisors, into size.
@@ -120,10 +139,15 @@ struct Workspace {
           to_q *= kept[t].rows(g);
           to_k *= inverse[t].rows(g);
         }
-        write_to<KEY>(d.q + n * KEY, g, float(x.scale) * to_q);
-        write_to<KEY>(d.k + n * KEY, g, to_k);
+        aligned(d_q[t] + g) = float(x.scale) * to_q;
+        aligned(d_k[t] + g) = to_k;
       }
       if (DECAY == 1) d.g[n] = sum(change);
+      const float *const to_q = of_inputs(x.q + n * SIZE, d_q[t]), *const to_k = of_inputs(x.k + n * SIZE, d_k[t]);
+      for (int g = 0; g < SIZE; g += LANES) {
+        write_to<SIZE>(d.q + n * SIZE, g, aligned(to_q + g));
+        write_to<SIZE>(d.k + n * SIZE, g, aligned(to_k + g));
+      }
     }
     multiply<VALUE, 1, KEYS, WHOLE, true>(state.at, q[0], o[0], KEYS, count);
     if (NORMALIZED) state.add_to_z(q, count, size);
@@ -146,9 +170,11 @@ struct Workspace {
         if (DECAY == 2) add_to<KEY>(d.g + n * KEY, g, part);
         change += part;
         if (DECAY) to_q *= kept[t].rows(g);
-        add_to<KEY>(d.q + n * KEY, g, to_q, float(x.scale));
+        aligned(d_q[t] + g) = float(x.scale) * to_q;
       }
       if (DECAY == 1) d.g[n] += sum(change);
+      const float* const to_q = of_inputs(x.q + n * SIZE, d_q[t]);
+      for (int g = 0; g < SIZE; g += LANES) add_to<SIZE>(d.q + n * SIZE, g, aligned(to_q + g));
     }
     multiply<KEYS, 1, VALUE, WHOLE, true>(state.at, v[0], k[0], VALUE, count);
     if (NORMALIZED) state.add_to_z(k, count, nullptr);

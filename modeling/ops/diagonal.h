@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "blocks.h"
+#include "taylor.h"
 
 extern "C" {
 
@@ -23,6 +23,9 @@ struct Gradients {
 namespace {
 
 constexpr int KEYS = rounded(KEY), COLUMNS = VALUE + NORMALIZED;  // of a state outside
+constexpr int SIZE = TAYLOR ? TAYLOR : KEY;                       // of q and k outside
+using Map = Taylor<TAYLOR ? TAYLOR : 1>;
+static_assert(!TAYLOR || KEY == Map::FEATURES, "KEY must be the number of features");
 constexpr int ANCHOR = 16, WIDTH = DECAY == 2 ? KEY : 1;          // windows; numbers of a log decay
 constexpr float SMALLEST = 2e-9f;                                 // exp(-20)
 static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");

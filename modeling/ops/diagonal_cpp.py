@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops.cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.taylor import num_taylor_features
 
 
 class _Inputs(ctypes.Structure):
@@ -42,11 +43,11 @@ def _inputs(tensors: Sequence[torch.Tensor | None], scale: float, eps: float) ->
 
 class _CppDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, scale, eps, g, q, k, v, state, skip, starts):
+    def forward(ctx, kernel, keys, scale, eps, g, q, k, v, state, skip, starts):
         decay = None if g is None else g.exp()
         tensors = (q, k, v, decay, state, skip, starts)
         o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        final = v.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + (eps is not None))
+        final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + (eps is not None))
         sizes = torch.empty_like(v[..., 0]) if eps is not None and any(ctx.needs_input_grad) else None
         inputs = _inputs(tensors, scale, eps or 0.0)
         kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), pointer(sizes))
@@ -66,32 +67,41 @@ class _CppDiagonal(torch.autograd.Function):
         inputs = _inputs(tensors, *ctx.scalars)
         ctx.kernel.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(gradients))
         dq, dk, dv, dg = found
-        return None, None, None, dg, dq, dk, dv, None if state is None else d_state, None, None
+        return None, None, None, None, dg, dq, dk, dv, None if state is None else d_state, None, None
 
 
-def _sizes(key_size: int, value_size: int, gate_size: int, normalized: bool) -> dict[str, int]:
-    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "DECAY": min(gate_size, 2)}
-    return sizes | {"NORMALIZED": int(normalized)}
+def _sizes(key_size: int, value_size: int, gate_size: int, normalized: bool, taylor: bool) -> dict[str, int]:
+    keys = {"KEY": num_taylor_features(key_size), "TAYLOR": key_size} if taylor else {"KEY": key_size, "TAYLOR": 0}
+    values = {"VALUE": value_size + -value_size % LANES, "NORMALIZED": int(normalized)}
+    return keys | values | {"DECAY": min(gate_size, 2)}
 
 
-def diagonal_kernel(q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False) -> ctypes.CDLL | None:
+def diagonal_kernel(
+    q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False, taylor: bool = False
+) -> ctypes.CDLL | None:
     """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
 
     Args:
         value_size: V.
-        gate_size: numbers of a token's log decay in a head: 0, 1 or K.
+        gate_size: numbers of a token's log decay in a head: 0, 1 or as many as the state has rows.
         normalized: for sums that are divided by z . q + eps.
+        taylor: of the features that `taylor_features` makes of q and k.
     """
-    if not fits(q, q.shape[-1] * value_size):
-        return None
-    return load_kernel("diagonal", **_sizes(q.shape[-1], value_size, gate_size, normalized))
+    sizes = _sizes(q.shape[-1], value_size, gate_size, normalized, taylor)
+    return load_kernel("diagonal", **sizes) if fits(q, sizes["KEY"] * value_size) else None
 
 
 def compiled_diagonal(
-    form: Callable, key_size: int, value_size: int, gate_size: int = 0, normalized: bool = False
+    form: Callable,
+    key_size: int,
+    value_size: int,
+    gate_size: int = 0,
+    normalized: bool = False,
+    taylor: bool = False,
 ) -> CompiledForm:
     """`form`, a function on top of `cpp_diagonal`, with the kernel for these sizes (as for `diagonal_kernel`)."""
-    return CompiledForm(form, "diagonal", key_size * value_size, **_sizes(key_size, value_size, gate_size, normalized))
+    sizes = _sizes(key_size, value_size, gate_size, normalized, taylor)
+    return CompiledForm(form, "diagonal", sizes["KEY"] * value_size, **sizes)
 
 
 def _with_columns(state: torch.Tensor, missing: int, value_size: int) -> torch.Tensor:
@@ -109,20 +119,22 @@ def cpp_diagonal(
     state: torch.Tensor | None,
     layout: SequenceLayout | None,
     eps: float | None = None,
+    taylor: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_diagonal` in C++; same arguments.
 
     With `eps` the outputs are divided by z . q + eps, where z sums the keys as S does k v^T; states are then
-    `[B, H, K, V + 1]`, z their last column.
+    `[B, H, K, V + 1]`, z their last column. With `taylor` it is that of `taylor_features(q)` and `taylor_features(k)`.
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
-    kernel = diagonal_kernel(q, value_size, 0 if g is None else g.shape[-1], normalized=eps is not None)
+    kernel = diagonal_kernel(q, value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
     kernel = needed(kernel, q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (g, q, k, v, state))
-    o, final = call(_CppDiagonal, kernel, scale, eps, *tensors, *borders(layout))
+    keys = num_taylor_features(q.shape[-1]) if taylor else q.shape[-1]
+    o, final = call(_CppDiagonal, kernel, keys, scale, eps, *tensors, *borders(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

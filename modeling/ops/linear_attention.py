@@ -22,6 +22,9 @@ from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diag
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
+
+_cpp_taylor = partial(cpp_diagonal, taylor=True)
 
 
 def apply_linear_attention(
@@ -43,14 +46,15 @@ def apply_linear_attention(
             )
 
         return per_document(one_batch, (q, k, v, g), cu_seqlens, initial_state, output_final_state)
+    rows = num_taylor_features(q.shape[3]) if core is _cpp_taylor else q.shape[3]
     if not causal:
         refuse_states(initial_state, output_final_state)
         core = bidirectional_diagonal(core)
     if normalize:
-        core = partial(cpp_diagonal, eps=eps) if core is cpp_diagonal else _normalized(core, eps)
-    check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[-1] + normalize))
+        core = partial(core, eps=eps) if core in (cpp_diagonal, _cpp_taylor) else _normalized(core, eps)
+    check_state(initial_state, (q.shape[0], q.shape[2], rows, v.shape[-1] + normalize))
     with without_autocast(q.device):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = rows**-0.5 if scale is None else scale
         o, state = core(q, k, v, None if g is None else g[..., None], scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None
 
@@ -191,5 +195,33 @@ def cpp_linear_attention(
     """`recurrent_linear_attention` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return apply_linear_attention(
         cpp_diagonal,
+        *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
+    )
+
+
+def cpp_taylor_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    layout: SequenceLayout | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`cpp_linear_attention` of `taylor_features(q)` and `taylor_features(k)`, which the kernel makes block by block.
+
+    Same arguments: q and k are `[B, T, H, D]`; K, of the states and the default of `scale`, is the number of features.
+    """
+    core: Callable = _cpp_taylor
+    if not causal:
+        q, k, core = taylor_features(q), taylor_features(k), cpp_diagonal
+    return apply_linear_attention(
+        core,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),
     )

@@ -98,10 +98,17 @@ def test_instructions_of_x86_decide(name, dtype, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5, 14, 15])
 def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
     torch.manual_seed(0)
-    mlp, x = mlp_class(config_class(hidden_size=32, num_attention_heads=2)), torch.randn(2, 7, 32)
+    mlp = mlp_class(config_class(hidden_size=32, num_attention_heads=2))
+    x, weights = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
+    inputs, sizes = [x, *mlp.parameters()], []
     whole = mlp(x)
+    gradients = torch.autograd.grad(whole, inputs, weights)
     mlp.rows_at_once = rows
-    torch.testing.assert_close(mlp(x), whole, rtol=0, atol=0)  # with gradients: at once
+    mlp.up_proj.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    in_pieces = mlp(x)
+    assert sum(sizes) in (2, 14) and max(sizes) <= 4 * rows
+    torch.testing.assert_close(in_pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(in_pieces, inputs, weights), gradients)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), whole)
         with torch.autocast("cpu", torch.bfloat16):

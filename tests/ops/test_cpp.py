@@ -51,7 +51,7 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
     ("config_class", "fields", "kernels"),
     [
         (lalm.DeltaNetConfig, {"use_short_conv": True}, {"rms_norm", "short_conv", "delta_rule"}),
-        (lalm.BasedConfig, {"feature_dim": 16}, {"rms_norm", "short_conv", "taylor", "diagonal"}),
+        (lalm.BasedConfig, {"feature_dim": 16}, {"rms_norm", "short_conv", "diagonal"}),
         (lalm.LamConfig, {"is_causal": True}, {"rms_norm", "short_conv", "lam_gates", "activation", "delta_rule"}),
     ],
     ids=["delta_net", "based", "lam"],

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp, elementwise
 from lalm.modeling.ops.elementwise import activate, rms_norm
-from lalm.modeling.ops.taylor import taylor_features
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="this machine has no C++ compiler")
@@ -50,19 +49,6 @@ def test_activations(name, act, size):
         assert relative_error(actual, exact) < 1e-6
     for actual, exact in both(lambda x, y: activate(name, x, y), lambda x, y: act(x) * y, x, factor):
         assert relative_error(actual, exact) < 1e-6
-
-
-@pytest.mark.parametrize("size", [1, 8, 15, 16, 33])
-def test_taylor_features(size, monkeypatch):
-    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 0)
-    torch.manual_seed(size)
-    x = torch.randn(2, 5, 3, size).transpose(1, 2)
-    for actual, exact in both(taylor_features, taylor_features, x):
-        assert relative_error(actual, exact) < 2e-6
-    x, y = x.double(), torch.randn_like(x).double()
-    scores = (x * y).sum(-1) / size**0.5
-    found = (taylor_features(x.float()) * taylor_features(y.float())).sum(-1)
-    torch.testing.assert_close(found.double(), 1 + scores + scores.square() / 2, rtol=1e-5, atol=1e-5)
 
 
 def test_silu_of_every_size():

@@ -12,8 +12,9 @@ from lalm.modeling.ops.diagonal_cpp import compiled_diagonal, cpp_diagonal, diag
 from lalm.modeling.ops.diagonal_recurrence import recurrent_diagonal
 from lalm.modeling.ops.gla import cpp_gla, recurrent_gla
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
 
-KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "delta", "gated delta")
+KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "taylor", "delta", "gated delta")
 EPS = 0.1  # of a normaliser; far smaller ones leave the only token of a text a gradient of rounding errors
 BATCH, HEADS = 2, 3
 # powers of two and beside them, rows and columns that fill no register, several blocks of columns, a key as of Taylor
@@ -32,6 +33,7 @@ class Case:
     beta: torch.Tensor | None
     state: torch.Tensor | None
     normalized: bool = False
+    taylor: bool = False
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
@@ -42,9 +44,13 @@ class Case:
         inputs = [None if x is None else x.to(dtype).requires_grad_(weights is not None) for x in inputs]
         q, k, v, g, beta, state = inputs
         if beta is None:
+            options = {"eps": EPS} if self.normalized else {}
             core = {"cpp": cpp_diagonal, "recurrent": divided if self.normalized else recurrent_diagonal}[form]
-            eps = (EPS,) if self.normalized else ()
-            o, final = core(q, k, v, g, 0.3, state, layout, *eps)
+            if self.taylor and form == "cpp":
+                options["taylor"] = True
+            elif self.taylor:
+                q, k = taylor_features(q), taylor_features(k)
+            o, final = core(q, k, v, g, 0.3, state, layout, **options)
         else:
             core = {"cpp": cpp_delta, "recurrent": recurrent_delta}[form]
             k, g = layout.freeze(k, None if g is None else g[..., None])
@@ -61,6 +67,10 @@ def make(kind: str, key: int, value: int, length: int, state=True, decay=0.5, se
     gate = {"retention": (1,), "normalized decay": (1,), "gla": (key,), "gated delta": ()}.get(kind)
     g = None if gate is None else -decay * torch.rand(BATCH, length, HEADS, *gate)
     beta = torch.rand(BATCH, length, HEADS) if "delta" in kind else None
+    if kind == "taylor":
+        before = taylor_features(torch.randn(BATCH, 5, HEADS, key))
+        first = torch.einsum("bthk,bthv->bhkv", before, ones_after(torch.randn(BATCH, 5, HEADS, value)))
+        return Case(q, k, v, g, beta, first if state else None, normalized=True, taylor=True)
     first = torch.randn(BATCH, HEADS, key, value) if state else None
     k = k / k.norm(dim=-1, keepdim=True)
     if not kind.startswith("normalized"):
@@ -69,9 +79,13 @@ def make(kind: str, key: int, value: int, length: int, state=True, decay=0.5, se
     return Case(q.abs(), k.abs(), v, g, beta, first, normalized=True)
 
 
+def ones_after(v):
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
 def divided(q, k, v, g, scale, state, layout, eps):
     """The definition of normalised sums: one more column, whose value is always 1, divides the others."""
-    o, final = recurrent_diagonal(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), g, scale, state, layout)
+    o, final = recurrent_diagonal(q, k, ones_after(v), g, scale, state, layout)
     return o[..., :-1] / (o[..., -1:] + eps), final
 
 
@@ -79,7 +93,8 @@ def compare(case: Case, layout=None, tolerance=2e-6):
     """C++ in float32 against the definition in float64, values and all gradients, relative to the largest number."""
     layout = layout or SequenceLayout()
     columns = case.v.shape[-1] + case.normalized
-    read, final = torch.randn_like(case.v), torch.randn(BATCH, HEADS, case.q.shape[-1], columns)
+    rows = num_taylor_features(case.q.shape[-1]) if case.taylor else case.q.shape[-1]
+    read, final = torch.randn_like(case.v), torch.randn(BATCH, HEADS, rows, columns)
     real = torch.ones(case.v.shape[:2], dtype=torch.bool) if layout.mask is None else layout.mask
     read *= real[:, :, None, None]  # what stands on padding is unspecified
     expected = case.run("recurrent", torch.float64, layout, (read, final))
@@ -94,9 +109,27 @@ def compare(case: Case, layout=None, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "taylor"])
 def test_values_and_gradients(kind, sizes):
     compare(make(kind, *sizes, length=37))
+
+
+@pytest.mark.parametrize("sizes", [(8, 32), (15, 33), (16, 64), (17, 16), (33, 40)], ids=lambda sizes: f"{sizes[0]}")
+def test_taylor_features_of_a_block(sizes):
+    compare(make("taylor", *sizes, length=37))
+
+
+def test_nothing_of_a_call_reaches_the_next():
+    """What a block leaves in the workspace reaches no later one."""
+    ones = torch.ones(BATCH, 20, HEADS, 32), torch.ones(())
+    found = []
+    for factor in (1.0, torch.nan, 1.0):
+        case = make("taylor", 16, 32, 20)
+        case.q *= factor
+        case.k *= factor
+        found.append(case.run("cpp", torch.float32, SequenceLayout(), ones))
+    assert all(map(torch.equal, found[0], found[2]))
+    assert not any(x.isfinite().all() for x in found[1])
 
 
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 600])
@@ -188,12 +221,12 @@ def test_decays_that_differ_by_key_and_by_head():
     compare(case, SequenceLayout(mask=masks(90), segments=documents(90)), tolerance=4e-6)
 
 
-@pytest.mark.parametrize("kind", ["normalized decay", "gla", "gated delta"])
+@pytest.mark.parametrize("kind", ["normalized decay", "gla", "taylor", "gated delta"])
 @pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
 def test_narrower_registers(processor, kind, compile_for):
     """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
     compile_for(processor)
-    compare(make(kind, 40, 48, 37))
+    compare(make(kind, 13 if kind == "taylor" else 40, 48, 37))
 
 
 def test_views_and_half_precision_are_accepted():
