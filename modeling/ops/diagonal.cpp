@@ -83,14 +83,14 @@ struct Workspace {
     return sum(total);
   }
 
-  // The gradient of a token's q or k, in the place of that of its features.
-  static const float* of_inputs(const float* from, float* d) {
-    if (TAYLOR) {
-      alignas(64) float features[Map::SLACK] = {};
-      std::memcpy(features, d, KEY * sizeof(float));
-      Map::gradient(from, features, d);
-    }
-    return d;
+  // The gradient of a token's q or k, from that of its features.
+  template <bool ADDS>
+  static void give(const float* d, const float* from, float* to) {
+    alignas(64) float features[Map::SLACK] = {}, found[rounded(SIZE)];
+    std::memcpy(features, d, KEY * sizeof(float));
+    Map::gradient(from, features, found);
+    for (int g = 0; g < SIZE; g += LANES)
+      ADDS ? add_to<SIZE>(to, g, aligned(found + g)) : write_to<SIZE>(to, g, aligned(found + g));
   }
 
   // Gradients of the reads, into o, and under NORMALIZED of the divisors, into size.
@@ -139,14 +139,13 @@ struct Workspace {
           to_q *= kept[t].rows(g);
           to_k *= inverse[t].rows(g);
         }
-        aligned(d_q[t] + g) = float(x.scale) * to_q;
-        aligned(d_k[t] + g) = to_k;
+        write_to<KEY>(TAYLOR ? d_q[t] : d.q + n * KEY, g, float(x.scale) * to_q);
+        write_to<KEY>(TAYLOR ? d_k[t] : d.k + n * KEY, g, to_k);
       }
       if (DECAY == 1) d.g[n] = sum(change);
-      const float *const to_q = of_inputs(x.q + n * SIZE, d_q[t]), *const to_k = of_inputs(x.k + n * SIZE, d_k[t]);
-      for (int g = 0; g < SIZE; g += LANES) {
-        write_to<SIZE>(d.q + n * SIZE, g, aligned(to_q + g));
-        write_to<SIZE>(d.k + n * SIZE, g, aligned(to_k + g));
+      if (TAYLOR) {
+        give<false>(d_q[t], x.q + n * SIZE, d.q + n * SIZE);
+        give<false>(d_k[t], x.k + n * SIZE, d.k + n * SIZE);
       }
     }
     multiply<VALUE, 1, KEYS, WHOLE, true>(state.at, q[0], o[0], KEYS, count);
@@ -170,11 +169,13 @@ struct Workspace {
         if (DECAY == 2) add_to<KEY>(d.g + n * KEY, g, part);
         change += part;
         if (DECAY) to_q *= kept[t].rows(g);
-        aligned(d_q[t] + g) = float(x.scale) * to_q;
+        if (TAYLOR)
+          aligned(d_q[t] + g) = float(x.scale) * to_q;
+        else
+          add_to<KEY>(d.q + n * KEY, g, to_q, float(x.scale));
       }
       if (DECAY == 1) d.g[n] += sum(change);
-      const float* const to_q = of_inputs(x.q + n * SIZE, d_q[t]);
-      for (int g = 0; g < SIZE; g += LANES) add_to<SIZE>(d.q + n * SIZE, g, aligned(to_q + g));
+      if (TAYLOR) give<true>(d_q[t], x.q + n * SIZE, d.q + n * SIZE);
     }
     multiply<KEYS, 1, VALUE, WHOLE, true>(state.at, v[0], k[0], VALUE, count);
     if (NORMALIZED) state.add_to_z(k, count, nullptr);
