@@ -76,8 +76,9 @@ class Activation(nn.Module):
         return self.name
 
 
-# Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass.
-_WIDE_AT_ONCE = 1 << 20
+# Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass. Where they
+# are, it is their gradients, in larger pieces: every piece adds to the gradients of the weights.
+_WIDE_AT_ONCE, _LARGER = 1 << 20, 4
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
@@ -99,13 +100,15 @@ class MLP(nn.Module):
         self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D] -> [B, T, D]`; without gradients on the CPU in pieces, whose wide activations stay in its cache
-        and take no memory that grows with the text."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        """`[B, T, D] -> [B, T, D]`; on the CPU in pieces, whose wide activations, or those that only a backward pass
+        has, stay in its cache and take no memory that grows with the text."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
             return self._piece(x)
-        rows, size = x.flatten(0, -2), self.rows_at_once
+        rows, size = x.flatten(0, -2), self.rows_at_once * (_LARGER if torch.is_grad_enabled() else 1)
         if len(rows) <= size:
             return self._piece(x)
+        if torch.is_grad_enabled():
+            return torch.cat([self._piece(piece) for piece in rows.split(size)]).view_as(x)
         y = None
         for start in range(0, len(rows), size):
             piece = self._piece(rows[start : start + size])
