@@ -40,7 +40,18 @@ PACKAGE_DATA = {
     "lalm/modeling/ops/short_conv.cpp",
     "lalm/modeling/ops/taylor.h",
 }
-OPTIONAL = ("triton", "fla", "peft", "matplotlib", "trackio", "tensorboard", "wandb", "sentence_transformers", "scipy")
+OPTIONAL = (
+    "triton",
+    "fla",
+    "peft",
+    "matplotlib",
+    "trackio",
+    "tensorboard",
+    "wandb",
+    "sentence_transformers",
+    "sklearn",
+    "scipy",
+)
 
 
 def package_files():

@@ -215,7 +215,7 @@ def chunk_efficient_attention(
         else:
             line, slots, final = _buckets_in_line(q, k, values, state, blindspot_size, semantics, layout)
             o, published = _read_line(line, state, semantics)
-            o, final = _take(o, slots), final._replace(published=published)
+            o, final = _take(o, slots), EfficientState(published, final.pending, final.filled)
         return o.to(v.dtype), final if output_final_state else None
 
 
