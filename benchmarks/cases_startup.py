@@ -79,9 +79,9 @@ def answer_forwards() -> None:
         make_own(pages)
         return first_forward(name)
 
-    with tempfile.TemporaryDirectory() as empty:
-        for line in sys.stdin:
-            name = line.strip()
+    for line in sys.stdin:
+        name = line.strip()
+        with tempfile.TemporaryDirectory() as empty:
             os.environ.pop("LALM_CACHE", None)
             if name.endswith(_COLD):
                 os.environ["LALM_CACHE"] = empty

@@ -5,8 +5,9 @@
 #include "kernel.h"
 
 struct Inputs {
-  const float *x, *written, *v, *decay_bias, *flux_bias;  // [N, D, H, 7], [H, N, V], [N, H, V], [D, H, 2], [D, H]
-  int64_t tokens, directions, heads, value_size, threads;
+  const float *x, *k, *v;                            // [N, D, H, 7], [N, H, K], [N, H, V]
+  const float *flux_weight, *decay_bias, *flux_bias;  // [H, K, V], [D, H, 2], [D, H]
+  int64_t tokens, directions, heads, key_size, value_size, threads;
   double leak_max;
 };
 
@@ -25,6 +26,30 @@ inline vec log_sigmoid(vec x) {
   vec y = 2.f / 15 - zero;
   for (const float c : {2.f / 13, 2.f / 11, 2.f / 9, 2.f / 7, 2.f / 5, 2.f / 3, 2.f}) y = y * square + c;
   return (x < zero ? x : zero) - s * y;
+}
+
+// LANES numbers of x from `place` on, zeros after the last of `size`.
+inline vec take(const float* x, int64_t place, int64_t size) {
+  vec found = {};
+  if (place + LANES <= size) return *reinterpret_cast<const loose*>(x + place);
+  std::memcpy(&found, x + place, (size - place) * sizeof(float));
+  return found;
+}
+
+// k^T W v, two rows of W at a time.
+inline float bilinear(const float* k, const float* weight, const float* v, int64_t keys, int64_t values) {
+  vec total = {};
+  for (int64_t j = 0; j < values; j += LANES) {
+    vec even = {}, odd = {};
+    int64_t i = 0;
+    for (; i + 1 < keys; i += 2) {
+      even += k[i] * take(weight + i * values, j, values);
+      odd += k[i + 1] * take(weight + (i + 1) * values, j, values);
+    }
+    if (i < keys) even += k[i] * take(weight + i * values, j, values);
+    total += (even + odd) * take(v, j, values);
+  }
+  return sum(total);
 }
 
 using Row = std::vector<float>;
@@ -56,14 +81,8 @@ struct Token {
     std::memcpy(x.data(), in.x + n * size * FIELDS, size * FIELDS * sizeof(float));
     each(open, x, sigmoid);
     for (int64_t h = 0; h < heads; ++h) {
-      const float *const a = in.written + (h * in.tokens + n) * in.value_size;
-      const float *const b = in.v + (n * heads + h) * in.value_size;
-      vec sums = {};
-      int64_t j = 0;
-      for (; j + LANES <= in.value_size; j += LANES)
-        sums += *reinterpret_cast<const loose*>(a + j) * *reinterpret_cast<const loose*>(b + j);
-      float dot = sum(sums);
-      for (; j < in.value_size; ++j) dot += a[j] * b[j];
+      const float dot = bilinear(in.k + (n * heads + h) * in.key_size, in.flux_weight + h * in.key_size * in.value_size,
+                                 in.v + (n * heads + h) * in.value_size, in.key_size, in.value_size);
       for (int64_t d = 0; d < in.directions; ++d) flux[d * heads + h] = dot + in.flux_bias[d * heads + h];
     }
     for (int64_t i = 0; i < size; ++i)
@@ -108,7 +127,7 @@ void forward(const Inputs* inputs, const Gates* gates) {
 }
 
 // `flux` [N, D, H] gets the gradients of the sums that the first memory's share is the sigmoid of.
-void backward(const Inputs* inputs, const Gates* gradients, float* dx, float* d_written, float* dv, float* flux) {
+void backward(const Inputs* inputs, const Gates* gradients, float* dx, float* flux) {
   const Inputs in = *inputs;
   const Gates from = *gradients;
   const int64_t size = in.directions * in.heads;
@@ -140,15 +159,6 @@ void backward(const Inputs* inputs, const Gates* gradients, float* dx, float* d_
       for (int64_t i = 0; i < size; ++i)
         for (int m = 0; m < 2; ++m)
           dx[(n * size + i) * FIELDS + DECAY + m] = from.g[place(in, n, i) + m] * token.g[2 * i + m];
-      for (int64_t h = 0; h < in.heads; ++h) {
-        float slope = 0;
-        for (int64_t d = 0; d < in.directions; ++d) slope += d_flux[d * in.heads + h];
-        const int64_t written = (h * in.tokens + n) * in.value_size, v = (n * in.heads + h) * in.value_size;
-        for (int64_t j = 0; j < in.value_size; ++j) {
-          d_written[written + j] = slope * in.v[v + j];
-          dv[v + j] = slope * in.written[written + j];
-        }
-      }
     }
   }
 }

@@ -140,13 +140,13 @@ def test_layers_and_the_loss_in_pieces_run_there(calls):
 
 def test_a_graph_holds_the_stock_product(calls, monkeypatch):
     """In one piece, without a look at the processor, and for any number of rows."""
+    layer = Linear(24, 40)
     monkeypatch.setattr(module, "mkl_is_slow", None)
     x, weight, bias = factors()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="eager")
     monkeypatch.setattr(module, "_WORTH_A_CALL", 0)
     for rows in (x, x[:20], x[:7]):
         assert torch.equal(compiled(rows, weight, bias), F.linear(rows, weight, bias))
-    layer = Linear(24, 40)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     assert torch.equal(exported(x[:20]), F.linear(x[:20], layer.weight, layer.bias))
     assert not calls
