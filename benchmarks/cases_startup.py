@@ -118,7 +118,7 @@ if hasattr(os, "fork"):
         "first_forward",
         "first forward of a tiny model against Llama's, kernels compiled before and not",
         first_forwards,
-        budget=30,
+        budget=45,
         warm_up=False,
     )
 

@@ -19,8 +19,8 @@ _FEWEST = 1 << 14
 
 class _Inputs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "written", "v", "decay_bias", "flux_bias")),
-        *((name, ctypes.c_int64) for name in ("tokens", "directions", "heads", "value_size", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "k", "v", "flux_weight", "decay_bias", "flux_bias")),
+        *((name, ctypes.c_int64) for name in ("tokens", "directions", "heads", "key_size", "value_size", "threads")),
         ("leak_max", ctypes.c_double),
     ]
 
@@ -31,8 +31,8 @@ class _Gates(ctypes.Structure):
 
 class _LamGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, leak_max, x, written, v, decay_bias, flux_bias):
-        tensors = (x, written, v, decay_bias, flux_bias)
+    def forward(ctx, kernel, leak_max, x, k, v, flux_weight, decay_bias, flux_bias):
+        tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
         directions, heads = flux_bias.shape
         g, beta, read = (x.new_empty(directions, *v.shape[:2], heads, 2) for _ in range(3))
         coupling = x.new_empty(*g.shape, 2)
@@ -46,20 +46,24 @@ class _LamGates(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         tensors = ctx.saved_tensors
+        x, k, v, flux_weight, _, flux_bias = tensors
         given = [gradient.contiguous() for gradient in gradients]
-        dx, d_written, dv = (torch.empty_like(tensor) for tensor in tensors[:3])
-        d_flux = dx.new_empty(*dx.shape[:2], *tensors[4].shape)
-        places = (pointer(found) for found in (dx, d_written, dv, d_flux))
+        dx, d_flux = torch.empty_like(x), x.new_empty(*x.shape[:2], *flux_bias.shape)
         gates = _Gates(*(gradient.data_ptr() for gradient in given))
-        ctx.kernel.backward(_LamGates.inputs(tensors, ctx.leak_max), ctypes.byref(gates), *places)
-        d_decay = dx.unflatten(-1, (*tensors[4].shape, -1))[..., _DECAY]  # the bias is added to what is projected
-        return None, None, dx, d_written, dv, d_decay.sum((0, 1)), d_flux.sum((0, 1))
+        ctx.kernel.backward(_LamGates.inputs(tensors, ctx.leak_max), ctypes.byref(gates), pointer(dx), pointer(d_flux))
+        d_decay = dx.unflatten(-1, (*flux_bias.shape, -1))[..., _DECAY]  # the bias is added to what is projected
+        # Of k^T W v, head by head.
+        slopes, keys, values = (y.flatten(0, 1).transpose(0, 1) for y in (d_flux.sum(2)[..., None], k, v))
+        dk, dv = (slopes * values) @ flux_weight.transpose(1, 2), slopes * (keys @ flux_weight)
+        d_weight = (slopes * keys).transpose(1, 2) @ values
+        dk, dv = (y.transpose(0, 1).reshape(like.shape) for y, like in ((dk, k), (dv, v)))
+        return None, None, dx, dk, dv, d_weight, d_decay.sum((0, 1)), d_flux.sum((0, 1))
 
     @staticmethod
     def inputs(tensors, leak_max):
-        batch, length, heads, size = tensors[2].shape
-        threads = torch.get_num_threads() if tensors[0].numel() >= _FEWEST else 1
-        sizes = (batch * length, tensors[4].shape[0], heads, size, threads)
+        x, k, v, _, _, flux_bias = tensors
+        threads = torch.get_num_threads() if x.numel() >= _FEWEST else 1
+        sizes = (x.shape[0] * x.shape[1], *flux_bias.shape, k.shape[-1], v.shape[-1], threads)
         return ctypes.byref(_Inputs(*(tensor.data_ptr() for tensor in tensors), *sizes, leak_max))
 
 
@@ -91,7 +95,4 @@ def cpp_lam_gates(
     if kernel is None:
         return None
     with without_autocast(x.device):
-        x, k, v, flux_weight, decay_bias, flux_bias = (tensor.float() for tensor in tensors)
-        written = torch.bmm(k.flatten(0, 1).transpose(0, 1), flux_weight)
-        given = (x, written, v, decay_bias, flux_bias)
-        return call(_LamGates, kernel, leak_max, *(tensor.contiguous() for tensor in given))
+        return call(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))

@@ -27,6 +27,7 @@ _EARNS_ONEDNN = 1 << 25
 _TALL = 4
 # Fewer numbers of a weight are not worth another thread.
 _FEWEST = 1 << 16
+_ROWS_TO_COME = 8
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -72,7 +73,8 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def open_linear() -> None:
-    """Load the kernel that `linear` takes for a few rows, if it is compiled."""
+    """Find out what `linear` will ask: which library is fast, and the kernel for a few rows, if it is compiled."""
+    mkl_is_slow()
     open_kernel("few_rows")
 
 
@@ -116,7 +118,8 @@ def _by_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     if not _are_plain(x, weight, bias) or not weight.is_contiguous() or x.shape[-1] != size:
         return None
     numbers = x.numel()
-    kernel = load_kernel("few_rows", work=numbers * outputs)
+    # A large weight earns the compiler, however few the rows: it will be read again and again.
+    kernel = load_kernel("few_rows", work=_ROWS_TO_COME * size * outputs)
     if kernel is None:
         return None
     x, threads = x.contiguous(), torch.get_num_threads() if size * outputs >= _FEWEST else 1
