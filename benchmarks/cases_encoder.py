@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks import gates
-from benchmarks.memory import measured_apart
+from benchmarks.memory import in_rounds
 from benchmarks.models import specification
 from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
 from lalm.modeling.modeling_lam import LamModel
@@ -93,17 +93,11 @@ def peak_memory(lengths: tuple[int, ...]) -> Contest:
     """What encoding one text takes on top of the model and the libraries; each in its own process."""
 
     names = ("minilm", "lam")
-
-    @cache
-    def peaks() -> dict[str, dict[str, float]]:
-        return measured_apart("encode", names, lengths)
-
-    contestants = {}
+    peak, contestants = in_rounds("encode", names, lengths), {}
     for name in names:
         gate = partial(encodes_exactly, encoder(name), *batch(1, 256)) if name == "lam" else None
         for length in lengths:
-            sample = partial(lambda name, length: peaks()[name][str(length)], name, length)
-            contestants[f"{name} {length}"] = Contestant(sample, gate, {"tokens": length})
+            contestants[f"{name} {length}"] = Contestant(partial(peak, name, length), gate, {"tokens": length})
     last = lengths[-1]
     ratio = Ratio(f"lam {last}", f"minilm {last}", f"[1, {last}] forward", 1.0, at_most=True)
     return Contest(contestants, [ratio], unit="MiB")
@@ -128,6 +122,6 @@ register(
     partial(peak_memory, (512, 2048, 8192)),
     budget=0,
     warm_up=False,
-    least_rounds=1,
+    least_rounds=3,
     long=True,
 )

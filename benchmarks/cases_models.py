@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import gates
-from benchmarks.memory import measured_apart
+from benchmarks.memory import in_rounds
 from benchmarks.models import (
     LLAMA,
     SIZES,
@@ -97,16 +97,11 @@ def decoding(early: int, middle: int, late: int) -> Contest:
 
 def peak_memory(lengths: tuple[int, ...]) -> Contest:
     """What a train step takes on top of the model, the optimizer and the libraries; each model in its own process."""
-    contestants, ratios = {}, []
-
-    @cache
-    def peaks() -> dict[str, dict[str, float]]:
-        return measured_apart("train_step", (LLAMA, *VARIANTS), lengths)
-
+    contestants, ratios, peak = {}, [], in_rounds("train_step", (LLAMA, *VARIANTS), lengths)
     for name in (LLAMA, *VARIANTS):
         gate = None if name == LLAMA else partial(trains_exactly, build(name))
         for length in lengths:
-            run = partial(lambda name, length: peaks()[name][str(length)], name, length)
+            run = partial(peak, name, length)
             contestants[f"{name} {length}"] = Contestant(run, gate, facts(build(name), length))
             if name != LLAMA and length == lengths[-1]:
                 shape = f"[1, {length}] train step"

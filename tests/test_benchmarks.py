@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases_ops, gates, plot, run, timing
+from benchmarks import cases_ops, gates, memory, plot, run, timing
 from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.gates import all_near, gradients, near
 from benchmarks.memory import peaks, resident
@@ -82,6 +82,19 @@ def test_a_sample_that_had_to_get_memory_is_taken_again(monkeypatch):
     monkeypatch.setattr(timing, "resident", lambda: (next(sizes), None))
     results = iter([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert [timing.sample(lambda: next(results)) for _ in range(3)] == [1.0, 2.0, 6.0]  # three times at most
+
+
+def test_a_round_of_peaks_is_measured_at_once_and_the_next_anew(monkeypatch):
+    rounds = iter([1.0, 2.0])
+
+    def measured_apart(job, names, lengths):
+        figure = next(rounds)
+        return {name: {str(length): figure for length in lengths} for name in names}
+
+    monkeypatch.setattr(memory, "measured_apart", measured_apart)
+    peak = memory.in_rounds("encode", ("a", "b"), (8, 16))
+    asked = [(name, length) for name in "ab" for length in (8, 16)]
+    assert [[peak(*one) for one in asked] for _ in range(2)] == [[1.0] * 4, [2.0] * 4]
 
 
 def test_rounds_alternate_and_follow_the_budget(monkeypatch):
