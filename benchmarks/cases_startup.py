@@ -118,7 +118,7 @@ if hasattr(os, "fork"):
         "first_forward",
         "first forward of a tiny model against Llama's, kernels compiled before and not",
         first_forwards,
-        budget=45,
+        budget=35,
         warm_up=False,
     )
 
