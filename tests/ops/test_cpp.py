@@ -11,6 +11,7 @@ import lalm
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.gla import cpp_gla
+from lalm.modeling.ops.linear import linear
 
 MUCH = 1 << 40
 
@@ -44,6 +45,15 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
         assert len(list(new_machine.glob("*.so"))) == files
     assert cpp.load_kernel("rms_norm", work=1) is None
     assert cpp.load_kernel("rms_norm", work=MUCH) is not None
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+@torch.no_grad()
+def test_a_large_weight_earns_its_kernel_and_many_rows_do_not(new_machine, monkeypatch):
+    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+    for rows, size, outputs, files in ((15, 128, 1200, 0), (1, 512, 512, 1)):
+        linear(torch.zeros(rows, size), torch.zeros(outputs, size))
+        assert len(list(new_machine.glob("few_rows*.so"))) == files
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
