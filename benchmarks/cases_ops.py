@@ -171,6 +171,48 @@ def against_transformers(length: int) -> Contest:
     return Contest(contestants, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
 
 
+def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
+    """The fastest torch reference of flash-linear-attention for each rule, where it has one (Triton must be installed,
+    a GPU need not be there)."""
+    from fla.ops.delta_rule.naive import delta_rule_chunkwise
+    from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
+    from fla.ops.gla.naive import naive_recurrent_gla
+    from fla.ops.linear_attn.naive import naive_chunk_linear_attn
+    from fla.ops.retention.naive import naive_retention
+
+    def heads_first(**x: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.transpose(1, 2) for tensor in x.values()]
+
+    return {
+        "linear": lambda **x: naive_chunk_linear_attn(**x, normalize=True),
+        "retention": lambda **x: naive_retention(*heads_first(**x)).transpose(1, 2),
+        "gla": lambda q, k, v, g: naive_recurrent_gla(q, k, v, g)[0],
+        "delta": lambda **x: delta_rule_chunkwise(*heads_first(**x))[0].transpose(1, 2),
+        "gated_delta": lambda **x: naive_chunk_gated_delta_rule(**x)[0],
+    }
+
+
+def against_fla(length: int) -> Contest:
+    """Every rule beside fla's torch reference; both to the recurrence."""
+    contestants, ratios = {}, []
+    for name, theirs in fla_references().items():
+        op = OPS[name]
+        x, specification = op.inputs(length), partial(output_of, op.recurrent)
+        for who, function in ((name, partial(output_of, op.form(x))), (f"fla {name}", theirs)):
+            gate = partial(follows, function, specification, x)
+            contestants[who] = Contestant(forward_backward(function, x), gate)
+        ratios.append(Ratio(name, f"fla {name}", f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd", 1))
+    return Contest(contestants, ratios)
+
+
+register(
+    "fla_references",
+    "ops forward and backward against the torch references of flash-linear-attention, T = 2,048",
+    partial(against_fla, 2048),
+    budget=10,
+    least_rounds=2,
+    extra=True,
+)
 for _length, _budget in zip(LENGTHS, (8, 20), strict=True):
     register(
         f"ops_{_length}",
