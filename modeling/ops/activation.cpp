@@ -12,14 +12,6 @@ namespace {
 
 constexpr int64_t PIECE = 4096;
 
-// A vector of numbers from `place`, fewer at the end.
-inline vec take(const float* x, int64_t place, int64_t count) {
-  vec found = {};
-  if (place + LANES <= count) return *reinterpret_cast<const loose*>(x + place);
-  std::memcpy(&found, x + place, (count - place) * sizeof(float));
-  return found;
-}
-
 inline void put(float* x, int64_t place, int64_t count, vec value) {
   std::memcpy(x + place, &value, (place + LANES <= count ? LANES : count - place) * sizeof(float));
 }

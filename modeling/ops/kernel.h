@@ -69,6 +69,14 @@ inline vec exponential(vec x) {
   return y * (vec)power;
 }
 
+// LANES numbers of x from `place` on, zeros after the last of `size`.
+inline vec take(const float* x, int64_t place, int64_t size) {
+  vec found = {};
+  if (place + LANES <= size) return *reinterpret_cast<const loose*>(x + place);
+  std::memcpy(&found, x + place, (size - place) * sizeof(float));
+  return found;
+}
+
 // 0 below -87, where exp ends.
 inline vec sigmoid(vec x) {
   const vec y = 1 / (1 + exponential(-x));

@@ -28,14 +28,6 @@ inline vec log_sigmoid(vec x) {
   return (x < zero ? x : zero) - s * y;
 }
 
-// LANES numbers of x from `place` on, zeros after the last of `size`.
-inline vec take(const float* x, int64_t place, int64_t size) {
-  vec found = {};
-  if (place + LANES <= size) return *reinterpret_cast<const loose*>(x + place);
-  std::memcpy(&found, x + place, (size - place) * sizeof(float));
-  return found;
-}
-
 // k^T W v, two rows of W at a time.
 inline float bilinear(const float* k, const float* weight, const float* v, int64_t keys, int64_t values) {
   vec total = {};
