@@ -42,6 +42,8 @@ def refuse_sharded_tokens() -> None:
     Raises:
         ValueError: torch's attention has been replaced so.
     """
+    if torch.compiler.is_compiling():
+        return
     origin = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     if origin.startswith("torch.distributed.tensor.experimental"):
         raise ValueError(
