@@ -6,8 +6,9 @@ from typing import ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
@@ -104,6 +105,16 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return logits[:, kept], loss
+
+    @staticmethod
+    def create_masks_for_generate(
+        *, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs
+    ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+        """What generate() makes of a mask `[B, S + T]` beforehand: nothing where it does not compile, since whoever
+        puts tokens before the text (PEFT's prompt tuning) has to find the mask of all tokens."""
+        if isinstance(past_key_values, DynamicCache):
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
 
 
 def _kept_logits_and_loss(hidden_states, weight, bias, kept, labels, **kwargs):
