@@ -1,6 +1,5 @@
 """generate() in all its modes against plain full forwards, and compiled decoding."""
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
@@ -130,13 +129,6 @@ def test_scores_are_the_logits(row):
     out = generate(model, ids, output_logits=True, return_dict_in_generate=True)
     expected, _ = run(model, out.sequences[:, :-1])
     assert_close(torch.stack(out.logits, 1), expected[:, 6:].float(), "logits", tolerance=1e-6)
-
-
-@each_variant
-def test_rollback_modes_are_refused_clearly(row):
-    """A recurrent state cannot be cropped; wrong text would be worse than an error."""
-    with pytest.raises(ValueError, match="stateful|assisted"):
-        generate(build(row), tokens(1, 7), prompt_lookup_num_tokens=2)
 
 
 def compiled_decode(row, backend, steps=5, batch=2):
