@@ -198,7 +198,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         if past_key_values is not None:
             if not is_causal:
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
-            adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
         elif use_cache and is_causal and self.makes_cache():
             past_key_values = DynamicCache(config=self.config)
