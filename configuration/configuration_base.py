@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from lalm.configuration.peft_defaults import tell_peft
+
 # Under transformers' own logger, so that its verbosity settings hold.
 logger = logging.get_logger("transformers.lalm")
 
@@ -161,6 +163,12 @@ class LalmConfig(PreTrainedConfig):
                 close = difflib.get_close_matches(key, self.__dataclass_fields__, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"{type(self).__name__} has no field {key!r}.{hint}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class. PEFT calls it before it looks up the defaults of a model type, so they are told here:
+        `import lalm` need not import PEFT, nor come after it."""
+        tell_peft(self.model_type)
+        return super().to_dict()
 
     @property
     def layer_types(self) -> list[str]:

@@ -19,8 +19,9 @@ from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
 
 
-def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
-    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model.
+def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
+    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model. A cache
+    that is to wait in the memory of the CPU stays as it is where the model runs there too, or keeps nothing to move.
 
     Raises:
         ValueError: the cache has other layers than the model.
@@ -33,6 +34,9 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
             "StaticCache(config=model.config, max_cache_len=...)."
         )
+    if cache.offloading:  # the stock cache would ask for a CUDA stream, and for a layer that it moves
+        kept = {RecurrentLayer._layer_type} | ({"sliding_attention"} if cache.only_non_sliding else set())
+        cache.offloading = device.type != "cpu" and not kept.issuperset(config.layer_types)
 
 
 def refuse_sharded_tokens() -> None:

@@ -4,11 +4,15 @@
 The stock linear layer counts no tokens and takes a layer without a convolution for one that has seen nothing, so a
 model made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
 the number of tokens.
+
+A state cannot be cut as keys and values can. A cache that is to be rolled back (`activate_past_recording`, by assisted
+generation) therefore notes what every forward found, and how to make the states after a part of its tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache, PreTrainedConfig
@@ -16,6 +20,18 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin,
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 _KINDS = ("conv_states", "recurrent_states")
+# Tokens that can still be taken back after a `crop`: a draft model with another tokenizer goes back further than it
+# went on since.
+_KEPT = 16
+
+
+class Step(NamedTuple):
+    """What one part of a layer did in one forward over `tokens` tokens: the states it found, by kind and number, and
+    how to make them after the first n tokens."""
+
+    tokens: int
+    found: dict[tuple[str, int], torch.Tensor | None]
+    after: Callable[[int], Sequence[torch.Tensor]]
 
 
 class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -33,7 +49,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     supports_early_init = False
     # None rather than False: up to 5.21 transformers sizes the masks of a hybrid by the first layer that says False.
     is_sliding = None
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, number_of_states: int = 4, **kwargs):
         CacheLayerMixin.__init__(self)
@@ -42,6 +58,8 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_written = {kind: dict.fromkeys(range(number_of_states), False) for kind in _KINDS}
         # A tensor: compiled decoding would treat an int as a constant and compile anew at every step.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        # By the first state that a part of the layer writes.
+        self.history: dict[tuple[str, int], list[Step]] = {}
 
     def update_conv_state(
         self,
@@ -81,12 +99,12 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
 
-    @staticmethod
     def _replace(
-        states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor, given_away: bool
+        self, states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor, given_away: bool
     ) -> torch.Tensor:
         current = states[index]
-        if current is None or current.shape != value.shape or value.requires_grad or current.requires_grad:
+        is_new = current is None or current.shape != value.shape or self.record_past
+        if current is None or is_new or value.requires_grad or current.requires_grad:
             eager = not torch.compiler.is_compiling()
             # A part of something larger would keep all of it.
             is_whole = eager and value.untyped_storage().nbytes() == value.numel() * value.element_size()
@@ -110,6 +128,49 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         raise TypeError("A linear-attention layer keeps no keys and values; use update_recurrent_state.")
 
+    def record(self, tokens: int, names: Sequence[tuple[str, int]], after: Callable) -> None:
+        """See `record`, below."""
+        found = {(kind, i): getattr(self, kind)[i] if self.is_written[kind][i] else None for kind, i in names}
+        self.history.setdefault(names[0], []).append(Step(tokens, found, after))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, exactly.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: so many tokens have not been recorded since `activate_past_recording`.
+        """
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {int(tokens_to_remove)}.")
+        recorded = min((sum(step.tokens for step in steps) for steps in self.history.values()), default=0)
+        if count > recorded:
+            raise RuntimeError(
+                f"Cannot take back {count} tokens of a recurrent state, of which {recorded} are recorded: call "
+                "activate_past_recording() on the cache before the forward."
+            )
+        for steps in self.history.values():
+            self._take_back(steps, count)
+            while sum(step.tokens for step in steps[1:]) >= _KEPT:
+                steps.pop(0)
+        if count:
+            self.cumulative_length.sub_(count)
+            for index in self.has_previous_state:
+                self.has_previous_state[index] = any(written[index] for written in self.is_written.values())
+
+    def _take_back(self, steps: list[Step], count: int) -> None:
+        while count > 0:
+            tokens, found, after = steps.pop()
+            kept = max(tokens - count, 0)
+            values = after(kept) if kept else found.values()
+            for (kind, index), value in zip(found, values, strict=True):
+                self.is_written[kind][index] = value is not None
+                if value is not None:
+                    self._replace(getattr(self, kind), index, value, given_away=True)
+            if kept:
+                steps.append(Step(kept, found, after))
+            count -= tokens
+
     def offload(self) -> None:
         LinearAttentionLayer.offload(self)
 
@@ -119,6 +180,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
         self.cumulative_length.zero_()
+        self.history.clear()
         for written in self.is_written.values():
             written.update(dict.fromkeys(written, False))
 
@@ -132,6 +194,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self._map_batch(lambda x: x[indices])
 
     def _map_batch(self, function) -> None:
+        self.history.clear()  # of other rows
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 if state is not None:
@@ -145,6 +208,20 @@ def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: in
         return None
     layer: Any = cache.layers[layer_idx]
     return getattr(layer, kind)[state_idx] if layer.is_written[kind][state_idx] else None
+
+
+def record(
+    cache: Cache | None,
+    layer_idx: int,
+    tokens: int,
+    names: Sequence[tuple[str, int]],
+    after: Callable[[int], Sequence[torch.Tensor]],
+) -> None:
+    """Before a part of a layer updates the states `names` (kind and number) by `tokens` tokens: if `cache` may be
+    rolled back, let it keep their values, and `after`, which makes those after the first n tokens."""
+    layer: Any = None if cache is None else cache.layers[layer_idx]
+    if layer is not None and layer.record_past:
+        layer.record(tokens, names, after)
 
 
 def recurrent_mask(

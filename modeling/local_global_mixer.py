@@ -5,6 +5,7 @@ Follows linear-attention-transformer (Wang; its versions 0.19 and 0.2.1). Shapes
 context, H heads, K head size, D = hidden_size, which need not be H K.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
-from lalm.modeling.cache import RecurrentLayer, previous_state
+from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
 from lalm.modeling.ops.dispatch import choose
@@ -36,6 +37,12 @@ def rotate_pairs(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> 
     Treating q and k alike, nothing downstream depends on the order of their channels.
     """
     return rotate(torch.cat([x[..., ::2], x[..., 1::2]], dim=-1), tables)
+
+
+def _stored(state: LocalState | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is stored of a state: the window `[B, w, H 2 K]` and the number of tokens in it."""
+    assert state is not None
+    return state.window.flatten(-2), state.filled
 
 
 class LocalGlobalMixer(nn.Module):
@@ -94,22 +101,27 @@ class LocalGlobalMixer(nn.Module):
         count = previous_state(cache, index, "recurrent_states", _LOCAL_COUNT)
         if window is not None and count is not None:
             state = LocalState(window.unflatten(-1, (-1, 2 * self.head_dim)), count)
-        o, state = local_attention(
-            q,
-            k,
-            v,
-            window_size,
-            state,
+        attend = partial(
+            local_attention,
+            window_size=window_size,
+            initial_state=state,
             output_final_state=cache is not None,
             causal=self.config.is_causal,
             dropout=float(self.config.attention_dropout) if self.training else 0.0,
-            layout=layout,
         )
+        record(
+            cache,
+            index,
+            q.shape[1],
+            [("conv_states", 0), ("recurrent_states", _LOCAL_COUNT)],
+            lambda n: _stored(attend(q[:, :n], k[:, :n], v[:, :n], layout=layout.first(n))[1]),
+        )
+        o, state = attend(q, k, v, layout=layout)
         if cache is not None:
-            assert state is not None
-            cache.update_conv_state(state.window.flatten(-2), index, given_away=True)
+            window, filled = _stored(state)
+            cache.update_conv_state(window, index, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once
-            cache.update_recurrent_state(state.filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
+            cache.update_recurrent_state(filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
         return o
 
     def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
@@ -124,18 +136,25 @@ class LocalGlobalMixer(nn.Module):
             chunk=chunk_efficient_attention,
             fla=chunk_efficient_attention,
         )
-        o, state = op(
-            q,
-            k,
-            v,
-            self._recall(cache),
+        attend = partial(
+            op,
+            initial_state=self._recall(cache),
             output_final_state=cache is not None,
             blindspot_size=self.config.blindspot_size,
             semantics=self.config.semantics,
-            layout=layout,
         )
+        o, state = attend(q, k, v, layout=layout)
         if cache is not None:
-            self._keep(cache, state, q.shape[1])
+            record(
+                cache,
+                self.layer_idx,
+                q.shape[1],
+                [("recurrent_states", number) for number in self._memories(state)],
+                lambda n: [*self._memories(attend(q[:, :n], k[:, :n], v[:, :n], layout=layout.first(n))[1]).values()],
+            )
+            for number, value in self._memories(state).items():
+                count = 0 if number else q.shape[1]
+                cache.update_recurrent_state(value, self.layer_idx, state_idx=number, num_tokens=count)
         return o
 
     def _recall(self, cache: Any) -> EfficientState | None:
@@ -147,13 +166,13 @@ class LocalGlobalMixer(nn.Module):
         shape = (-1, self.num_global, -1, -1)
         return EfficientState(published.expand(shape), None if pending is None else pending.expand(shape), filled)
 
-    def _keep(self, cache: Any, state: EfficientState, tokens: int) -> None:
-        for number, value in zip(_GLOBAL, state, strict=True):
-            if value is not None:
-                # Heads that share keys and values share their memory.
-                value = value[:, : self.global_keys] if value.ndim == 4 else value
-                count = 0 if number else tokens
-                cache.update_recurrent_state(value, self.layer_idx, state_idx=number, num_tokens=count)
+    def _memories(self, state: EfficientState) -> dict[int, torch.Tensor]:
+        """What is stored of a state, by number. Heads that share keys and values share their memory."""
+        return {
+            number: value[:, : self.global_keys] if value.ndim == 4 else value
+            for number, value in zip(_GLOBAL, state, strict=True)
+            if value is not None
+        }
 
 
 class CrossMixer(nn.Module):

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.cache import RecurrentLayer, previous_state
+from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
 from lalm.modeling.ops.elementwise import activate
 from lalm.modeling.ops.layout import SequenceLayout
@@ -65,9 +65,17 @@ class Mixer(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         cache: Any = past_key_values
+        length = hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv is not None:
             state = previous_state(cache, self.layer_idx, "conv_states")
+            record(
+                cache,
+                self.layer_idx,
+                length,
+                [("conv_states", 0)],
+                lambda n, qkv=(q, k, v), past=state: [self.conv([x[:, :n] for x in qkv], past, layout.first(n))[1]],
+            )
             (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
@@ -82,10 +90,18 @@ class Mixer(nn.Module):
             q = unit_length(q)
             k = unit_length(k)
         state = previous_state(cache, self.layer_idx, "recurrent_states")
+        record(
+            cache,
+            self.layer_idx,
+            length,
+            [("recurrent_states", 0)],
+            lambda n, inputs=(hidden_states, q, k, v), past=state: [
+                self.attend(*(x[:, :n] for x in inputs), past, True, layout.first(n))[1]
+            ],
+        )
         o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
         if cache is not None:
-            tokens = hidden_states.shape[1]
-            cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=length, given_away=True)
         del q, k, v  # nothing below needs them, and a long text makes them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 

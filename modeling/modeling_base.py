@@ -74,7 +74,6 @@ class LalmPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": Block, "attentions": OutputRecorder(SoftmaxAttention, index=1)}
-    _is_stateful = True
     _can_compile_fullgraph = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -199,7 +198,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         if past_key_values is not None:
             if not is_causal:
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
-            adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
         elif use_cache and is_causal and self.makes_cache():
             past_key_values = DynamicCache(config=self.config)
@@ -237,7 +236,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
 
     def run_layers(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]` through all blocks, each of which gets `kwargs`."""
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while generate() drafts by an early exit
             hidden_states = layer(hidden_states, **kwargs)
         return hidden_states
 

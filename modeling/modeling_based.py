@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from lalm.configuration.configuration_based import BasedConfig
-from lalm.modeling.cache import previous_state
+from lalm.modeling.cache import previous_state, record
 from lalm.modeling.feature_maps import FeatureMap, FeatureMixer
 from lalm.modeling.layers import ShortConvolution, make_linear
 from lalm.modeling.mixers import Mixer
@@ -56,6 +56,13 @@ class GatedConvolution(nn.Module):
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         state = previous_state(past_key_values, self.layer_idx, "conv_states")
+        record(
+            past_key_values,
+            self.layer_idx,
+            hidden_states.shape[1],
+            [("conv_states", 0)],
+            lambda n, x=convolved, past=state: [self.conv((x[:, :n],), past, layout.first(n))[1]],
+        )
         (convolved,), state = self.conv((convolved,), state, layout, keeps_state=past_key_values is not None)
         if past_key_values is not None:
             past_key_values.update_conv_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])

@@ -6,8 +6,9 @@ from typing import ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
@@ -15,12 +16,16 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.layers import make_linear, product, takes_apply
+from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
 from lalm.modeling.ops.cross_entropy import causal_lm_loss
+
+# Under transformers' own logger, so that its verbosity settings hold.
+logger = logging.get_logger("transformers.lalm")
 
 
 def _register_name(model_class: type[PreTrainedModel]) -> None:
@@ -104,6 +109,34 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return logits[:, kept], loss
+
+    @staticmethod
+    def create_masks_for_generate(
+        *, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs
+    ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+        """What generate() makes of a mask `[B, S + T]` beforehand: nothing where it does not compile, since whoever
+        puts tokens before the text (PEFT's prompt tuning) has to find the mask of all tokens."""
+        if isinstance(past_key_values, DynamicCache):
+            return attention_mask
+        if kwargs["inputs_embeds"].device.type != "cpu":
+            logger.warning_once(
+                "generate() compiles the model for a static cache, which takes minutes at the first call: pass "
+                "disable_compile=True if few tokens are wanted."
+            )
+        return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the stock one, of models without a recurrent layer.
+
+        Raises:
+            ValueError: a layer is recurrent.
+        """
+        if Mixer.layer_type in self.config.layer_types:
+            raise ValueError(
+                "Continuous batching (generate_batch) pages keys and values, and a recurrent state has none: use "
+                "generate() with a padded batch, or python -m lalm.serve."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 def _kept_logits_and_loss(hidden_states, weight, bias, kept, labels, **kwargs):

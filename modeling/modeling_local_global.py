@@ -17,7 +17,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
-from lalm.modeling.cache import previous_state
+from lalm.modeling.cache import previous_state, record
 from lalm.modeling.layers import NORMS, Activation, make_linear, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
 from lalm.modeling.modeling_base import Block, LalmModel
@@ -157,6 +157,13 @@ class LocalGlobalBlock(Block):
             return x
         cache, index = past_key_values, cast(int, self.mixer.layer_idx)
         state = previous_state(cache, index, "conv_states", number)
+        record(
+            cache,
+            index,
+            x.shape[1],
+            [("conv_states", number)],
+            lambda n, x=x, past=state: [shift_tokens(x[:, :n], past, layout.first(n), causal=True)[1]],
+        )
         x, state = shift_tokens(x, state, layout, self.config.is_causal)
         if cache is not None:
             cache.update_conv_state(state, index, state_idx=number)

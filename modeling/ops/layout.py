@@ -33,6 +33,12 @@ class SequenceLayout:
         tensors = (self.mask, self.segments, self.order)
         return SequenceLayout(*(None if tensor is None else tensor.to(*args, **kwargs) for tensor in tensors))
 
+    def first(self, length: int) -> SequenceLayout:
+        """The layout of the first `length` tokens."""
+        mask, segments = (None if x is None else x[:, :length] for x in (self.mask, self.segments))
+        order = None if mask is None or self.order is None else mask.int().argsort(dim=1, stable=True)
+        return SequenceLayout(mask, segments, order)
+
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
         """Apply `order` along the time axis of `x [B, T, ...]`."""
         return x if self.order is None else _gather_time(x, self.order)

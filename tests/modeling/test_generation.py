@@ -6,8 +6,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.masking_utils import create_masks_for_generate
 
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.modeling.batch_layout import adopt_cache
 from tests.modeling.exact import assert_close, run, tokens
-from tests.variants import each_variant, every_row, few_rows
+from tests.variants import ROWS, TINY, each_variant, every_row, few_rows
 
 NEW = 6
 
@@ -132,11 +134,40 @@ def test_scores_are_the_logits(row):
     assert_close(torch.stack(out.logits, 1), expected[:, 6:].float(), "logits", tolerance=1e-6)
 
 
+@few_rows
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_offloaded_cache_on_the_cpu(row, kind):
+    """It is where it would be put, and no other device is asked for."""
+    model, ids = build(row), tokens(2, 9)
+    assert torch.equal(generate(model, ids, cache_implementation=kind), generate(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("fields", "offloads"),
+    [({"sliding_attention_layers": [1], "sliding_window": 4}, False), ({"full_attention_layers": [1]}, True)],
+)
+def test_an_offloaded_cache_elsewhere_has_something_to_move(fields, offloads):
+    config = GLAConfig(**TINY, **fields)
+    cache = StaticCache(config=config, max_cache_len=9, offloading=True)
+    adopt_cache(cache, config, torch.device("meta"))
+    assert cache.offloading == offloads
+
+
 @each_variant
-def test_rollback_modes_are_refused_clearly(row):
-    """A recurrent state cannot be cropped; wrong text would be worse than an error."""
-    with pytest.raises(ValueError, match="stateful|assisted"):
-        generate(build(row), tokens(1, 7), prompt_lookup_num_tokens=2)
+def test_continuous_batching_is_refused(row):
+    with pytest.raises(ValueError, match="generate"):
+        build(row).generate_batch([[5, 6, 7]])
+
+
+def test_a_compiling_generate_says_so(caplog):
+    model, embeds = build(next(row for row in ROWS if row.name == "gla_plain")), torch.empty(1, 1, 0, device="meta")
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    for _ in range(2):
+        model.create_masks_for_generate(
+            config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=cache
+        )
+    (message,) = [record.message for record in caplog.records if "compiles" in record.message]
+    assert "disable_compile" in message
 
 
 def compiled_decode(row, backend, steps=5, batch=2):
