@@ -1,4 +1,4 @@
-"""The stock Trainer: how a batch is cut into accumulated ones changes no gradient, whatever the head and its labels."""
+"""The stock Trainer: how a batch is cut into accumulated ones changes no gradient, whatever head and labels."""
 
 import gc
 
