@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import EarlyStoppingCallback, TrainerState
 
-from lalm.training.checkpoints import is_finished
+from lalm.training.checkpoints import worse_evaluations
 from lalm.training.run_trainer import RunTrainer
 from lalm.training.sts_arguments import StsTrainingArguments
 from lalm.training.sts_batches import LengthSampler, MixtureSampler, token_estimates
@@ -32,21 +32,6 @@ def dev_evaluator(dev: Dataset, training: StsTrainingArguments) -> EmbeddingSimi
         list(dev["sentence1"]), list(dev["sentence2"]), list(dev["score"]), training.per_device_eval_batch_size,
         name="sts-dev", similarity_fn_names=["cosine"], write_csv=False,
     )  # fmt: skip
-
-
-def worse_evaluations(state: TrainerState) -> int:
-    """Return how many evaluations in a row were without a better score when a checkpoint was saved."""
-    callbacks: Any = state.stateful_callbacks or {}
-    stored = callbacks.get("EarlyStoppingCallback", {})
-    stored = stored[0] if isinstance(stored, list) else stored
-    return int(stored.get("attributes", {}).get("early_stopping_patience_counter", 0))
-
-
-def is_over(checkpoint: str, training: StsTrainingArguments) -> bool:
-    """Tell whether a checkpoint is the end of the training asked for: its last step, or its early stop."""
-    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    stopped = 0 < training.early_stopping_patience <= worse_evaluations(state)
-    return stopped or is_finished(checkpoint, training)
 
 
 class StsTrainer(RunTrainer, SentenceTransformerTrainer):

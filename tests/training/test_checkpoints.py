@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 
-from lalm.training.checkpoints import check_checkpoint
+from lalm.training.checkpoint_files import check_checkpoint
 from lalm.training.errors import UserError, is_disk_full
 from lalm.training.run_trainer import STAGING
 from lalm.training.tracking import check_trackers
