@@ -20,15 +20,28 @@ from lalm.training.checkpoints import worse_evaluations
 from lalm.training.run_trainer import RunTrainer
 from lalm.training.sts_arguments import StsTrainingArguments
 from lalm.training.sts_batches import LengthSampler, MixtureSampler, token_estimates
+from lalm.training.sts_encoding import encode_by_length
 
 LOSS_FILE = "loss.safetensors"
+
+
+class DevEvaluator(EmbeddingSimilarityEvaluator):
+    """Scores pairs of very unequal lengths without padding all of a batch to the longest."""
+
+    def embed_inputs(self, model, sentences, **kwargs):
+        """As in `EmbeddingSimilarityEvaluator`, by length."""
+        return encode_by_length(
+            model, sentences, self.batch_size, show_progress_bar=self.show_progress_bar, convert_to_numpy=True,
+            precision=self.precision, normalize_embeddings=bool(self.precision), truncate_dim=self.truncate_dim,
+            **kwargs,
+        )  # fmt: skip
 
 
 def dev_evaluator(dev: Dataset, training: StsTrainingArguments) -> EmbeddingSimilarityEvaluator | None:
     """Return what scores sentence1, sentence2, score of the validation split during the training, if anything does."""
     if training.eval_strategy == "no":
         return None
-    return EmbeddingSimilarityEvaluator(
+    return DevEvaluator(
         list(dev["sentence1"]), list(dev["sentence2"]), list(dev["score"]), training.per_device_eval_batch_size,
         name="sts-dev", similarity_fn_names=["cosine"], write_csv=False,
     )  # fmt: skip

@@ -159,7 +159,7 @@ def test_streaming_trains_on_the_mapped_tokens(tiny_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "flags"),
-    [(2, ()), (6, ()), (6, ("--gradient_accumulation_steps", "2")), (4, ("--dataloader_num_workers", "2"))],
+    [(2, ()), (4, ()), (6, ("--gradient_accumulation_steps", "2")), (4, ("--dataloader_num_workers", "2"))],
 )
 def test_a_resumed_stream_equals_a_straight_one(tiny_run, tmp_path, step, flags):
     """In its first pass or a later one; a pass of 9 blocks ends within a batch of 4, and within an accumulation."""
