@@ -201,7 +201,9 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
         is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
         is_single = is_single and labels.dtype in (torch.long, torch.int)
-        if num_items_in_batch is None or is_single or self.loss_function is not ForSequenceClassificationLoss:
+        if num_items_in_batch is None:
+            return self.loss_function(**arguments)
+        if is_single or self.loss_function is not ForSequenceClassificationLoss:
             return self.loss_function(**arguments, num_items_in_batch=num_items_in_batch)
         # the stock losses of the other problems are means over one batch, whatever the count, and the Trainer divides
         # by the number of accumulated batches only where it has not passed a count
