@@ -15,7 +15,7 @@ from transformers import set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
 from lalm.training.arguments import parse_arguments
-from lalm.training.checkpoints import check_output_dir, claim_output_dir, is_finished, run_record
+from lalm.training.checkpoints import check_output_dir, check_text, claim_output_dir, run_record
 from lalm.training.clm_trainer import ClmTrainer
 from lalm.training.errors import UserError, exit_on_user_error, one_line
 from lalm.training.loss_curve import write_loss_curve
@@ -60,7 +60,7 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
 
 def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
     """Train (or resume), save the model, and gather the figures."""
-    if checkpoint and is_finished(checkpoint, trainer.args):
+    if checkpoint and trainer.is_over(checkpoint):
         logger.info("%s is the end of the training: nothing is left to train", checkpoint)
         trainer.restore(checkpoint)
     else:
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> dict:
     record = run_record(*arguments)
     checkpoint = check_output_dir(record, training) if training.do_train else None
     data = prepare_data(model_arguments, data_arguments, training, checkpoint)
+    check_text(record, data.digest, checkpoint, training)
     results: dict = {}
     trainer = build_trainer(arguments, data, argv, results)
     if training.do_train:

@@ -18,7 +18,7 @@ import torch
 from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
-from lalm.training.checkpoints import check_output_dir, check_results_dir, claim_output_dir, run_record
+from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
 from lalm.training.errors import exit_on_user_error
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.run_logging import set_up_logging
@@ -30,7 +30,7 @@ from lalm.training.sts_evaluation import evaluate_model
 from lalm.training.sts_sources import TrainingData, collect
 from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
 from lalm.training.sts_teacher import load_teacher
-from lalm.training.sts_trainer import StsTrainer, dev_evaluator, is_over
+from lalm.training.sts_trainer import StsTrainer, dev_evaluator
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")
@@ -63,7 +63,7 @@ def build_trainer(stage: Stage, found: TrainingData, splits: StsSplits, argument
 def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict) -> None:
     """Train (or resume), save the model, and gather the figures."""
     earlier = {}
-    if checkpoint and is_over(checkpoint, trainer.args):
+    if checkpoint and trainer.is_over(checkpoint):
         logger.info("%s is the end of the training: nothing is left to train", checkpoint)
         trainer.restore(checkpoint)
         earlier = read_json(trainer.args.folder / "train_results.json")
@@ -105,6 +105,7 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     found = collect(str(training.stage), data, splits, training.seed, hub)
     for name, note in found.notes.items():
         logger.info("%s: %s", name, note)
+    check_text(record, found.digest, checkpoint, training)
     stage = build_stage(arguments, found)
     trainer = build_trainer(stage, found, splits, arguments, argv, results)
     if trainer.is_world_process_zero():

@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
@@ -202,7 +202,8 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """As `LalmModel.forward`. The last real token is the last with `attention_mask` 1; without a mask the last
-        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded.
+        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded. The loss is the mean over
+        the labels; with `num_items_in_batch` their sum over that many.
 
         Raises:
             ValueError: a batch without `attention_mask` and without `pad_token_id`, where padding cannot be told.
@@ -219,9 +220,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         pooled_logits = self.score(pooled)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=pooled_logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
-            )
+            loss = self._loss(pooled_logits, labels, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
@@ -229,6 +228,20 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """The loss of `config.problem_type`, which the stock function finds out and sets if it is None."""
+        arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
+        is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        is_single = is_single and labels.dtype in (torch.long, torch.int)
+        if num_items_in_batch is None:
+            return self.loss_function(**arguments)
+        if is_single or self.loss_function is not ForSequenceClassificationLoss:
+            return self.loss_function(**arguments, num_items_in_batch=num_items_in_batch)
+        # the stock losses of the other problems are means over one batch, whatever the count, and the Trainer divides
+        # by the number of accumulated batches only where it has not passed a count
+        items = torch.as_tensor(num_items_in_batch, device=logits.device)
+        return self.loss_function(**arguments) * labels.numel() / items
 
     def _real_tokens(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
         """bool `[B, T]`, False on padding."""

@@ -14,6 +14,7 @@ from lalm.training.run_arguments import option as _option
 DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
+STREAMED_EVAL_SAMPLES = 1000
 
 
 # ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
@@ -75,7 +76,11 @@ class DataArguments:
     validation_split_percentage: float = _option(
         5.0, "Without a validation split: the share of training rows, taken from the end, that is held out."
     )
-    streaming: bool = _option(False, "Read and tokenize the training text while training; needs --max_steps.")
+    streaming: bool = _option(
+        False,
+        "Read and tokenize the training text while training, again and again; needs --max_steps. A tokenizer that is "
+        "trained here sees the first 20 million characters.",
+    )
     document_boundary: str = _option(
         "auto",
         "What a document is: row (a record, or a line of a text file), article (WikiText ' = Title = ' headings), "
@@ -92,7 +97,10 @@ class DataArguments:
         "block_size - eval_stride tokens of context. Default: block_size (blocks that do not overlap).",
     )
     max_train_samples: int | None = _option(None, "Use this many training blocks at most.")
-    max_eval_samples: int | None = _option(None, "Use this many evaluation blocks a split at most.")
+    max_eval_samples: int | None = _option(
+        None,
+        f"Use this many evaluation blocks a split at most. Default: all, with --streaming {STREAMED_EVAL_SAMPLES}.",
+    )
     preprocessing_num_workers: int | None = _option(None, "Processes that tokenize.")
     overwrite_cache: bool = _option(False, "Tokenize again instead of reading the cache.")
 
@@ -112,6 +120,8 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.streaming and self.max_eval_samples is None:
+            self.max_eval_samples = STREAMED_EVAL_SAMPLES
         files = [name for name in DATA_SOURCES[1:] if getattr(self, name)]
         if self.dataset_name and files:
             raise ValueError(f"--dataset_name contradicts --{files[0]}; give a Hub dataset or local files")

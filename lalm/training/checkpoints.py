@@ -6,57 +6,23 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 
+from lalm.training.checkpoint_files import NotResumableError, check_checkpoint
 from lalm.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise ValueError if a safetensors file is shorter than its header promises."""
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        header_size = int.from_bytes(handle.read(8), "little")
-        if size < 8 or 8 + header_size > size:
-            raise ValueError(f"{path.name} is cut off")
-        header = json.loads(handle.read(header_size))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if size < 8 + header_size + max(ends, default=0):
-        raise ValueError(f"{path.name} is cut off")
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Raise ValueError or OSError that says what is missing or cut off in a Trainer checkpoint."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    if "global_step" not in state:
-        raise ValueError("trainer_state.json has no global_step")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        adapter = (folder / "adapter_model.safetensors").is_file()
-        names = ["adapter_model.safetensors" if adapter else "model.safetensors"]
-    sharded_by_backend = any(folder.glob("pytorch_model_fsdp_*")) or any(folder.glob("global_step*"))
-    if not sharded_by_backend:
-        for name in names:
-            check_safetensors(folder / name)
-        # torch.save writes a zip file, whose directory comes last
-        if not zipfile.is_zipfile(folder / "optimizer.pt"):
-            raise ValueError("optimizer.pt is missing or cut off")
-    if not zipfile.is_zipfile(folder / "scheduler.pt"):
-        raise ValueError("scheduler.pt is missing or cut off")
-    states = list(folder.glob("rng_state*.pth"))
-    if not states or not all(zipfile.is_zipfile(path) for path in states):
-        raise ValueError("rng_state.pth is missing or cut off")
+# they come back with the state of the optimizer and of the schedule, whatever the arguments say
+OPTIMIZER_KEEPS = (
+    "learning_rate", "projection_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"
+)  # fmt: skip
 
 
 def checkpoints_of(output_dir: Path) -> list[Path]:
@@ -69,19 +35,35 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """Return the latest checkpoint that can be resumed, passing over damaged ones with a message."""
-    for folder in checkpoints_of(output_dir):
-        try:
-            check_checkpoint(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is incomplete (%s): not resumed from", folder, error)
-            continue
-        return folder
-    return None
+    return next((folder for folder in checkpoints_of(output_dir) if is_complete(folder)), None)
 
 
-def is_finished(checkpoint: str, training: Any) -> bool:
-    """Tell whether a checkpoint stands at the end of the training asked for."""
+def is_complete(folder: Path) -> bool:
+    """Tell whether a checkpoint can be resumed; why not is logged."""
+    try:
+        check_checkpoint(folder)
+    except NotResumableError as error:
+        logger.info("%s: %s", folder, error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is incomplete (%s): not resumed from", folder, error)
+    else:
+        return True
+    return False
+
+
+def worse_evaluations(state: TrainerState) -> int:
+    """Return how many evaluations in a row were without a better score when a checkpoint was saved."""
+    callbacks: Any = state.stateful_callbacks or {}
+    stored = callbacks.get("EarlyStoppingCallback", {})
+    stored = stored[0] if isinstance(stored, list) else stored
+    return int(stored.get("attributes", {}).get("early_stopping_patience_counter", 0))
+
+
+def is_finished(checkpoint: str | Path, training: Any) -> bool:
+    """Tell whether a checkpoint is the end of the training asked for: its last step, or its early stop."""
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if 0 < getattr(training, "early_stopping_patience", 0) <= worse_evaluations(state):
+        return True
     if training.max_steps > 0:
         return state.global_step >= training.max_steps
     return (state.epoch or 0) >= training.num_train_epochs
@@ -91,17 +73,51 @@ def run_record(model: Any, data: Any, training: Any) -> dict:
     """Return the arguments of a run as JSON values, without secrets."""
     record = {"model": dict(vars(model)), "data": dict(vars(data)), "training": training.to_dict()}
     record["model"].pop("token")
+    record["training"]["world_size"] = training.world_size
     return json.loads(json.dumps(record, default=str))
+
+
+def flat(record: dict) -> dict:
+    """Return the arguments of a record without their groups."""
+    return {**record.get("training", {}), **record.get("data", {}), **record.get("model", {})}
 
 
 def differences(old: dict, new: dict, names: Sequence[str]) -> list[str]:
     """Return the `names` of arguments whose values differ between two records."""
-
-    def flat(record: dict) -> dict:
-        return {**record.get("training", {}), **record.get("data", {}), **record.get("model", {})}
-
     before, after = flat(old), flat(new)
     return [name for name in names if before.get(name) != after.get(name)]
+
+
+def tell_changes(old: dict, new: dict, training: Any) -> None:
+    """Warn, in one line, of arguments with which a resumed run goes on in another way than it began."""
+    before, after = flat(old), flat(new)
+    changed = [name for name in differences(old, new, training.changes_training) if name in before]
+    said = [
+        f"{name} {before[name]} -> {after.get(name)}" + " (the optimizer keeps the first)" * (name in OPTIMIZER_KEEPS)
+        for name in changed
+    ]
+    if said:
+        logger.warning("the resumed run began with other arguments: %s", ", ".join(said))
+
+
+def check_text(record: dict, text: str | None, checkpoint: str | None, training: Any) -> None:
+    """Enter the digest of the training text into the record; refuse to resume on another text.
+
+    Args:
+        text: None where the text cannot be known before it is read.
+        checkpoint: what is resumed; None begins anew.
+
+    Raises:
+        UserError: the run in the output folder began on a text of another content.
+    """
+    record["text"] = text
+    old = (read_record(training.folder) or {}).get("text")
+    if checkpoint and text is not None and old not in (None, text):
+        raise UserError(
+            f"--output_dir: {training.folder} holds a run on a training text of another content: a file, a data set "
+            f"or the share held out for validation has changed; name another folder, or delete that run with "
+            f"--start_over"
+        )
 
 
 def read_record(output_dir: Path) -> dict | None:
@@ -139,14 +155,46 @@ def choose_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     return folder
 
 
+def finished_model(folder: Path, training: Any) -> Path | None:
+    """Return the output folder itself if it holds the model of a finished training, for want of a checkpoint.
+
+    Raises:
+        UserError: a model, or checkpoints, from which nothing can be resumed: --start_over must be said, for it costs
+            a training.
+    """
+    left = [path for path in (folder, *checkpoints_of(folder)) if holds_only_model(path)]
+    if left and left[0] == folder and is_finished(folder, training):
+        return folder
+    if left:
+        raise UserError(
+            f"--output_dir: {left[0]} holds a model, but no optimizer to resume its training with (--save_only_model "
+            f"or --save_strategy no); train on from it with --model_name_or_path and another folder, or delete it "
+            f"with --start_over"
+        )
+    return None
+
+
+def holds_only_model(folder: Path) -> bool:
+    """Tell whether a folder holds whole weights and the Trainer's state, and nothing else to resume from."""
+    try:
+        check_checkpoint(folder)
+    except NotResumableError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
+
+
 def check_output_dir(record: dict, training: Any) -> str | None:
     """Check the output folder, without touching it, and return the checkpoint to resume from, if any.
+
+    A finished run without checkpoints is its own last one.
 
     Args:
         training: `RunArguments` with `TrainingArguments`.
 
     Raises:
-        UserError: the folder holds something else, or a run with other arguments.
+        UserError: the folder holds something else, a run with other arguments, or one that cannot be resumed.
     """
     folder = training.folder
     if not folder.exists():
@@ -165,9 +213,10 @@ def check_output_dir(record: dict, training: Any) -> str | None:
             f"--output_dir: {folder} holds a run with another {', '.join(changed)}; name another folder, or "
             f"delete that run with --start_over"
         )
-    checkpoint = choose_checkpoint(folder, training.resume_from_checkpoint)
-    if checkpoint is not None:
+    checkpoint = choose_checkpoint(folder, training.resume_from_checkpoint) or finished_model(folder, training)
+    if checkpoint not in (None, folder):
         logger.info("resuming from %s (start again with --start_over)", checkpoint)
+        tell_changes(old or {}, record, training)
     return str(checkpoint) if checkpoint else None
 
 
@@ -202,4 +251,5 @@ def claim_output_dir(record: dict, training: Any) -> None:
             shutil.rmtree(stale)
         for figures in folder.glob("*_results.json"):
             figures.unlink()
+        (folder / "trainer_state.json").unlink(missing_ok=True)  # tells of a finished training
     write_record(folder, record)

@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.training.arguments import DataArguments
-from lalm.training.errors import UserError, is_disk_full, one_line
 from lalm.training.text_rows import SplitRows
 
 BLANK, HEADING, TEXT = 0, 1, 2
@@ -62,17 +61,12 @@ def tokenized_rows(
         if isinstance(part, Dataset):
             options |= {"load_from_cache_file": not data.overwrite_cache, "desc": "Tokenizing"}
             options["num_proc"] = data.preprocessing_num_workers
-        try:
+        with rows.readable():
             begins_file = True
             for batch in part.map(function, **options).with_format("numpy").iter(batch_size=1000):
                 for ids, kind in zip(batch["input_ids"], batch["kind"], strict=True):
                     yield Row(np.asarray(ids, dtype=np.int32), int(kind), begins_file)
                     begins_file = False
-        except Exception as error:
-            # reading a stream fails here: broken gzip, JSON or encoding
-            if isinstance(error, UserError) or is_disk_full(error):
-                raise
-            raise UserError(f"cannot read {rows.source}: {one_line(error)}") from error
 
 
 def begins_document(boundary: str) -> Callable[[Row, Row | None, Row | None], bool]:

@@ -12,6 +12,8 @@ So no document predicts the first token of the next one, and with stride S < blo
 later blocks is scored with at least block_size - S tokens of context, as far as its document reaches back.
 """
 
+import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -50,6 +52,11 @@ class TokenStream:
     @property
     def num_documents(self) -> int:
         return int(self.starts.sum())
+
+    @property
+    def digest(self) -> str:
+        """Length and checksum; another text, tokenizer or rule for documents gives another."""
+        return f"{len(self.tokens)} tokens {zlib.crc32(self.starts.data, zlib.crc32(self.tokens.data)):08x}"
 
 
 class PackedDataset(Dataset):
@@ -119,10 +126,15 @@ class PackedDataset(Dataset):
 
 
 class StreamingPackedDataset(IterableDataset):
-    """The blocks of `PackedDataset` with stride == block_size, made while the text is read.
+    """The blocks of `PackedDataset` with stride == block_size, made while the text is read, pass after pass.
+
+    It does not end: the Trainer, which knows no length, would take the pass for an epoch of `max_steps` steps, skip
+    within one pass what a resumed run has seen in several, and leave the gradients of a last, incomplete accumulation
+    to the first step of the next pass.
 
     Args:
         pieces: called at the start of each pass; returns the pieces of the split.
+        max_blocks: a pass is the first blocks only.
     """
 
     def __init__(
@@ -140,6 +152,10 @@ class StreamingPackedDataset(IterableDataset):
         scored[0] = False
         return {"input_ids": tokens, "scored": scored, "starts": starts if self.separate_documents else None}
 
+    def one_pass(self) -> Iterator[dict]:
+        """Iterate over the blocks of the text once."""
+        return itertools.islice(self._blocks(), self.max_blocks)
+
     def _blocks(self) -> Iterator[dict]:
         size = self.block_size
         tokens, starts = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
@@ -155,14 +171,19 @@ class StreamingPackedDataset(IterableDataset):
             if last["scored"].any():
                 yield last
 
+    def _passes(self) -> Iterator[dict]:
+        while True:
+            block = None
+            for block in self.one_pass():
+                yield block
+            if block is None:
+                raise UserError("the train text is too short to score one token; give more text")
+
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
-        for i, block in enumerate(self._blocks()):
-            if self.max_blocks is not None and i >= self.max_blocks:
-                return
-            # every worker reads the whole stream and keeps its share
-            if worker is None or i % worker.num_workers == worker.id:
-                yield block
+        # every worker reads the whole stream and keeps its share
+        share = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return itertools.islice(self._passes(), share[0], None, share[1])
 
 
 @dataclass

@@ -20,6 +20,13 @@ class RunArguments:
     script: ClassVar[str] = "run_clm.py"
     # a resumed run with another value in one of these arguments would be another run
     must_match: ClassVar[tuple[str, ...]] = ()
+    # with another value in one of these it goes on, but in another way: that is said
+    changes_training: ClassVar[tuple[str, ...]] = (
+        "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_ratio", "max_steps",
+        "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "optim",
+        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
+        "fp16", "data_seed",
+    )  # fmt: skip
 
     do_test: bool = option(False, "Score the test split once, after training.")
     start_over: bool = option(False, "Delete the earlier run in --output_dir instead of resuming it.")

@@ -2,6 +2,8 @@
 """Arguments -> tokenizer and packed splits, with a description of each split for the log and the model card."""
 
 import logging
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from lalm.training.arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from lalm.training.documents import resolve_boundary, split_pieces
 from lalm.training.errors import UserError
-from lalm.training.packing import PackedDataset, StreamingPackedDataset, TokenStream, require_blocks
+from lalm.training.packing import PackedDataset, Piece, StreamingPackedDataset, TokenStream, require_blocks
 from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
-from lalm.training.tokenizer import make_tokenizer
+from lalm.training.tokenizer import STREAM_SAMPLE, make_tokenizer
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10
 
 
 @dataclass
@@ -26,6 +30,7 @@ class RunData:
     splits: dict[str, PackedDataset | StreamingPackedDataset] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    digest: str | None = None  # of the training text, None where there is none or it cannot be known
 
 
 def needed_splits(training: ClmTrainingArguments) -> set[str]:
@@ -41,11 +46,23 @@ def pack_mapped(rows: SplitRows, split: str, run: RunData, data: DataArguments) 
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     # one token more than the blocks hold tells that the limit left something out
     max_tokens = None if limit is None else (limit - 1) * int(stride or 0) + data.block_size + 1
-    stream = TokenStream.from_pieces(split_pieces(rows, run.tokenizer, data), max_tokens)
+    pieces = tell_progress(split_pieces(rows, run.tokenizer, data), split)
+    stream = TokenStream.from_pieces(pieces, max_tokens)
     dataset = PackedDataset(stream, data.block_size, stride, data.packing == "documents", limit)
     require_blocks(dataset, split)
     run.notes[split] = describe(dataset, split, rows, data, limit)
     return dataset
+
+
+def tell_progress(pieces: Iterable[Piece], split: str) -> Iterator[Piece]:
+    """Pass pieces on, and log now and then how many tokens have been read."""
+    tokens, said = 0, time.monotonic()
+    for ids, begins in pieces:
+        tokens += len(ids)
+        if time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            logger.info("%s: %s tokens read so far", split, f"{tokens:,}")
+        yield ids, begins
 
 
 def describe(dataset: PackedDataset, split: str, rows: SplitRows, data: DataArguments, limit: int | None) -> str:
@@ -71,6 +88,22 @@ def pack_streaming(rows: SplitRows, run: RunData, data: DataArguments) -> Stream
     return StreamingPackedDataset(pieces, data.block_size, data.packing == "documents", data.max_train_samples)
 
 
+def is_streamed(rows: SplitRows) -> bool:
+    """Tell rows that are read one after the other from rows that can be counted."""
+    return any(isinstance(part, IterableDataset) for part in rows.parts)
+
+
+def check_streaming(training: ClmTrainingArguments) -> None:
+    """Refuse what needs the length of a stream."""
+    if not training.do_train:
+        return
+    if training.max_steps <= 0:
+        raise UserError("--streaming does not know how long the text is; give --max_steps")
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(training, name) == "epoch":
+            raise UserError(f"--{name} epoch: --streaming does not know where an epoch ends; use steps")
+
+
 def prepare_data(
     model: ModelArguments, data: DataArguments, training: ClmTrainingArguments, checkpoint: str | None = None
 ) -> RunData:
@@ -83,21 +116,29 @@ def prepare_data(
         UserError: for text that cannot be read, is missing or too short.
     """
     quiet_progress_bars()
-    needed = needed_splits(training)
-    if data.streaming and training.do_train and training.max_steps <= 0:
-        raise UserError("--streaming does not know how long the text is; give --max_steps")
+    if data.streaming:
+        check_streaming(training)
     if checkpoint and not (model.tokenizer_name or model.model_name_or_path):
         model.tokenizer_name = checkpoint
     # one process of a node fills the caches, the others read them
     with training.main_process_first(desc="data preparation"):
-        rows = load_splits(data, model, needed)
-        run = RunData(make_tokenizer(model, rows["train"].texts() if "train" in rows else None))
-        for split in sorted(needed, key=("train", "validation", "test").index):
-            run.sources[split] = rows[split].source
-            streamed = any(isinstance(part, IterableDataset) for part in rows[split].parts)
-            if split == "train" and streamed:
-                run.splits[split] = pack_streaming(rows[split], run, data)
-            else:
-                run.splits[split] = pack_mapped(rows[split], split, run, data)
-            logger.info("%s: %s: %s", split, run.sources[split], run.notes[split])
+        rows = load_splits(data, model, needed_splits(training))
+        texts = rows["train"].texts() if "train" in rows else None
+        run = RunData(make_tokenizer(model, texts, STREAM_SAMPLE if data.streaming else None))
+        for split in ("train", "validation", "test"):
+            if split in rows:
+                pack(rows[split], split, run, data)
     return run
+
+
+def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments) -> None:
+    """Make the blocks of a split, or set up that they are made while training."""
+    run.sources[split] = rows.source
+    if split == "train" and is_streamed(rows):
+        run.splits[split], run.digest = pack_streaming(rows, run, data), rows.digest_of_ends()
+    else:
+        logger.info("%s: reading %s", split, rows.source)
+        run.splits[split] = packed = pack_mapped(rows, split, run, data)
+        if split == "train":
+            run.digest = packed.stream.digest
+    logger.info("%s: %s: %s", split, rows.source, run.notes[split])

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from lalm.training.callbacks import ThroughputCallback
+from lalm.training.checkpoint_files import ChecksumCallback
+from lalm.training.checkpoints import is_finished
 
 STAGING = ".saving"
 
@@ -33,8 +35,12 @@ class RunTrainer(_Base):
     def __init__(self, write_card: Callable[[Any], None] | None = None, **kwargs):
         self.throughput = ThroughputCallback()
         self.write_card = write_card
-        kwargs["callbacks"] = [self.throughput, *(kwargs.get("callbacks") or [])]
+        kwargs["callbacks"] = [self.throughput, *(kwargs.get("callbacks") or []), ChecksumCallback()]
         super().__init__(**kwargs)
+
+    def is_over(self, checkpoint: str) -> bool:
+        """Tell whether a checkpoint is the end of the training asked for."""
+        return is_finished(checkpoint, self.args)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""

@@ -181,6 +181,12 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples", "max_seq_length",
         "seed",
     )  # fmt: skip
+    changes_training: ClassVar[tuple[str, ...]] = (
+        *RunArguments.changes_training, "embedding_weight", "layer_weight", "similarity_weight", "margin_weight",
+        "embedding_metric", "layer_map", "temperature", "margin", "sts_mse_weight", "orthogonal_weight",
+        "retention_weight", "max_batch_tokens", "curriculum", "curriculum_cycles", "early_stopping_patience",
+        "projection_learning_rate",
+    )  # fmt: skip
 
     output_dir: str | None = _option(
         None, "Folder of the checkpoints, results, plots and model card. Default: lalm-sts-<stage>, lalm-sts-eval."

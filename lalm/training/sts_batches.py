@@ -12,11 +12,10 @@ from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDataset
 from torch.utils.data import BatchSampler, ConcatDataset
 
 from lalm.training.errors import UserError
+from lalm.training.sts_encoding import CHARACTERS_A_TOKEN
 
 # batches that are sorted by length together
 POOL = 32
-# English is at about 4.5 characters a token; fewer here, so that a batch rarely holds more tokens than it may
-CHARACTERS_A_TOKEN = 3.5
 
 
 def token_estimates(dataset: Dataset, max_length: int) -> np.ndarray:

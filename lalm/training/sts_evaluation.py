@@ -16,6 +16,7 @@ from datasets import Dataset
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from lalm.training.errors import UserError
+from lalm.training.sts_encoding import encode_by_length
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,7 +38,7 @@ def encode(model: "SentenceTransformer", texts: Sequence[str], batch_size: int =
         UserError: an embedding holds NaN or infinity (names the text).
     """
     unique = list(dict.fromkeys(texts))
-    vectors = np.asarray(model.encode(unique, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+    vectors = encode_by_length(model, unique, batch_size, show_progress_bar=False).astype(np.float32)
     broken = ~np.isfinite(vectors).all(axis=1)
     if broken.any():
         text = unique[int(broken.argmax())]

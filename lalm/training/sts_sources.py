@@ -1,9 +1,11 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """What the stages of run_sts.py are trained on: files or Hub data sets, without the strings that are scored."""
 
+import json
 import logging
 import random
 import re
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +67,16 @@ class TrainingData:
     texts: list[str] = field(default_factory=list)
     parts: dict[str, Dataset] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Checksum of all texts, labels and names of the parts, in their order."""
+        value = zlib.crc32(json.dumps(self.texts).encode())
+        for name, part in self.parts.items():
+            value = zlib.crc32(name.encode(), value)
+            for rows in part.with_format(None).iter(1000):
+                value = zlib.crc32(json.dumps(rows).encode(), value)
+        return f"{value:08x}"
 
 
 @dataclass

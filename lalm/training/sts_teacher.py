@@ -21,6 +21,7 @@ from huggingface_hub import constants as hub
 from sentence_transformers import SentenceTransformer
 
 from lalm.training.errors import UserError, is_disk_full, one_line
+from lalm.training.sts_encoding import encode_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def teacher_vectors(
     Args:
         cache: the folder of all caches; this one gets a folder of its own in it.
         precision: float16 or float32 on disk. The teacher computes in the type of its weights.
-        batch_size: texts a forward pass; within a shard they are sorted by length (`SentenceTransformer.encode`).
+        batch_size: texts a forward pass, fewer where they are long; within a shard they are sorted by length.
 
     Raises:
         UserError: no texts, a vector that is not finite (names the text), or a folder that cannot be written.
@@ -170,7 +171,7 @@ def teacher_vectors(
 
 def encode_finite(teacher: SentenceTransformer, texts: Sequence[str], batch_size: int, first: int) -> np.ndarray:
     """Return the vectors `[n, F]` of a shard that starts at text number `first`, refusing NaN and infinity."""
-    vectors = teacher.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+    vectors = encode_by_length(teacher, texts, batch_size, convert_to_numpy=True, show_progress_bar=False)
     bad = np.flatnonzero(~np.isfinite(vectors).all(-1))
     if len(bad):
         row = int(bad[0])

@@ -16,37 +16,35 @@ from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import EarlyStoppingCallback, TrainerState
 
-from lalm.training.checkpoints import is_finished
+from lalm.training.checkpoints import worse_evaluations
 from lalm.training.run_trainer import RunTrainer
 from lalm.training.sts_arguments import StsTrainingArguments
 from lalm.training.sts_batches import LengthSampler, MixtureSampler, token_estimates
+from lalm.training.sts_encoding import encode_by_length
 
 LOSS_FILE = "loss.safetensors"
+
+
+class DevEvaluator(EmbeddingSimilarityEvaluator):
+    """Scores pairs of very unequal lengths without padding all of a batch to the longest."""
+
+    def embed_inputs(self, model, sentences, **kwargs):
+        """As in `EmbeddingSimilarityEvaluator`, by length."""
+        return encode_by_length(
+            model, sentences, self.batch_size, show_progress_bar=self.show_progress_bar, convert_to_numpy=True,
+            precision=self.precision, normalize_embeddings=bool(self.precision), truncate_dim=self.truncate_dim,
+            **kwargs,
+        )  # fmt: skip
 
 
 def dev_evaluator(dev: Dataset, training: StsTrainingArguments) -> EmbeddingSimilarityEvaluator | None:
     """Return what scores sentence1, sentence2, score of the validation split during the training, if anything does."""
     if training.eval_strategy == "no":
         return None
-    return EmbeddingSimilarityEvaluator(
+    return DevEvaluator(
         list(dev["sentence1"]), list(dev["sentence2"]), list(dev["score"]), training.per_device_eval_batch_size,
         name="sts-dev", similarity_fn_names=["cosine"], write_csv=False,
     )  # fmt: skip
-
-
-def worse_evaluations(state: TrainerState) -> int:
-    """Return how many evaluations in a row were without a better score when a checkpoint was saved."""
-    callbacks: Any = state.stateful_callbacks or {}
-    stored = callbacks.get("EarlyStoppingCallback", {})
-    stored = stored[0] if isinstance(stored, list) else stored
-    return int(stored.get("attributes", {}).get("early_stopping_patience_counter", 0))
-
-
-def is_over(checkpoint: str, training: StsTrainingArguments) -> bool:
-    """Tell whether a checkpoint is the end of the training asked for: its last step, or its early stop."""
-    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    stopped = 0 < training.early_stopping_patience <= worse_evaluations(state)
-    return stopped or is_finished(checkpoint, training)
 
 
 class StsTrainer(RunTrainer, SentenceTransformerTrainer):

@@ -3,8 +3,10 @@
 
 import gzip
 import logging
+import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+END = 1 << 24
 
 
 @dataclass
@@ -33,9 +36,34 @@ class SplitRows:
 
     def texts(self) -> Iterator[str]:
         """Iterate over the texts of all parts; None (an empty cell) comes as ''."""
-        for part in self.parts:
-            for row in part:
-                yield row["text"] or ""
+        with self.readable():
+            for part in self.parts:
+                for row in part:
+                    yield row["text"] or ""
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """What `datasets` raises while rows are read is a `UserError`: a broken gzip file, JSON or encoding."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, UserError) or is_disk_full(error):
+                raise
+            raise UserError(f"cannot read {self.source}: {one_line(error)}") from error
+
+    def digest_of_ends(self) -> str | None:
+        """Sizes and checksums of the first and last 16 MiB of local files: a stream is too long to be read for that.
+
+        None for other text.
+        """
+        found = []
+        for source in self.sources:
+            with open(source, "rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
+                value = zlib.crc32(handle.read(END))
+                handle.seek(max(0, size - END))
+                found.append(f"{size} bytes {zlib.crc32(handle.read(), value):08x}")
+        return ", ".join(found) or None
 
 
 def builder_of(path: Path) -> tuple[str, dict]:

@@ -2,7 +2,7 @@
 """The tokenizer of a run: loaded from a folder or the Hub, or trained on the training text."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +14,8 @@ from lalm.training.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+# characters of a stream that its tokenizer is trained on; a stream may have no end
+STREAM_SAMPLE = 20_000_000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -79,13 +81,32 @@ def load_tokenizer(name: str, model: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_tokenizer(model: ModelArguments, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
-    """Return the run's tokenizer; `texts` is the training text, read only if a tokenizer has to be trained."""
+def first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Iterate over the first texts, the last of them cut, of `limit` characters together."""
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def make_tokenizer(
+    model: ModelArguments, texts: Iterable[str] | None, limit: int | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the run's tokenizer; `texts` is the training text, read only if a tokenizer has to be trained.
+
+    Args:
+        limit: characters of the text to train on, from its beginning; None: all.
+    """
     name = model.tokenizer_name or model.model_name_or_path
     if name is not None:
         return load_tokenizer(name, model)
     if texts is None:
         raise UserError("there is no training text to train a tokenizer on; give --tokenizer_name")
+    part = ""
+    if limit is not None:
+        texts = list(first_characters(texts, limit))
+        part = f"the first {len(texts):,} rows ({sum(map(len, texts)):,} characters) of "
     tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size)
-    logger.info("trained a byte-level BPE tokenizer of %d tokens on the training text", len(tokenizer))
+    logger.info("trained a byte-level BPE tokenizer of %d tokens on %sthe training text", len(tokenizer), part)
     return tokenizer

@@ -1,12 +1,14 @@
 """Output folders: what is resumed, what is refused, and that no save damages what was there."""
 
 import errno
+import json
 import shutil
 
 import pytest
 import safetensors.torch
 
-from lalm.training.checkpoints import check_checkpoint
+from lalm.training.checkpoint_files import CHECKSUMS, check_checkpoint, write_checksums
+from lalm.training.clm_trainer import ClmTrainer
 from lalm.training.errors import UserError, is_disk_full
 from lalm.training.run_trainer import STAGING
 from lalm.training.tracking import check_trackers
@@ -17,6 +19,14 @@ TRAIN = ("--do_train", "--save_steps", "2")
 def cut(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+def pierce(path):
+    """A hole, as a crash leaves it where the file was not yet on the disk."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 32] = bytes(32)
+    path.write_bytes(bytes(content))
 
 
 @pytest.fixture
@@ -46,6 +56,135 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_run, checkpoint, caplog):
     assert f"resuming from {checkpoint.with_name('checkpoint-2')}" in caplog.text
     assert results["steps"] == 4
     check_checkpoint(checkpoint)  # written again
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "config.json", "tokenizer.json", "rng_state.pth"]
+)
+def test_a_hole_in_any_file_means_the_checkpoint_before(tiny_run, checkpoint, caplog, name):
+    whole = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    pierce(checkpoint / name)
+    caplog.clear()
+    tiny_run(*TRAIN)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [name in line and str(checkpoint) in line for line in warnings] == [True]
+    assert f"resuming from {checkpoint.with_name('checkpoint-2')}" in caplog.text
+    assert (checkpoint / "model.safetensors").read_bytes() == whole["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "config.json", "tokenizer.json"])
+def test_holes_are_seen_in_checkpoints_without_checksums_too(checkpoint, name):
+    """Those of an older version, or copied without: as far as the format tells."""
+    (checkpoint / CHECKSUMS).unlink()
+    check_checkpoint(checkpoint)
+    pierce(checkpoint / name)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_file_that_has_gone_is_named(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(OSError, match=r"tokenizer\.json"):
+        check_checkpoint(checkpoint)
+
+
+FSDP = {"whole": ["pytorch_model_fsdp.bin", "optimizer.bin"], "sharded": ["pytorch_model_fsdp_0/", "optimizer_0/"]}
+
+
+@pytest.mark.parametrize("names", FSDP.values(), ids=FSDP)
+def test_checkpoints_of_fsdp_are_complete(checkpoint, names):
+    """The names that accelerate gives to whole and to sharded state dicts."""
+    (checkpoint / CHECKSUMS).unlink()
+    for name in ("model.safetensors", "optimizer.pt"):
+        (checkpoint / name).unlink()
+    with pytest.raises((ValueError, OSError)):
+        check_checkpoint(checkpoint)
+    for name in names:
+        (checkpoint / name).mkdir() if name.endswith("/") else (checkpoint / name).touch()
+    check_checkpoint(checkpoint)
+    write_checksums(checkpoint)
+    check_checkpoint(checkpoint)
+
+
+def test_another_training_text_is_refused(tiny_run, checkpoint, texts):
+    """Also one that comes of what is held out for validation."""
+    text = texts["train"].read_text(encoding="utf-8")
+    texts["train"].write_text(text.replace("attention", "convolution", 1), encoding="utf-8")
+    with pytest.raises(UserError, match="training text of another content.*--start_over"):
+        tiny_run(*TRAIN, "--max_steps", "6")
+    texts["train"].write_text(text, encoding="utf-8")
+    assert tiny_run(*TRAIN, "--max_steps", "6")["steps"] == 6
+
+
+def test_another_text_at_the_other_end_of_a_stream_is_refused(tiny_run, texts):
+    tiny_run(*TRAIN, "--streaming")
+    text = texts["train"].read_text(encoding="utf-8")
+    texts["train"].write_text(text[:-3] + "x.\n", encoding="utf-8")
+    with pytest.raises(UserError, match="training text of another content"):
+        tiny_run(*TRAIN, "--streaming", "--max_steps", "6")
+
+
+def test_other_arguments_are_told_and_what_becomes_of_them(tiny_run, checkpoint, tmp_path, caplog):
+    caplog.clear()
+    flags = ("--learning_rate", "5", "--per_device_train_batch_size", "2", "--lr_scheduler_type", "constant")
+    tiny_run(*TRAIN, *flags, "--max_steps", "6")
+    changes = [
+        "learning_rate 0.001 -> 5.0 (the optimizer keeps the first)",
+        "lr_scheduler_type warmup_stable_decay -> constant",
+        "max_steps 4 -> 6",
+        "per_device_train_batch_size 4 -> 2",
+    ]
+    assert f"the resumed run began with other arguments: {', '.join(changes)}\n" in caplog.text
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert [entry["learning_rate"] for entry in history if entry["step"] == 6 and "loss" in entry] == [1e-3]
+
+
+def test_the_same_arguments_are_not_told(tiny_run, checkpoint, caplog):
+    shutil.rmtree(checkpoint)
+    caplog.clear()
+    tiny_run(*TRAIN)
+    assert "other arguments" not in caplog.text
+
+
+WITHOUT_OPTIMIZER = [("--save_only_model", "--save_steps", "2"), ("--save_strategy", "no")]
+
+
+@pytest.mark.parametrize("flags", WITHOUT_OPTIMIZER, ids=["only_model", "no_checkpoint"])
+def test_a_finished_run_without_an_optimizer_is_not_trained_again(tiny_run, tmp_path, flags, caplog):
+    first = tiny_run("--do_train", *flags)
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    caplog.clear()
+    second = tiny_run("--do_train", *flags)
+    assert "nothing is left to train" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert (second["steps"], second["train_seconds"]) == (4, first["train_seconds"])
+    assert second["final_loss"] == first["final_loss"]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(UserError, match="no optimizer to resume its training with .*--start_over"):
+        tiny_run("--do_train", *flags, "--max_steps", "6")
+    assert tiny_run("--do_train", *flags, "--max_steps", "6", "--start_over")["steps"] == 6
+
+
+def test_an_interrupted_run_without_an_optimizer_is_refused(tiny_run, tmp_path):
+    """Its trained weights would be lost otherwise; what --start_over interrupted is no finished run."""
+    flags = ("--do_train", "--save_only_model", "--save_steps", "2")
+    tiny_run(*flags)
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-4 holds a model, but no optimizer"):
+        tiny_run(*flags)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        tiny_run(*flags, "--resume_from_checkpoint", "true")
+    with pytest.raises(UserError, match="is no complete checkpoint: it was saved with --save_only_model"):
+        tiny_run(*flags, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_start_over_forgets_that_a_training_was_finished(tiny_run, tmp_path, monkeypatch):
+    tiny_run("--do_train", "--save_strategy", "no")
+    monkeypatch.setattr(ClmTrainer, "train", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny_run("--do_train", "--save_strategy", "no", "--start_over")
+    monkeypatch.undo()
+    assert tiny_run("--do_train", "--save_strategy", "no")["train_seconds"] > 0
 
 
 def test_a_finished_run_is_not_trained_again(tiny_run, tmp_path):

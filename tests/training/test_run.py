@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lalm.training.arguments import parse_arguments
+from lalm.training.errors import UserError
 from lalm.training.model_builder import new_config, our_model_types
 from tests.training.conftest import TINY_MODELS
 
@@ -153,6 +155,46 @@ def test_streaming_trains_on_the_mapped_tokens(tiny_run, tmp_path):
     streamed = tiny_run(*TRAIN_ONLY, "--streaming", output="streamed")
     assert streamed["tokens_seen"] == mapped["tokens_seen"]
     assert streamed["final_loss"] == pytest.approx(mapped["final_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [(2, ()), (4, ()), (6, ("--gradient_accumulation_steps", "2")), (4, ("--dataloader_num_workers", "2"))],
+)
+def test_a_resumed_stream_equals_a_straight_one(tiny_run, tmp_path, step, flags):
+    """In its first pass or a later one; a pass of 9 blocks ends within a batch of 4, and within an accumulation."""
+    flags = (*TRAIN_ONLY, "--streaming", "--max_train_samples", "9", "--max_steps", "10", "--save_steps", "2", *flags)
+    tiny_run(*flags, "--save_total_limit", "5", output="straight")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "straight" / "run.json", tmp_path / "resumed")
+    name = f"checkpoint-{step}"
+    shutil.copytree(tmp_path / "straight" / name, tmp_path / "resumed" / name)
+    tiny_run(*flags, output="resumed")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    assert set(losses(tmp_path / "resumed")) == set(range(1, 11))
+    for name, weight in weights(tmp_path / "straight").items():
+        assert torch.equal(weight, weights(tmp_path / "resumed")[name]), name
+
+
+def test_a_stream_is_read_no_further_than_it_must_be(tiny_run, texts, caplog, monkeypatch):
+    """The text for a tokenizer and the validation text are samples from the beginning, and both are told."""
+    monkeypatch.setattr("lalm.training.run_data.STREAM_SAMPLE", 100)
+    monkeypatch.setattr("lalm.training.arguments.STREAMED_EVAL_SAMPLES", 2)
+    monkeypatch.setattr("lalm.training.run_data.PROGRESS_SECONDS", 0)
+    results = tiny_run("--do_train", "--do_eval", "--streaming")
+    rows = texts["train"].read_text(encoding="utf-8").splitlines(keepends=True)
+    count = next(n for n in range(len(rows)) if len("".join(rows[:n])) >= 100)
+    assert f"tokens on the first {count} rows (100 characters) of the training text" in caplog.text
+    assert results["eval_tokens_scored"] <= 2 * 24
+    assert "validation: reading validation.txt" in caplog.text
+    assert re.search(r"validation: \d+ tokens read so far", caplog.text)
+    assert "only the first 2 blocks are used" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_a_stream_has_no_epochs(tiny_run, name):
+    with pytest.raises(UserError, match=f"--{name} epoch: --streaming does not know where an epoch ends; use steps"):
+        tiny_run("--do_train", "--streaming", f"--{name}", "epoch")
 
 
 def test_saved_tokenizer_and_special_tokens_fit_the_model(tiny_run, tmp_path):

@@ -45,6 +45,37 @@ class LookupModel:
         return np.array(rows, dtype=np.float32)
 
 
+class CountingModel:
+    """Embeds a text as its length, and counts the characters of its batches with their padding."""
+
+    max_seq_length = None
+
+    def __init__(self):
+        self.batches = []
+
+    def encode(self, texts, batch_size, show_progress_bar):
+        longest_first = sorted(map(len, texts), reverse=True)
+        self.batches += [longest_first[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        return np.array([[len(text), 1] for text in texts], dtype=np.float32)
+
+    @property
+    def padded(self):
+        return sum(max(batch) * len(batch) for batch in self.batches)
+
+
+def test_short_texts_do_not_pay_for_a_long_one():
+    texts = ["a" * length for length in (100_000, *range(20, 140), 5_000, 40_000, 39_000)]
+    texts = [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+    model = CountingModel()
+    assert encode(model, texts)[:, 0].tolist() == [len(text) for text in texts]
+    assert model.padded < 1.1 * sum(map(len, texts))
+    # what is cut anyway is not long
+    cut = CountingModel()
+    cut.max_seq_length = 128
+    encode(cut, texts)
+    assert [len(batch) for batch in cut.batches] == [64, 60]
+
+
 class NoisyModel:
     """Embeds "x y" as LookupModel does, with noise that depends on the text alone."""
 

@@ -181,6 +181,28 @@ def test_a_resumed_run_equals_a_straight_one(chain, sts_world, name):
     assert_same_weights(folder, target)
 
 
+def test_other_texts_are_refused_and_other_arguments_told(chain, sts_world, caplog):
+    target, texts = sts_world.folder / "distill, changed", sts_world.folder / "texts.txt"
+    interrupted(sts_world.folder / "distill", target, 4)
+    before = texts.read_text(encoding="utf-8")
+    texts.write_text(before.replace("\n", " again\n", 1), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match="training text of another content"):
+            sts_world.run("distill", output=target.name)
+    finally:
+        texts.write_text(before, encoding="utf-8")
+    sts_world.run("distill", "--embedding_weight", "2", output=target.name)
+    assert "the resumed run began with other arguments: embedding_weight 1.0 -> 2.0\n" in caplog.text
+
+
+def test_a_finished_stage_without_an_optimizer_is_not_trained_again(sts_world, caplog):
+    flags = ("--save_only_model", "--max_steps", "4", "--eval_steps", "2", "--early_stopping_patience", "1")
+    first = sts_world.run("distill", *flags, output="only model")
+    caplog.clear()
+    assert sts_world.run("distill", *flags, output="only model") == first
+    assert "nothing is left to train" in caplog.text
+
+
 def test_a_teacher_of_another_width_is_met_in_its_space(chain, sts_world):
     """Maps to its width are learnt; a resumed run goes on with them."""
     wide = sts_world.folder / "wide"
