@@ -170,7 +170,7 @@ class SoftmaxAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.sliding_window is not None and self.layer_type not in masks:
             o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
-            return self.o_proj(o.flatten(-2)), None
+            return self.o_proj(layout.zero_padding(o).flatten(-2)), None
         if self.sliding_window is not None:
             q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -192,8 +192,10 @@ class SoftmaxAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        o = o.flatten(-2)
-        return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+        if self.sliding_window is not None:
+            # A padded token has an empty window; what the backends make of that depends on the padding beside it.
+            o = layout.zero_padding(layout.restore(o))
+        return self.o_proj(o.flatten(-2)), weights
 
     def _attend_in_blocks(
         self,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from lalm.configuration.configuration_lam import LamConfig
@@ -205,7 +205,7 @@ class LamModel(LalmModel):
         return student
 
 
-class LamForCausalLM(LalmForCausalLM):
+class LamForCausalLM(LalmForCausalLM, GenerationMixin):
     config: LamConfig
     model_class = LamModel
 

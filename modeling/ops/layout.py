@@ -80,6 +80,10 @@ class SequenceLayout:
         """Undo `pads_first`."""
         return x if self.order is None else _gather_time(x, self.order.argsort(1))
 
+    def zero_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [B, T, H, D]` with 0 at padded tokens."""
+        return x if self.mask is None else x.masked_fill(~self.mask[:, :, None, None], 0)
+
     def freeze(self, k: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Zero `k [B, T, H, K]` and log decay `g [B, T, H, *]` on padding, so that it neither writes nor forgets."""
         if self.mask is None:
