@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The cache of one linear-attention layer, known to the stock DynamicCache and StaticCache as "lalm_recurrent".
+"""The cache of one linear-attention layer, known to the stock DynamicCache and StaticCache as "lalm_linear_attention".
 
 The stock linear layer counts no tokens and takes a layer without a convolution for one that has seen nothing, so a
 model made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
@@ -42,7 +42,8 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     tensors, so that a loss may reach back through a cache.
     """
 
-    _layer_type = "lalm_recurrent"
+    # accelerate refuses to shard the tokens of models that have a layer with "linear_attention" in its name.
+    _layer_type = "lalm_linear_attention"
     cumulative_length: torch.Tensor  # type: ignore[assignment]  # the base class counts in an int
     device: torch.device | None  # type: ignore[assignment]
     dtype: torch.dtype | None  # type: ignore[assignment]

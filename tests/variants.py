@@ -69,7 +69,7 @@ class Row:
     @property
     def is_recurrent(self):
         """No softmax layer: the whole memory is the recurrent state."""
-        return set(self.config().layer_types) == {"lalm_recurrent"}
+        return set(self.config().layer_types) == {"lalm_linear_attention"}
 
 
 def _linear(name, off=None, **fields):

@@ -283,3 +283,9 @@ def test_no_limit_where_there_is_no_table(row, caplog):
 def test_gateless_delta_net_keeps_nothing_in_float32():
     assert NAMED["delta_net_gated"].build()._keep_in_fp32_modules_strict == {"gate_bias"}
     assert not NAMED["delta_net_plain"].build()._keep_in_fp32_modules_strict
+
+
+@each_variant
+def test_accelerate_refuses_to_shard_tokens(row):
+    with pytest.raises(ValueError, match="recurrent state"):
+        accelerate.big_modeling._refuse_recurrent_layers_under_sequence_parallelism(row.build())

@@ -162,7 +162,7 @@ def test_attentions_of_the_softmax_layers_are_returned(row):
     model, ids = row.build(attn_implementation="eager"), tokens(2, LENGTH)
     with torch.no_grad():
         attentions = model(ids, output_attentions=True).attentions
-    softmax = [kind for kind in model.config.layer_types if kind != "lalm_recurrent"]
+    softmax = [kind for kind in model.config.layer_types if kind != "lalm_linear_attention"]
     assert len(attentions or ()) == len(softmax)
     for weights in attentions or ():
         assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), "weights", tolerance=1e-6)
