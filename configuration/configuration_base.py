@@ -172,8 +172,8 @@ class LalmConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer "lalm_linear_attention", "full_attention" or "sliding_attention". Not stored: transformers will not
-        resume from a checkpoint whose configuration holds a layer type that it does not know."""
+        """Per layer "lalm_linear_attention", "full_attention" or "sliding_attention". Not stored: transformers does
+        not resume from a checkpoint whose configuration holds a layer type that it does not know."""
         softmax = dict.fromkeys(self.full_attention_layers, "full_attention")
         softmax |= dict.fromkeys(self.sliding_attention_layers, "sliding_attention")
         return [softmax.get(index, "lalm_linear_attention") for index in range(self.num_hidden_layers)]
