@@ -19,6 +19,8 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
+from lalm.modeling.ops.layout import SequenceLayout
+
 _KINDS = ("conv_states", "recurrent_states")
 # Tokens that can still be taken back after a `crop`: a draft model with another tokenizer goes back further than it
 # went on since.
@@ -31,7 +33,7 @@ class Step(NamedTuple):
 
     tokens: int
     found: dict[tuple[str, int], torch.Tensor | None]
-    after: Callable[[int], Sequence[torch.Tensor]]
+    after: Callable[[int], Sequence[torch.Tensor | None]]
 
 
 class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -127,7 +129,10 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         return -1
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise TypeError("A linear-attention layer keeps no keys and values; use update_recurrent_state.")
+        raise TypeError(
+            "A linear-attention layer keeps no keys and values: the cache is of another model, or somebody puts a "
+            "prefix of keys and values into it."
+        )
 
     def record(self, tokens: int, names: Sequence[tuple[str, int]], after: Callable) -> None:
         """See `record`, below."""
@@ -163,7 +168,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         while count > 0:
             tokens, found, after = steps.pop()
             kept = max(tokens - count, 0)
-            values = after(kept) if kept else found.values()
+            values = after(kept) if kept else list(found.values())
             for (kind, index), value in zip(found, values, strict=True):
                 self.is_written[kind][index] = value is not None
                 if value is not None:
@@ -214,15 +219,16 @@ def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: in
 def record(
     cache: Cache | None,
     layer_idx: int,
-    tokens: int,
     names: Sequence[tuple[str, int]],
-    after: Callable[[int], Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    layout: SequenceLayout,
+    redo: Callable[[Sequence[torch.Tensor], SequenceLayout], Sequence[torch.Tensor | None]],
 ) -> None:
-    """Before a part of a layer updates the states `names` (kind and number) by `tokens` tokens: if `cache` may be
-    rolled back, let it keep their values, and `after`, which makes those after the first n tokens."""
+    """Before a part of a layer updates the states `names` (kind and number): if `cache` may be rolled back, let it
+    keep their values, and `redo(inputs, layout)`, which makes those after the first tokens of `inputs [B, T, ...]`."""
     layer: Any = None if cache is None else cache.layers[layer_idx]
     if layer is not None and layer.record_past:
-        layer.record(tokens, names, after)
+        layer.record(inputs[0].shape[1], names, lambda n: redo([x[:, :n] for x in inputs], layout.first(n)))
 
 
 def recurrent_mask(

@@ -112,9 +112,10 @@ class LocalGlobalMixer(nn.Module):
         record(
             cache,
             index,
-            q.shape[1],
             [("conv_states", 0), ("recurrent_states", _LOCAL_COUNT)],
-            lambda n: _stored(attend(q[:, :n], k[:, :n], v[:, :n], layout=layout.first(n))[1]),
+            (q, k, v),
+            layout,
+            lambda inputs, layout: _stored(attend(*inputs, layout=layout)[1]),
         )
         o, state = attend(q, k, v, layout=layout)
         if cache is not None:
@@ -148,9 +149,10 @@ class LocalGlobalMixer(nn.Module):
             record(
                 cache,
                 self.layer_idx,
-                q.shape[1],
                 [("recurrent_states", number) for number in self._memories(state)],
-                lambda n: [*self._memories(attend(q[:, :n], k[:, :n], v[:, :n], layout=layout.first(n))[1]).values()],
+                (q, k, v),
+                layout,
+                lambda inputs, layout: [*self._memories(attend(*inputs, layout=layout)[1]).values()],
             )
             for number, value in self._memories(state).items():
                 count = 0 if number else q.shape[1]

@@ -2,7 +2,7 @@
 """What mixes tokens: the base of every linear mixer, and the softmax attention of hybrid models."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -65,18 +65,19 @@ class Mixer(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         cache: Any = past_key_values
-        length = hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.conv is not None:
-            state = previous_state(cache, self.layer_idx, "conv_states")
+        conv, attend = self.conv, cast(Callable, self.attend)
+        if conv is not None:
+            window = previous_state(cache, self.layer_idx, "conv_states")
             record(
                 cache,
                 self.layer_idx,
-                length,
                 [("conv_states", 0)],
-                lambda n, qkv=(q, k, v), past=state: [self.conv([x[:, :n] for x in qkv], past, layout.first(n))[1]],
+                (q, k, v),
+                layout,
+                lambda parts, layout: [conv(parts, window, layout)[1]],
             )
-            (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
+            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
@@ -89,19 +90,19 @@ class Mixer(nn.Module):
         if self.unit_length_qk:
             q = unit_length(q)
             k = unit_length(k)
-        state = previous_state(cache, self.layer_idx, "recurrent_states")
+        memory = previous_state(cache, self.layer_idx, "recurrent_states")
         record(
             cache,
             self.layer_idx,
-            length,
             [("recurrent_states", 0)],
-            lambda n, inputs=(hidden_states, q, k, v), past=state: [
-                self.attend(*(x[:, :n] for x in inputs), past, True, layout.first(n))[1]
-            ],
+            (hidden_states, q, k, v),
+            layout,
+            lambda inputs, layout: [attend(*inputs, memory, True, layout)[1]],
         )
-        o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
+        o, state = attend(hidden_states, q, k, v, memory, cache is not None, layout)
         if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx, num_tokens=length, given_away=True)
+            tokens = hidden_states.shape[1]
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
         del q, k, v  # nothing below needs them, and a long text makes them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 

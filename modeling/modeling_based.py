@@ -55,15 +55,16 @@ class GatedConvolution(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        state = previous_state(past_key_values, self.layer_idx, "conv_states")
+        window = previous_state(past_key_values, self.layer_idx, "conv_states")
         record(
             past_key_values,
             self.layer_idx,
-            hidden_states.shape[1],
             [("conv_states", 0)],
-            lambda n, x=convolved, past=state: [self.conv((x[:, :n],), past, layout.first(n))[1]],
+            (convolved,),
+            layout,
+            lambda parts, layout: [self.conv(parts, window, layout)[1]],
         )
-        (convolved,), state = self.conv((convolved,), state, layout, keeps_state=past_key_values is not None)
+        (convolved,), state = self.conv((convolved,), window, layout, keeps_state=past_key_values is not None)
         if past_key_values is not None:
             past_key_values.update_conv_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
         return self.o_proj(convolved * gate), None

@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
@@ -15,7 +15,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import can_return_tuple, logging
 
 from lalm.configuration.configuration_base import LalmConfig
@@ -28,25 +33,29 @@ from lalm.modeling.ops.cross_entropy import causal_lm_loss
 logger = logging.get_logger("transformers.lalm")
 
 
-def _register_name(model_class: type[PreTrainedModel]) -> None:
-    """Put a causal language model among the names that transformers takes for such: its Trainer shifts the labels of a
-    smoothed loss for these only, and the Auto classes' own registry is not asked."""
-    names, kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cast(type[LalmConfig], model_class.config_class).model_type
-    # A second class of one type (a user's subclass) stands under its own name: it is the values that are looked up.
-    is_taken = names.get(kind, model_class.__name__) != model_class.__name__
-    names[model_class.__name__ if is_taken else kind] = model_class.__name__
+class _Head(LalmPreTrainedModel):
+    """A model for a task: its class stands among those that transformers knows by name. The Trainer shifts the labels
+    of a smoothed loss for such only, model cards name their task, and the Auto classes' own registry is not asked."""
 
-
-class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
-    """Language model: backbone and `lm_head`."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: ClassVar[type[LalmModel]]
-    lm_head_bias: ClassVar[bool] = False
+    names: ClassVar[dict[str, str]]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _register_name(cls)
+        if not hasattr(cls, "model_class"):
+            return
+        kind = cast(type[LalmConfig], cls.config_class).model_type
+        # A second class of one type (a user's subclass) stands under its own name: it is values that are looked up.
+        is_taken = cls.names.get(kind, cls.__name__) != cls.__name__
+        cls.names[cls.__name__ if is_taken else kind] = cls.__name__
+
+
+class LalmForCausalLM(_Head, GenerationMixin):
+    """Language model: backbone and `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
         if not config.is_causal:
@@ -145,11 +154,11 @@ def _kept_logits_and_loss(hidden_states, weight, bias, kept, labels, **kwargs):
     return product(hidden_states[:, kept], weight, bias), loss
 
 
-class LalmForMaskedLM(LalmPreTrainedModel):
+class LalmForMaskedLM(_Head):
     """Masked language model: a backbone that reads both sides, and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_MASKED_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
@@ -180,10 +189,10 @@ class LalmForMaskedLM(LalmPreTrainedModel):
         )
 
 
-class LalmForSequenceClassification(LalmPreTrainedModel):
+class LalmForSequenceClassification(_Head):
     """One label (or regression target) a sequence, read at the last real token; of an encoder, at the mean of all."""
 
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
@@ -257,10 +266,10 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
 
 
-class LalmForTokenClassification(LalmPreTrainedModel):
+class LalmForTokenClassification(_Head):
     """One label a token."""
 
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)

@@ -156,15 +156,16 @@ class LocalGlobalBlock(Block):
         if not self.config.shift_tokens:
             return x
         cache, index = past_key_values, cast(int, self.mixer.layer_idx)
-        state = previous_state(cache, index, "conv_states", number)
+        last = previous_state(cache, index, "conv_states", number)
         record(
             cache,
             index,
-            x.shape[1],
             [("conv_states", number)],
-            lambda n, x=x, past=state: [shift_tokens(x[:, :n], past, layout.first(n), causal=True)[1]],
+            (x,),
+            layout,
+            lambda inputs, layout: [shift_tokens(inputs[0], last, layout, causal=True)[1]],
         )
-        x, state = shift_tokens(x, state, layout, self.config.is_causal)
+        x, state = shift_tokens(x, last, layout, self.config.is_causal)
         if cache is not None:
             cache.update_conv_state(state, index, state_idx=number)
         return x

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.modelcard import TASK_MAPPING
 
+import lalm
 from tests.modeling.exact import assert_close, tokens
 from tests.variants import each_variant, every_row
 
@@ -112,3 +114,18 @@ def test_labels_by_name_survive_saving(row, head, tmp_path):
     ids = tokens(2, LENGTH)
     with torch.no_grad():
         assert_close(loaded(ids).logits, model(ids).logits, "logits")
+
+
+@each_variant
+def test_heads_are_known_by_name(row):
+    """Where transformers goes by the names of classes (its Trainer, model cards), ours are among them."""
+    tasks = {
+        "AutoModelForCausalLM": "text-generation",
+        "AutoModelForMaskedLM": "fill-mask",
+        "AutoModelForSequenceClassification": "text-classification",
+        "AutoModelForTokenClassification": "token-classification",
+    }
+    (variant,) = [variant for variant in lalm.VARIANTS if variant.config is row.config_class]
+    for head, task in tasks.items():
+        if head in variant.models:
+            assert variant.models[head].__name__ in TASK_MAPPING[task].values()
