@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lalm.configuration.configuration_base import MOST_LAYERS
 from lalm.training.arguments import ModelArguments
 from lalm.training.divergence import broken_weights
 from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line, refusal
@@ -20,8 +21,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL_TYPE = "lalm_gla"
 DEFAULT_SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True}
 POSITIONS_WITHOUT_LIMIT = ("none", "rope")
-# far beyond any model that was trained; a number with zeros too many would be built for ever
-MOST_LAYERS = 10_000
 
 
 def our_model_types() -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lalm.configuration.configuration_base import MOST_LAYERS
 from lalm.training.arguments import ModelArguments
 from lalm.training.errors import UserError, one_line
-from lalm.training.model_builder import MOST_LAYERS, attention_choice, checkpoint_config, new_config, torch_dtype
+from lalm.training.model_builder import attention_choice, checkpoint_config, new_config, torch_dtype
 from lalm.training.tokenizer import load_tokenizer
 
 WEIGHTS = ("*.safetensors", "*.bin")
