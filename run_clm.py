@@ -18,9 +18,11 @@ from lalm.training.arguments import parse_arguments
 from lalm.training.checkpoints import check_output_dir, check_text, claim_output_dir, run_record
 from lalm.training.clm_trainer import ClmTrainer
 from lalm.training.errors import UserError, exit_on_user_error, one_line
+from lalm.training.hub_push import check_hub
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.model_builder import build_model
 from lalm.training.model_card import model_card
+from lalm.training.model_checks import check_model
 from lalm.training.packing import PackingCollator
 from lalm.training.run_data import prepare_data
 from lalm.training.run_logging import set_up_logging
@@ -51,11 +53,9 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
             processing_class=data.tokenizer,
             write_card=write_card,
         )
-    except OSError as error:
-        # with --push_to_hub the Trainer makes the repository first: no network, no login, no right to write
-        if training.push_to_hub:
-            raise UserError(f"--push_to_hub: {one_line(error)}") from error
-        raise
+    except (ValueError, ImportError, OSError) as error:
+        # options that only the Trainer holds against each other, and packages that it misses
+        raise UserError(one_line(error)) from error
 
 
 def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
@@ -89,15 +89,15 @@ def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results:
 
 
 def report(trainer: ClmTrainer, results: dict) -> None:
-    """Draw the loss curve, write the card, push if asked, and print the closing lines."""
+    """Draw the loss curve, write the card, print the closing lines, and push if asked."""
     folder = trainer.args.folder
     if trainer.args.do_train and trainer.is_world_process_zero():
         write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", folder.name)
         trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print("\n".join([*summary_lines(results), f"results are in {folder}"]), flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    if trainer.is_world_process_zero():
-        print("\n".join([*summary_lines(results), f"results are in {folder}"]))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_trackers(training.trackers)
     record = run_record(*arguments)
     checkpoint = check_output_dir(record, training) if training.do_train else None
+    check_model(model_arguments, data_arguments.block_size)
+    check_hub(training)
     data = prepare_data(model_arguments, data_arguments, training, checkpoint)
     check_text(record, data.digest, checkpoint, training)
     results: dict = {}

@@ -19,19 +19,22 @@ from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
 from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
-from lalm.training.errors import exit_on_user_error
+from lalm.training.errors import exit_on_user_error, extra_needed
+from lalm.training.hub_push import check_hub
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.run_logging import set_up_logging
 from lalm.training.run_results import read_json, save_results
-from lalm.training.sts_arguments import parse_sts_arguments
-from lalm.training.sts_card import describe, flat_figures, sts_card, sts_training_figures
-from lalm.training.sts_data import StsSplits, load_stsb
-from lalm.training.sts_evaluation import evaluate_model
-from lalm.training.sts_sources import TrainingData, collect
-from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
-from lalm.training.sts_teacher import load_teacher
-from lalm.training.sts_trainer import StsTrainer, dev_evaluator
 from lalm.training.tracking import check_trackers
+
+with extra_needed("run_sts.py", "sts"):
+    from lalm.training.sts_arguments import parse_sts_arguments
+    from lalm.training.sts_card import describe, flat_figures, sts_card, sts_training_figures
+    from lalm.training.sts_data import StsSplits, load_stsb
+    from lalm.training.sts_evaluation import evaluate_model
+    from lalm.training.sts_sources import TrainingData, collect
+    from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
+    from lalm.training.sts_teacher import load_teacher
+    from lalm.training.sts_trainer import StsTrainer, dev_evaluator
 
 logger = logging.getLogger("lalm.training")
 
@@ -85,10 +88,9 @@ def evaluate(model, title: str, splits: StsSplits, names: list[str], arguments: 
     model_arguments, _, training = arguments
     baseline = model_arguments.baseline
     second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
-    found = evaluate_model(
-        model.eval(), {name: splits[name] for name in names}, second, training.folder, title,
-        baseline or "", training.per_device_eval_batch_size, seed=training.seed,
-    )  # fmt: skip
+    chosen, place = {name: splits[name] for name in names}, (training.folder, title, baseline or "")
+    batch = training.per_device_eval_batch_size
+    found = evaluate_model(model.eval(), chosen, second, *place, batch, seed=training.seed)
     results |= flat_figures(found)
     for name in names:
         save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: found[name]}))
@@ -97,11 +99,9 @@ def evaluate(model, title: str, splits: StsSplits, names: list[str], arguments: 
 def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     """Train one stage, evaluate its model and write the card."""
     model_arguments, data, training = arguments
-    record = run_record(*arguments)
-    checkpoint = check_output_dir(record, training)
+    checkpoint = check_output_dir(record := run_record(*arguments), training)
     set_seed(training.seed)
-    splits = load_stsb(data.data_dir)
-    hub = {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
+    splits, hub = load_stsb(data.data_dir), {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
     found = collect(str(training.stage), data, splits, training.seed, hub)
     for name, note in found.notes.items():
         logger.info("%s: %s", name, note)
@@ -117,6 +117,7 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
         evaluate(stage.model, training.folder.name, splits, names, arguments, results)
         write_loss_curve(trainer.state.log_history, training.folder / "loss_curve.png", training.folder.name, "")
         trainer.create_model_card()
+        print(f"results are in {training.folder}", flush=True)
     if training.push_to_hub:
         trainer.push_to_hub()
 
@@ -127,6 +128,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = model_arguments, data, training = parse_sts_arguments(argv)
     set_up_logging(training)
     check_trackers(training.trackers)
+    check_hub(training)
     results: dict = {}
     if training.stage:
         run_stage(arguments, argv, results)
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
             model = load_teacher(model_arguments.teacher, device=device, cache_dir=model_arguments.cache_dir)
         logger.info("%s on %s", name or model_arguments.teacher, splits.source)
         evaluate(model, Path(name or model_arguments.teacher).name, splits, ["validation", "test"], arguments, results)
-    print(f"results are in {training.folder}")
+        print(f"results are in {training.folder}")
     return results
 
 

@@ -2,6 +2,7 @@
 """The configuration fields that every variant shares."""
 
 import difflib
+import math
 import os
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,10 @@ _STOCK_KEYS = {
 # The max_position_embeddings of a model without a position table. generate(),
 # sentence-transformers and evaluation tools compare lengths with it: -1 or None, which one knows, stops another.
 NO_LIMIT = 2**31 - 1
+# Far beyond any model that was trained: with a zero too many, lists of layers alone would fill the memory.
+MOST_LAYERS = 10_000
+# The same for factors of `hidden_size`.
+LARGEST_FACTOR = 1e6
 
 
 @strict
@@ -110,6 +115,19 @@ class LalmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
+    def __setattr__(self, key, value):
+        """As the base class, and refuses NaN and infinity, so that no field is ever derived from them.
+
+        Raises:
+            ValueError: the field is named.
+        """
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{key} must be finite, got {value}.")
+        if key == "num_hidden_layers" and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{key} must be at most {MOST_LAYERS}, got {value}.")
+        super().__setattr__(key, value)
+
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
         if self.max_position_embeddings in (-1, NO_LIMIT):
@@ -118,10 +136,13 @@ class LalmConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
-            width = int(self.hidden_ratio * self.hidden_size)
+            width = int(min(self.hidden_ratio, LARGEST_FACTOR) * self.hidden_size)
             self.intermediate_size = width if self.mlp_type == "mlp" else -(-int(2 * width / 3) // 256) * 256
         super().__post_init__(**kwargs)
         # They run again after this method, where `strict` wraps what they raise in an error that is no ValueError.
+        self._run_validators()
+
+    def _run_validators(self) -> None:
         for validator in type(self).__class_validators__:  # type: ignore[attr-defined]
             validator(self)
 
@@ -130,7 +151,7 @@ class LalmConfig(PreTrainedConfig):
         """As the base class; fields of a stored configuration that we do not know are kept, with a warning.
 
         Raises:
-            ValueError: the configuration is of another model type.
+            ValueError: the configuration is of another model type, or a keyword's value does not fit its field.
         """
         stored = config_dict.get("model_type", cls.model_type)
         if stored != cls.model_type:
@@ -145,6 +166,7 @@ class LalmConfig(PreTrainedConfig):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in unknown.items():
             setattr(config, key, value)
+        config._run_validators()  # the base class sets the keywords after those of the stored fields have run
         return loaded
 
     @classmethod
@@ -201,11 +223,18 @@ class LalmConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """Replaces the stock check, which knows no recurrent layer of ours; see `validate_softmax_layers`."""
 
+    def validate_factors(self) -> None:
+        for name in ("expand_k", "expand_v", "hidden_ratio"):
+            if not 0 < getattr(self, name) <= LARGEST_FACTOR:
+                raise ValueError(f"{name} must be positive and at most {LARGEST_FACTOR:g}, got {getattr(self, name)}.")
+
     def validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "conv_size", "num_key_value_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1, got {self.sliding_window}.")
         softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
         widths = {" * expand_k": self.expand_k, " * expand_v": self.expand_v} | ({"": 1} if softmax else {})
         for name, factor in widths.items():

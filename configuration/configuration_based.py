@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from lalm.configuration.configuration_base import LalmConfig
+from lalm.configuration.configuration_base import LARGEST_FACTOR, LalmConfig
 
 # Layer patterns and widths of the authors' models (Pile, 10B and 50B tokens).
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ class BasedConfig(LalmConfig):
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:  # the authors' MLP is not shrunk by a third for its gate
-            self.intermediate_size = int(self.hidden_ratio * self.hidden_size)
+            self.intermediate_size = int(min(self.hidden_ratio, LARGEST_FACTOR) * self.hidden_size)
         self._choose_layers()
         super().__post_init__(**kwargs)
 

@@ -6,15 +6,23 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from lalm.training.argument_checks import check_training
 from lalm.training.errors import UserError
 from lalm.training.recipe import parse_dataclasses
 from lalm.training.run_arguments import RunArguments
 from lalm.training.run_arguments import option as _option
+from lalm.training.run_results import EVALUATION_KEYS
 
 DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
 STREAMED_EVAL_SAMPLES = 1000
+# flags of `TrainingArguments` that cannot mean anything here
+WITHOUT_MEANING = {
+    "prediction_loss_only": "perplexity and accuracy are summed over tokens, which needs the predictions",
+    "eval_use_gather_object": "the figures of an evaluation are gathered as tensors",
+    "remove_unused_columns": "the collator makes exactly what the model takes, from columns that the model has not",
+}
 
 
 # ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
@@ -143,6 +151,8 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
         "packing", "block_size", "max_train_samples", "seed",
     )  # fmt: skip
 
+    metric_names: ClassVar[tuple[str, ...]] = tuple(f"eval_{key}" for key in EVALUATION_KEYS)
+
     output_dir: str | None = _option("lalm-output", "Folder of the checkpoints, results, loss curve and model card.")
     learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _option("warmup_stable_decay", "Learning-rate schedule.")
@@ -158,13 +168,25 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
 
     def __post_init__(self):
         self.check_run()
+        for name, reason in WITHOUT_MEANING.items():
+            if getattr(self, name):
+                raise ValueError(f"--{name} has no meaning here: {reason}; drop it")
+        if self.label_names not in (None, [], ["labels"]):
+            raise ValueError(f"--label_names is {' '.join(self.label_names)}; the labels of a block are 'labels'")
+        self.do_test = self.do_test or self.do_predict
+        # asked before `TrainingArguments` sets do_eval for a training that evaluates
+        nothing_chosen = not (self.do_train or self.do_eval or self.do_test)
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # left alone, transformers would keep the highest perplexity
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "perplexity"))
         super().__post_init__()
-        if self.do_predict:
-            self.do_test = True
-        if not (self.do_train or self.do_eval or self.do_test):
+        if nothing_chosen:
             self.do_train = self.do_eval = True
         # per-token sums need every batch, and the metric is written for sums
         self.batch_eval_metrics = True
+        check_training(self)
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ClmTrainingArguments)

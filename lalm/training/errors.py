@@ -4,17 +4,23 @@
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
 
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-# the last is torch.save's writer, which reports every failed write alike
+# the last three are torch.save's writer, which reports every failed write alike
 DISK_FULL_SIGNS = (
     "No space left on device",
     "os error 28",
     "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "iostream error",
 )
 
 
@@ -29,11 +35,28 @@ def nearest_hint(word: str, choices: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what went wrong, on one line of at most 500 characters: the deepest cause, or our own text."""
-    while error.__cause__ is not None and not isinstance(error, UserError):
+    """Return what went wrong, on one line of at most 500 characters: the deepest cause, or our own text.
+
+    Of an answer of the Hub it is the error above the HTTP client's, which has the reason that the server gave.
+    """
+    while error.__cause__ is not None and not isinstance(error, (UserError, HfHubHTTPError)):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 500 else text[:500] + " ..."
+
+
+def refusal(name: str, kind: str, error: BaseException) -> str:
+    """Return why a folder or Hub name gives no `kind`: what is wrong in it, or that it is nowhere."""
+    if Path(name).expanduser().exists():
+        return one_line(error)
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        return f"there is no folder {name}"
+    return f"there is no folder {name}, and the Hub gives no such {kind}: {one_line(error)}"
+
+
+def is_debugging() -> bool:
+    """Whether tracebacks are asked for."""
+    return os.environ.get("LALM_DEBUG", "0") not in ("", "0")
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -51,15 +74,39 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def exit_with(message: str, code: int = 2) -> NoReturn:
+    """Say one line on stderr and leave."""
+    # not print: a progress bar may stand on the line
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def extra_needed(script: str, extra: str) -> Iterator[None]:
+    """Leave with one line if an import of the block misses a package of one of our extras."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] == "lalm":
+            raise
+        missing = isinstance(error, ModuleNotFoundError)
+        reason = f"{error.name}, which is not installed" if missing else f"a newer {error.name.partition('.')[0]}"
+        exit_with(f"{script} needs {reason}: pip install{'' if missing else ' -U'} 'lalm[{extra}]'")
+
+
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run `main`; a `UserError` or a full disk becomes one line on stderr and exit code 2.
+    """Run `main`; a `UserError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C one and 130.
 
     ``LALM_DEBUG=1`` in the environment shows the traceback instead.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        if is_debugging():
+            raise
+        exit_with("interrupted; saved checkpoints stay, and the same command resumes from the last of them", 130)
     except Exception as error:
-        if os.environ.get("LALM_DEBUG", "0") not in ("", "0"):
+        if is_debugging():
             raise
         if isinstance(error, UserError):
             message = one_line(error)
@@ -67,6 +114,4 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             message = f"the disk is full ({one_line(error)}); free some space and run the same command to resume"
         else:
             raise
-        # not print: a progress bar may stand on the line
-        tqdm.write(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        exit_with(message)

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lalm.configuration.configuration_base import MOST_LAYERS
 from lalm.training.arguments import ModelArguments
-from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
+from lalm.training.divergence import broken_weights
+from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line, refusal
+from lalm.training.flag_names import name_hint
 
 logger = logging.getLogger(__name__)
 
@@ -59,28 +62,37 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int):
+def chosen_overrides(arguments: ModelArguments) -> dict[str, Any]:
+    """Return the config overrides; for a type of ours without any, small sizes."""
+    is_ours = (arguments.model_type or DEFAULT_MODEL_TYPE) in our_model_types()
+    return arguments.overrides or (DEFAULT_SIZES if is_ours else {})
+
+
+def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None, block_size: int):
     """Make the config of a new model: defaults, sizes that follow tokenizer and blocks, then the overrides.
+
+    Args:
+        tokenizer: None before there is one: the config then has the vocabulary that is asked for.
 
     Raises:
         UserError: unknown model type or field (the nearest is named), a wrong value, a vocabulary too small.
     """
     model_type = arguments.model_type or DEFAULT_MODEL_TYPE
     config_class = config_class_of(model_type)
-    overrides = arguments.overrides
-    if not overrides and model_type in our_model_types():
-        overrides = DEFAULT_SIZES
-        sizes = " ".join(f"{name}={value}" for name, value in overrides.items())
-        logger.info("no --config_overrides: a small %s model, %s", model_type, sizes)
+    overrides = chosen_overrides(arguments)
     names = config_field_names(config_class)
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in names:
-            raise UserError(f"--config_overrides: {model_type} has no field '{key}'{nearest_hint(key, names)}")
-    if overrides.get("vocab_size", len(tokenizer)) < len(tokenizer):
-        raise UserError(
-            f"--config_overrides: vocab_size {overrides['vocab_size']} is below the tokenizer's {len(tokenizer)}"
-        )
-    values = {"vocab_size": len(tokenizer), **special_token_ids(tokenizer)}
+            raise UserError(f"--config_overrides: {model_type} has no field '{key}'{name_hint(key, names)}")
+        if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"--config_overrides: {key} is {value:,}; more than {MOST_LAYERS:,} are not built")
+    tokens = arguments.tokenizer_vocab_size if tokenizer is None else len(tokenizer)
+    given = overrides.get("vocab_size", tokens)
+    if tokenizer is not None and isinstance(given, int) and given < tokens:
+        raise UserError(f"--config_overrides: vocab_size {given} is below the tokenizer's {tokens}")
+    values: dict[str, Any] = {"vocab_size": tokens}
+    if tokenizer is not None:
+        values |= special_token_ids(tokenizer)
     if "is_causal" in names:
         values["is_causal"] = True  # LAM is an encoder unless told otherwise
     # stock defaults (Llama: 1 and 2) would name ordinary tokens of this tokenizer
@@ -105,33 +117,51 @@ def check_positions(config, block_size: int) -> None:
         raise UserError(f"--block_size {block_size} is above the model's max_position_embeddings {limit}; lower it")
 
 
-def load_checkpoint(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
-    """Load `model_name_or_path`, checked against `model_type`, with embeddings grown to the tokenizer if needed."""
-    name = str(arguments.model_name_or_path)
-    hub = {
+def hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    """Return the keywords with which a checkpoint is looked up."""
+    return {
         "revision": arguments.model_revision,
         "token": arguments.token,
         "cache_dir": arguments.cache_dir,
         "trust_remote_code": arguments.trust_remote_code,
     }
+
+
+def checkpoint_config(arguments: ModelArguments, block_size: int):
+    """Load the config of `model_name_or_path`, checked against `model_type` and the blocks."""
+    name = str(arguments.model_name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(name, **hub_options(arguments))
     except Exception as error:
-        raise UserError(f"--model_name_or_path: cannot read a config from '{name}': {one_line(error)}") from None
+        reason = refusal(name, "model", error)
+        raise UserError(f"--model_name_or_path: cannot read a config from '{name}': {reason}") from None
     if arguments.model_type and config.model_type != arguments.model_type:
         raise UserError(
             f"--model_name_or_path: '{name}' is a {config.model_type} checkpoint, not {arguments.model_type}; "
             f"drop --model_type or name another checkpoint"
         )
     check_positions(config, block_size)
+    return config
+
+
+def load_checkpoint(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Load `model_name_or_path`, with embeddings grown to the tokenizer if needed."""
+    name = str(arguments.model_name_or_path)
+    options = attention_choice(arguments) | hub_options(arguments)
+    config = checkpoint_config(arguments, block_size)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch_dtype(arguments.dtype), **attention_choice(arguments), **hub
+            name, config=config, dtype=torch_dtype(arguments.dtype), **options
         )
     except Exception as error:
         if is_disk_full(error):
             raise
         raise UserError(f"--model_name_or_path: cannot load '{name}': {one_line(error)}") from None
+    if broken := broken_weights(model):
+        raise UserError(
+            f"--model_name_or_path: '{name}' holds NaN or infinity, in {broken[0]} and {len(broken) - 1} other "
+            f"weights; take an earlier checkpoint"
+        )
     if len(tokenizer) > embedding_table(model).shape[0]:
         logger.info("the tokenizer has %d tokens: the embeddings are resized", len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))
@@ -155,6 +185,9 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, b
         origin = f"loaded from {arguments.model_name_or_path}"
     else:
         config = new_config(arguments, tokenizer, block_size)
+        if not arguments.overrides and config.model_type in our_model_types():
+            sizes = " ".join(f"{name}={value}" for name, value in DEFAULT_SIZES.items())
+            logger.info("no --config_overrides: a small %s model, %s", config.model_type, sizes)
         dtype = torch.float32 if arguments.dtype == "auto" else torch_dtype(arguments.dtype)
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention_choice(arguments))

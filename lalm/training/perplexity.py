@@ -40,6 +40,26 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     return predicted, losses
 
 
+def smoothed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, *, smoothing: float) -> torch.Tensor:
+    """Return the label-smoothed cross-entropy of the next tokens, in nats, a mean over the scored ones.
+
+    The Trainer's own smoother shifts the labels of classes that it knows by name only. An evaluation's figures do
+    not use it: perplexity is that of the plain cross-entropy.
+
+    Args:
+        outputs: of the model, with logits [B, T, vocabulary].
+        labels: [B, T], not shifted, -100 where a token is not scored.
+        num_items_in_batch: scored tokens of all batches that are accumulated; None for those of this one.
+        smoothing: share of the target that is spread evenly over the vocabulary.
+    """
+    targets = labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(
+        outputs["logits"][:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, label_smoothing=smoothing,
+        reduction="sum",
+    )  # fmt: skip
+    return total / ((targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
 class TokenMetrics:
     """`compute_metrics` of the Trainer, called batch by batch; ``compute_result`` asks for the figures so far."""
 

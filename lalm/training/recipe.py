@@ -10,7 +10,12 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 
-from lalm.training.errors import UserError, nearest_hint, one_line
+from lalm.training.argument_checks import check_finite
+from lalm.training.errors import UserError, one_line
+from lalm.training.flag_names import name_hint
+
+TOO_DEEP = "nests too deep, or refers to itself; write its values out"
+DEEPEST, LARGEST = 20, 100_000
 
 
 class QuietParser(HfArgumentParser):
@@ -31,21 +36,40 @@ def read_recipe(path: str, known: Sequence[str]) -> dict:
     Raises:
         UserError: the file is missing or broken, or a key is no argument (the nearest one is named).
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"cannot read the recipe {path}: it is no regular file")
     try:
         text = Path(path).read_text(encoding="utf-8")
         recipe = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"the recipe {path} {TOO_DEEP}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"the recipe {path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: {one_line(error)}"
         ) from None
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} must hold 'name: value' lines")
+    if is_too_deep(recipe):
+        raise UserError(f"the recipe {path} {TOO_DEEP}")
     for key in recipe:
         if key not in known:
-            raise UserError(f"the recipe {path} has an unknown field '{key}'{nearest_hint(str(key), known)}")
+            raise UserError(f"the recipe {path} has an unknown field '{key}'{name_hint(str(key), known)}")
     return recipe
+
+
+def is_too_deep(value: Any) -> bool:
+    """Tell whether a value nests deeper, or holds more, than any recipe: YAML lets a value hold itself."""
+    left, seen = [(value, 0)], 0
+    while left:
+        item, depth = left.pop()
+        seen += 1
+        if depth > DEEPEST or seen > LARGEST:
+            return True
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+        left += [(part, depth + 1) for part in inner]
+    return False
 
 
 def parse_value(text: str, flag: str = "--config_overrides"):
@@ -56,6 +80,8 @@ def parse_value(text: str, flag: str = "--config_overrides"):
         pass
     try:
         return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{flag}: '{text[:20]}...' {TOO_DEEP}") from None
     except ValueError:
         if text[:1] in '[{"':
             raise UserError(f"{flag}: '{text}' is not valid JSON") from None
@@ -134,13 +160,16 @@ def parse_dataclasses(
         *parsed, rest = parser.parse_args_into_dataclasses(
             recipe_to_flags(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
         )
+        for arguments in parsed:
+            check_finite(arguments)
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(one_line(error)) from None
+    except Exception as error:
+        # a dataclass checks itself: what it raises is about the arguments, of whatever type
+        raise UserError(one_line(error)) from error
     if rest:
         name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument '{rest[0]}'{nearest_hint(name, known)}")
+        raise UserError(f"unknown argument '{rest[0]}'{name_hint(name, known)}")
     for arguments in cast(list[Any], parsed):
         if hasattr(arguments, "config_overrides"):
             arguments.overrides = {

@@ -1,11 +1,14 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Arguments that run_clm.py and run_sts.py share."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from lalm.training.argument_checks import TOKEN_COUNTS, check_ranges
 
 
 def option(default, text: str):
@@ -27,6 +30,8 @@ class RunArguments:
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
         "fp16", "data_seed",
     )  # fmt: skip
+    # what an evaluation gives, and `metric_for_best_model` may name
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     do_test: bool = option(False, "Score the test split once, after training.")
     start_over: bool = option(False, "Delete the earlier run in --output_dir instead of resuming it.")
@@ -40,6 +45,17 @@ class RunArguments:
             self.use_cpu = True
         if self.fp16 and self.use_cpu:
             raise ValueError("--fp16 needs a GPU; use --bf16 on CPU")
+        if self.ddp_backend and "RANK" not in os.environ:
+            raise ValueError("--ddp_backend needs several processes; start the script with accelerate launch")
+        check_ranges(self)
+        # a flag passes true and false as text, and any text but "no" would count
+        run: Any = self  # to the type checker, an assignment to self would declare the field a second time
+        counted = str(run.include_num_input_tokens_seen).lower()
+        run.include_num_input_tokens_seen = {"true": "all", "false": "no"}.get(counted, counted)
+        if run.include_num_input_tokens_seen not in TOKEN_COUNTS:
+            raise ValueError(
+                f"--include_num_input_tokens_seen is '{counted}'; choose one of {', '.join(TOKEN_COUNTS)}"
+            )
         if not 0 < self.decay_ratio <= 1:
             raise ValueError(f"--decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
 
@@ -47,6 +63,11 @@ class RunArguments:
     def folder(self: Any) -> Path:
         """The output folder."""
         return Path(str(self.output_dir))
+
+    @property
+    def evaluates(self: Any) -> bool:
+        """Whether the training is interrupted by evaluations."""
+        return self.eval_strategy != "no"
 
     @property
     def trackers(self: Any) -> list[str]:

@@ -5,13 +5,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from torch import nn
 from transformers import Trainer
 
+from lalm.training.argument_checks import schedule_options
 from lalm.training.callbacks import ThroughputCallback
 from lalm.training.checkpoint_files import ChecksumCallback
 from lalm.training.checkpoints import is_finished
+from lalm.training.divergence import check_loss, check_norm, check_weights
+from lalm.training.errors import UserError, is_disk_full
+from lalm.training.hub_push import push_failed
 
 STAGING = ".saving"
 
@@ -44,19 +49,25 @@ class RunTrainer(_Base):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""
-        options = self.args.lr_scheduler_kwargs or {}
-        if (
-            isinstance(options, dict)
-            and self.args.lr_scheduler_type == "warmup_stable_decay"
-            and "num_decay_steps" not in options
-        ):
-            room = num_training_steps - self.args.get_warmup_steps(num_training_steps)
-            decay = max(0, min(round(self.args.decay_ratio * num_training_steps), room))
-            self.args.lr_scheduler_kwargs = options | {"num_decay_steps": decay}
+        self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, *args, **kwargs):
+        """As in Trainer; a loss that is not finite ends the run (Trainer would log the mean of the others)."""
+        loss = super().training_step(*args, **kwargs)
+        check_loss(loss, self.state.global_step, cast(Any, self.optimizer).param_groups[0]["lr"])
+        return loss
+
+    def evaluate(self, *args, **kwargs):
+        """As in Trainer; in the middle of a training the weights are looked at first."""
+        if self.is_in_train:
+            check_weights(cast(nn.Module, self.model), self.state.global_step)
+        return super().evaluate(*args, **kwargs)
 
     def log(self, logs, start_time=None):
         """As in Trainer, with tokens/s and the minutes left in the lines of the training loss."""
+        if self.accelerator.scaler is None:  # a scaler leaves steps with such gradients out
+            check_norm(logs.get("grad_norm", 0.0), self.state.global_step)
         if "loss" in logs:
             logs |= self.throughput.recent(self.state)
         super().log(logs, start_time)
@@ -64,8 +75,9 @@ class RunTrainer(_Base):
     def save_model(self, output_dir=None, _internal_call=False):
         """As in Trainer; a save into the output folder itself is written aside first and then renamed.
 
-        A full disk or a kill in the middle leaves the earlier model as it was.
+        A full disk or a kill in the middle leaves the earlier model as it was, and so do weights that are not finite.
         """
+        check_weights(cast(nn.Module, self.model), self.state.global_step)
         target = Path(output_dir or self.args.folder)
         if target.resolve() != self.args.folder.resolve():
             super().save_model(str(target), _internal_call=True)
@@ -81,6 +93,20 @@ class RunTrainer(_Base):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in Trainer.
+
+        Raises:
+            UserError: the push failed; it tells how to push what is saved.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            # errors of the Hub's client have no common base
+            if isinstance(error, UserError) or is_disk_full(error):
+                raise
+            raise push_failed(self.args, error) from error
 
     def create_model_card(self, *args, **kwargs):
         """Write our card, which tells what was run; the stock one would say 'fine-tuned' of a new model."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
+from lalm.training.argument_checks import check_training
 from lalm.training.errors import UserError
 from lalm.training.recipe import parse_dataclasses, parse_overrides
 from lalm.training.run_arguments import RunArguments
@@ -52,7 +53,7 @@ def _check_choices(arguments: Any) -> None:
 def _check_range(arguments: Any, names: tuple[str, ...], low: float) -> None:
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:
             raise ValueError(f"--{name} is {value:g}; it must be at least {low:g}")
 
 
@@ -188,6 +189,8 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "projection_learning_rate",
     )  # fmt: skip
 
+    metric_names: ClassVar[tuple[str, ...]] = ("eval_sts-dev_pearson_cosine", "eval_sts-dev_spearman_cosine")
+
     output_dir: str | None = _option(
         None, "Folder of the checkpoints, results, plots and model card. Default: lalm-sts-<stage>, lalm-sts-eval."
     )
@@ -258,6 +261,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         self.output_dir = self.output_dir or f"lalm-sts-{self.stage or 'eval'}"
         super().__post_init__()
         self.do_train, self.do_eval = self.stage is not None, True
+        check_training(self)
 
     def _check_stage(self) -> None:
         if self.matryoshka_dims and self.stage not in (None, "finetune"):

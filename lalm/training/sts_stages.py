@@ -31,6 +31,7 @@ from torch import nn
 from lalm.modeling.linearize import fit_output_projections, student_config
 from lalm.modeling.modeling_lam import LamModel
 from lalm.training.checkpoints import checkpoints_of, read_record
+from lalm.training.divergence import broken_weights
 from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.sts_arguments import StsDataArguments, StsModelArguments, StsTrainingArguments
 from lalm.training.sts_losses import (
@@ -75,7 +76,7 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
         checkpoint = next((f", or take its {path}" for path in checkpoints_of(folder)), "")
         raise UserError(f"{flag}: the run in {folder} has not ended; run its command again to resume it{checkpoint}")
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(folder) if folder.exists() else local_copy(name) or name,
             device=device,
             trust_remote_code=arguments.trust_remote_code,
@@ -88,6 +89,9 @@ def load_model(name: str, arguments: StsModelArguments, device: str | None, flag
         absent = f"there is no folder {name} (the --output_dir of an earlier stage?), and the Hub gives no such model"
         reason = f"cannot load {folder}" if folder.exists() else absent
         raise UserError(f"{flag}: {reason}: {one_line(error)}") from None
+    if broken := broken_weights(model):
+        raise UserError(f"{flag}: {name} holds NaN or infinity, first in {broken[0]}; take an earlier checkpoint")
+    return model
 
 
 def is_encoder(model: SentenceTransformer) -> bool:

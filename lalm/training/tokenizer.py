@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lalm.training.arguments import ModelArguments
-from lalm.training.errors import UserError, one_line
+from lalm.training.errors import UserError, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ def load_tokenizer(name: str, model: ModelArguments) -> PreTrainedTokenizerBase:
                 trust_remote_code=model.trust_remote_code,
             )
     except Exception as error:
-        raise UserError(f"--tokenizer_name: cannot load a tokenizer from '{name}': {one_line(error)}") from None
+        flag = "--tokenizer_name" if name == model.tokenizer_name else "--model_name_or_path"
+        reason = refusal(name, "tokenizer", error)
+        raise UserError(f"{flag}: cannot load a tokenizer from '{name}': {reason}") from None
     if tokenizer.eos_token_id is None:
         logger.warning("the tokenizer %s has no end-of-text token: documents are joined without one", name)
     # a missing padding token stays missing: padding with eos would give eos a frozen embedding row in stock models

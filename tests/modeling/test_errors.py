@@ -1,10 +1,18 @@
 """Bad input: one clear message each, naming the field and what to do."""
 
+import copy
+import json
+import math
+import re
+from dataclasses import fields
+
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
+import lalm
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from tests.modeling.exact import run, tokens
@@ -100,6 +108,52 @@ BAD_VARIANT_FIELDS = [
 def test_bad_field_of_a_variant(config_class, fields, message):
     with pytest.raises(CONFIG_ERRORS, match=f"(?s){message}"):
         config_class(**(TINY | fields))
+
+
+FACTORS = ("norm_eps", "rope_theta", "initializer_range", "hidden_ratio", "gate_logit_normalizer")
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, True]
+each_config = pytest.mark.parametrize("config_class", [variant.config for variant in lalm.VARIANTS])
+
+
+def number_fields(config_class) -> list[str]:
+    """Fields of ours that hold one number or several."""
+    ours = [item for item in fields(config_class) if item.init and item.name not in PreTrainedConfig.__annotations__]
+    return [item.name for item in ours if re.search("int|float", str(item.type)) and "bool" not in str(item.type)]
+
+
+@each_config
+def test_no_field_of_any_configuration_takes_what_is_no_number(config_class, tmp_path):
+    """When it is made, when it is loaded with another value, when a stored value is damaged, and when it is set."""
+    good = config_class(**TINY)
+    good.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {"norm_eps", "expand_k", "vocab_size", "sliding_attention_layers"} <= set(number_fields(config_class))
+    for name in number_fields(config_class):
+        for value in NOT_NUMBERS:
+            bad = [value] if "list" in str(config_class.__dataclass_fields__[name].type) else value
+            with pytest.raises(CONFIG_ERRORS, match=name):
+                config_class(**(TINY | {name: bad}))
+            with pytest.raises(CONFIG_ERRORS, match=name):
+                config_class.from_pretrained(tmp_path, **{name: bad})
+            with pytest.raises(CONFIG_ERRORS, match=name):
+                setattr(copy.copy(good), name, bad)
+            (tmp_path / "damaged").mkdir(exist_ok=True)
+            (tmp_path / "damaged" / "config.json").write_text(json.dumps(stored | {name: bad}))
+            with pytest.raises(CONFIG_ERRORS, match=name):
+                config_class.from_pretrained(tmp_path / "damaged")
+
+
+@each_config
+def test_factors_are_positive_and_layers_can_be_counted(config_class, tmp_path):
+    config_class(**TINY).save_pretrained(tmp_path)
+    names = [name for name in FACTORS if name in config_class.__dataclass_fields__]
+    wrong = {name: [-1.0, 0.0] for name in names} | {"num_hidden_layers": [10**9], "hidden_ratio": [-1.0, 0, 1e308]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                config_class(**(TINY | {"intermediate_size": None, name: value}))
+            with pytest.raises(ValueError, match=name):
+                config_class.from_pretrained(tmp_path, **{name: value})
 
 
 @both_configs

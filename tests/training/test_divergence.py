@@ -1,0 +1,87 @@
+"""A run whose numbers are not finite says so and ends; no good checkpoint is lost to it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import run_clm
+from lalm.training.divergence import check_loss, check_norm, check_weights
+from lalm.training.errors import UserError
+from tests.training.conftest import TINY_MODELS
+
+TRAIN = ("--do_train", "--do_eval", "--save_steps", "1", "--warmup_steps", "0")
+
+
+def spoil(folder, value: float) -> None:
+    """Put a number that is not finite into the weights of a checkpoint."""
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", TINY_MODELS)
+def test_a_learning_rate_far_too_high_is_an_error(tiny_run, tmp_path, model_type):
+    with pytest.raises(UserError, match="diverged|not finite"):
+        tiny_run(*TRAIN, "--learning_rate", "1e30", "--max_steps", "6", model_type=model_type)
+    assert not (tmp_path / "run" / "eval_results.json").exists()
+    for path in (tmp_path / "run").rglob("model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values()), path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flags", [("--do_train",), ("--do_eval",)])
+def test_a_checkpoint_with_broken_weights_is_refused(tiny_run, tmp_path, texts, flags, value):
+    tiny_run("--do_train")
+    spoil(tmp_path / "run", value)
+    argv = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "next"), "--max_steps", "1"]
+    argv += ["--train_file", str(texts["train"]), "--validation_file", str(texts["validation"]), "--block_size", "24"]
+    with pytest.raises(UserError, match="--model_name_or_path: .* holds NaN or infinity, in .*; take an earlier"):
+        run_clm.main([*argv, *flags])
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_loss_that_breaks_in_the_middle_keeps_the_checkpoints(tiny_run, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    step = Trainer.training_step
+    monkeypatch.setattr(
+        Trainer,
+        "training_step",
+        lambda self, *args: step(self, *args) * (torch.nan if self.state.global_step == 2 else 1),
+    )
+    with pytest.raises(UserError, match=r"diverged: the loss of step 3 is nan \(learning rate .*--learning_rate"):
+        tiny_run(*TRAIN)
+    saved = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert all(entry["loss"] > 1 for entry in saved["log_history"] if "loss" in entry)
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+
+def test_weights_that_break_are_not_saved_over_good_ones(tiny_run, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    from lalm.training.callbacks import ThroughputCallback
+
+    tiny_run("--do_train", "--save_steps", "2")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        TrainerCallback.on_step_end(self, args, state, control)
+        next(model.parameters()).data.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(ThroughputCallback, "on_step_end", on_step_end)
+    with pytest.raises(UserError, match="after step 5 .* hold NaN or infinity, and are not saved"):
+        tiny_run("--do_train", "--save_steps", "2", "--max_steps", "5")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_finite_passes():
+    model = nn.Linear(2, 2)
+    check_weights(model, 1)
+    check_loss(torch.tensor(3.0), 1, 1e-3)
+    check_norm(1e30, 1)
+    for norm in (float("inf"), float("nan")):
+        with pytest.raises(UserError, match="the gradient's norm at step 4 is"):
+            check_norm(norm, 4)
