@@ -158,6 +158,8 @@ class LalmModel(LalmPreTrainedModel):
             hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
         else:
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if hidden_states.shape[1] == 0:
+            raise ValueError("input_ids (or inputs_embeds) hold no token (T = 0): pass at least one.")
         is_causal, kinds = self.config.is_causal, set(self.config.layer_types)
         fresh, seen = True, 0
         if past_key_values is not None:

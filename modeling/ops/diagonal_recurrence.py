@@ -91,7 +91,7 @@ def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
 
     One look at the data. While compiling, which allows none, the bounded form serves every gate.
     """
-    if g is None:
+    if g is None or g.numel() == 0:
         return chunk_size, True
     if not torch.compiler.is_compiling():
         for size in (chunk_size, chunk_size // 4):

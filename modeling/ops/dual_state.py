@@ -83,7 +83,7 @@ def chunk_dual(
     starts = layout.starts()
     if starts is not None:
         starts = to_chunks(starts[..., None, None], chunk_size, torch.bool)
-    pairs = batch * heads * (chunk_size * memories) ** 2
+    pairs = max(1, batch * heads) * (chunk_size * memories) ** 2
     run = _one_slab if pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 else _Slabs.apply
     if state is not None:
         state = state.to(dtype).flatten(2, 3)

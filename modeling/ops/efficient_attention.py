@@ -280,6 +280,8 @@ def _is_safe(log_features: torch.Tensor, scale: torch.Tensor | None) -> bool:
     """Whether m is 0 everywhere. One look at the data; while compiling, which allows none, the scale always runs."""
     if torch.compiler.is_compiling():
         return False
+    if log_features.numel() == 0:
+        return True
     outside = log_features.amax() > _HEADROOM
     return not bool(outside if scale is None else outside | scale.any())
 
