@@ -20,6 +20,10 @@ _STOCK_KEYS = {
     "tie_last_hidden_states",
 }  # fmt: skip
 
+# The max_position_embeddings of a model without a position table. generate(),
+# sentence-transformers and evaluation tools compare lengths with it: -1 or None, which one knows, stops another.
+NO_LIMIT = 2**31 - 1
+
 
 @strict
 class LalmConfig(PreTrainedConfig):
@@ -42,7 +46,8 @@ class LalmConfig(PreTrainedConfig):
         norm_eps: added to the variance in every norm.
         position_embedding_type: "none", "learned" or "sinusoidal" (added to the embeddings), or "rope" (rotates q and
             k of every mixer, before any feature map).
-        max_position_embeddings: size of the learned position table. The other types have no limit.
+        max_position_embeddings: size of the learned position table, -1 for 2048. The other types have no limit, for
+            which -1 stands too; it becomes `NO_LIMIT`.
         rope_theta: base of the rotary and sinusoidal wavelengths.
         use_short_conv: depthwise causal convolution and SiLU on the q, k and v of the linear mixers.
         conv_size: its width in tokens.
@@ -67,6 +72,8 @@ class LalmConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     supports_bidirectional: ClassVar[bool] = False
     implementations: ClassVar[tuple[str, ...]] = ("auto", "chunk", "recurrent", "fla", "cpp")
+    tables: ClassVar[tuple[str, ...]] = ("learned",)  # position_embedding_types that have a table
+    table_size: ClassVar[int] = 2048  # max_position_embeddings of such a type, unless given
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -82,7 +89,7 @@ class LalmConfig(PreTrainedConfig):
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     position_embedding_type: Literal["none", "learned", "sinusoidal", "rope"] = "none"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = -1
     rope_theta: float | int = 10000.0
     use_short_conv: bool = False
     conv_size: int = 4
@@ -103,6 +110,9 @@ class LalmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        if self.max_position_embeddings in (-1, NO_LIMIT):
+            has_table = self.position_embedding_type in self.tables
+            self.max_position_embeddings = self.table_size if has_table else NO_LIMIT
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -239,7 +249,7 @@ class LalmConfig(PreTrainedConfig):
             )
 
     def validate_positions(self) -> None:
-        if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
+        if self.max_position_embeddings < 1:
             raise ValueError(
                 "max_position_embeddings, the size of the table of learned positions, must be at least 1, got "
                 f"{self.max_position_embeddings}."

@@ -46,7 +46,7 @@ class LocalGlobalConfig(LalmConfig):
         receives_context: cross-attention in every layer; the model then needs `encoder_hidden_states`.
         position_embedding_type: "axial" is the sum of two learned tables, by window and by place in the window; "rope"
             adds sinusoids to the embeddings besides rotating q and k; others as in `LalmConfig`.
-        max_position_embeddings: positions that "axial" and "learned" have.
+        max_position_embeddings: positions that "axial" and "learned" have, -1 for 2048.
         hidden_act: None for "gelu", "leaky_relu" (slope 0.01) under semantics "v0.2.1".
         semantics: "0.19" normalises causal linear attention by one sum a token and takes exp features; "v0.2.1"
             normalises each feature, takes elu + 1, and has neither biases in the MLP nor a final norm.
@@ -58,6 +58,7 @@ class LocalGlobalConfig(LalmConfig):
     model_type = "lalm_local_global"
     supports_bidirectional = True
     implementations = ("auto", "chunk", "recurrent")
+    tables = ("axial", "learned")
 
     hidden_size: int = 512
     num_hidden_layers: int = 6

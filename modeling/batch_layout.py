@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -31,6 +32,21 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         raise ValueError(
             "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
             "StaticCache(config=model.config, max_cache_len=...)."
+        )
+
+
+def refuse_sharded_tokens() -> None:
+    """Refuse to run inside torch's context_parallel: it gives each process a part of the tokens, and replaces torch's
+    softmax attention. Nothing hands on a state, or the tokens that a convolution or a window needs.
+
+    Raises:
+        ValueError: torch's attention has been replaced so.
+    """
+    origin = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if origin.startswith("torch.distributed.tensor.experimental"):
+        raise ValueError(
+            "context_parallel shards the tokens of a sequence over processes, and no layer but full softmax attention "
+            "passes on what it has read: shard the batch (DDP) or the weights (FSDP) instead."
         )
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 _KINDS = ("conv_states", "recurrent_states")
 
@@ -147,6 +147,26 @@ def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: in
     return getattr(layer, kind)[state_idx] if layer.is_written[kind][state_idx] else None
 
 
+def recurrent_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """The part of `attention_mask [B, S + T]` that covers the current T tokens, None where none of them is padding.
+
+    The stock create_recurrent_attention_mask takes a piece of one token for a generated one, which is never padding; a
+    prompt read token by token has such pieces too.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    current = attention_mask[:, -inputs_embeds.shape[1] :]
+    if not torch.compiler.is_compiling() and bool((current != 0).all()):
+        return None
+    return current.contiguous()  # its strides stay the same from step to step, and compiled code with them
+
+
 # CacheLayerMixin registers `_layer_type` for DynamicCache only.
 STATIC_LAYER_TYPE_MAPPING[RecurrentLayer._layer_type] = RecurrentLayer
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RecurrentLayer._layer_type] = create_recurrent_attention_mask
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RecurrentLayer._layer_type] = recurrent_mask

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state
-from lalm.modeling.layers import Linear, rotate
+from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.efficient_attention import (
@@ -55,10 +55,10 @@ class LocalGlobalMixer(nn.Module):
         self.global_keys = min(self.num_global, 1) if config.one_kv_head else self.num_global
         size = config.num_attention_heads * self.head_dim
         key_size = (self.local_keys + self.global_keys) * self.head_dim
-        self.q_proj = Linear(config.hidden_size, size, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = Linear(size, config.hidden_size)
+        self.q_proj = make_linear(config.hidden_size, size, bias=False)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = make_linear(size, config.hidden_size)
 
     def forward(
         self,
@@ -165,10 +165,10 @@ class CrossMixer(nn.Module):
         self.config, self.num_heads, self.head_dim = config, config.num_attention_heads, config.head_dim
         size = config.num_attention_heads * self.head_dim
         key_size = self.head_dim if config.one_kv_head else size
-        self.q_proj = Linear(config.hidden_size, size, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = Linear(size, config.hidden_size)
+        self.q_proj = make_linear(config.hidden_size, size, bias=False)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = make_linear(size, config.hidden_size)
 
     def forward(
         self,

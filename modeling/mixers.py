@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state
-from lalm.modeling.layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
+from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
 from lalm.modeling.ops.elementwise import activate
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.local_attention import sliding_attention
@@ -44,10 +44,10 @@ class Mixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.v_proj = Linear(config.hidden_size, value_size, bias=self.projection_bias)
-        self.o_proj = Linear(value_size, config.hidden_size, bias=self.projection_bias)
+        self.q_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.v_proj = make_linear(config.hidden_size, value_size, bias=self.projection_bias)
+        self.o_proj = make_linear(value_size, config.hidden_size, bias=self.projection_bias)
         self.conv, self.o_norm, self.g_proj = None, None, None
         if config.use_short_conv:
             channels = 2 * key_size + value_size
@@ -105,7 +105,7 @@ class Mixer(nn.Module):
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
-        self.g_proj = Linear(hidden_size, value_size, bias=False) if gated else None
+        self.g_proj = make_linear(hidden_size, value_size, bias=False) if gated else None
         self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
 
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -126,10 +126,10 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // key_heads
         self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
         key_size = key_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 

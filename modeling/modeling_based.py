@@ -16,7 +16,7 @@ from transformers import initialization as init
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.modeling.cache import previous_state
 from lalm.modeling.feature_maps import FeatureMap, FeatureMixer
-from lalm.modeling.layers import Linear, ShortConvolution
+from lalm.modeling.layers import ShortConvolution, make_linear
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -46,9 +46,9 @@ class GatedConvolution(nn.Module):
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.in_proj = Linear(config.hidden_size, 4 * config.hidden_size)
+        self.in_proj = make_linear(config.hidden_size, 4 * config.hidden_size)
         self.conv = ShortConvolution(2 * config.hidden_size, config.conv_size)
-        self.o_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.o_proj = make_linear(2 * config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, layout: SequenceLayout, past_key_values: Cache | None = None, **kwargs

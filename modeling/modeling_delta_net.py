@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
-from lalm.modeling.layers import Linear
+from lalm.modeling.layers import make_linear
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -75,10 +75,10 @@ class DeltaNetMixer(Mixer):
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.b_proj = Linear(config.hidden_size, self.num_heads, bias=False)
+        self.b_proj = make_linear(config.hidden_size, self.num_heads, bias=False)
         self.a_proj, self.gate_bias = None, None
         if config.use_decay_gate:
-            self.a_proj = Linear(config.hidden_size, self.num_heads, bias=False)
+            self.a_proj = make_linear(config.hidden_size, self.num_heads, bias=False)
             self.gate_bias = DecayGate(self.num_heads)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
@@ -126,7 +126,11 @@ class DeltaNetMixer(Mixer):
 class DeltaNetModel(LalmModel):
     config: DeltaNetConfig
     mixer_class = DeltaNetMixer
-    _keep_in_fp32_modules_strict = ["gate_bias"]
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        if config.use_decay_gate:
+            self._keep_in_fp32_modules_strict = {"gate_bias"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

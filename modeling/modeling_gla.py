@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lalm.configuration.configuration_gla import GLAConfig
-from lalm.modeling.layers import Linear
+from lalm.modeling.layers import make_linear
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -31,8 +31,8 @@ class GLAMixer(Mixer):
         super().__init__(config, layer_idx)
         key_size = self.num_heads * self.key_dim
         self.gk_proj = nn.Sequential(
-            Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
-            Linear(config.gate_low_rank_dim, key_size),
+            make_linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
+            make_linear(config.gate_low_rank_dim, key_size),
         )
         self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer

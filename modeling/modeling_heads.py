@@ -1,11 +1,12 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """The heads of every variant, written once; a variant names the backbone."""
 
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
@@ -13,12 +14,22 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.layers import Linear
+from lalm.modeling.layers import make_linear, product, takes_apply
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
 from lalm.modeling.ops.cross_entropy import causal_lm_loss
+
+
+def _register_name(model_class: type[PreTrainedModel]) -> None:
+    """Put a causal language model among the names that transformers takes for such: its Trainer shifts the labels of a
+    smoothed loss for these only, and the Auto classes' own registry is not asked."""
+    names, kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cast(type[LalmConfig], model_class.config_class).model_type
+    # A second class of one type (a user's subclass) stands under its own name: it is the values that are looked up.
+    is_taken = names.get(kind, model_class.__name__) != model_class.__name__
+    names[model_class.__name__ if is_taken else kind] = model_class.__name__
 
 
 class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
@@ -28,6 +39,10 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
     model_class: ClassVar[type[LalmModel]]
     lm_head_bias: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _register_name(cls)
+
     def __init__(self, config: LalmConfig):
         if not config.is_causal:
             raise ValueError(
@@ -36,7 +51,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = make_linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -65,17 +80,8 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        is_stock = type(self.lm_head) is Linear and self.loss_function is ForCausalLMLoss
-        if labels is not None and in_pieces and is_stock:
-            loss = causal_lm_loss(hidden_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
-        elif labels is not None:
-            every = self.lm_head(hidden_states) if in_pieces else logits
-            loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = self._logits_and_loss(outputs.last_hidden_state, kept, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -83,6 +89,27 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _logits_and_loss(
+        self, hidden_states: torch.Tensor, kept: slice | torch.Tensor, labels: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the positions `kept`, and the loss of all, in one call of the head: offloaded or sharded weights
+        are there only while it runs."""
+        if labels is None:
+            return self.lm_head(hidden_states[:, kept]), None
+        wants_all = isinstance(kept, slice) and kept == slice(0, None)
+        if not wants_all and self.loss_function is ForCausalLMLoss and takes_apply(self.lm_head):
+            both = partial(_kept_logits_and_loss, kept=kept, labels=labels, **kwargs)
+            return self.lm_head(hidden_states, apply=both)
+        logits = self.lm_head(hidden_states)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return logits[:, kept], loss
+
+
+def _kept_logits_and_loss(hidden_states, weight, bias, kept, labels, **kwargs):
+    """The loss in pieces: logits of all positions never exist at once."""
+    loss = causal_lm_loss(hidden_states, weight, bias, labels, **kwargs)
+    return product(hidden_states[:, kept], weight, bias), loss
 
 
 class LalmForMaskedLM(LalmPreTrainedModel):
@@ -97,7 +124,7 @@ class LalmForMaskedLM(LalmPreTrainedModel):
             raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = make_linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -129,7 +156,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = Linear(config.embedding_size, self.num_labels, bias=False)
+        self.score = make_linear(config.embedding_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -194,7 +221,7 @@ class LalmForTokenClassification(LalmPreTrainedModel):
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = Linear(config.embedding_size, self.num_labels)
+        self.score = make_linear(config.embedding_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from lalm.configuration.configuration_lam import LamConfig
-from lalm.modeling.layers import MLP, NORMS, Linear, RMSNorm
+from lalm.modeling.layers import MLP, NORMS, RMSNorm, make_linear
 from lalm.modeling.linearize import copy_weights, student_config
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import Block, LalmModel
@@ -58,7 +58,7 @@ class LamGates(nn.Module):
             "decay": memories * config.use_adaptive_decay,
         }
         self.sizes |= {"leak": memories * config.use_leak}
-        self.proj = Linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
+        self.proj = make_linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
         self.decay_bias = nn.Parameter(torch.empty(self.directions, self.heads, memories))
         self.flux_weight, self.flux_bias = None, None
         if config.use_flux:
@@ -125,7 +125,7 @@ class LamMixer(Mixer):
         self.gates = LamGates(config)
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
-        self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
+        self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
         sizes = (self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule)
         self.compiled = compiled_delta(cpp_dual_state_delta, *sizes)
 

@@ -18,7 +18,7 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import previous_state
-from lalm.modeling.layers import NORMS, Activation, Linear, sinusoidal_positions
+from lalm.modeling.layers import NORMS, Activation, make_linear, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
 from lalm.modeling.modeling_base import Block, LalmModel
 from lalm.modeling.modeling_heads import (
@@ -41,10 +41,10 @@ class LocalGlobalMLP(nn.Module):
         super().__init__()
         width, bias = cast(int, config.intermediate_size), config.semantics == "0.19"
         self.gated, self.chunks = config.ff_glu, config.ff_chunks
-        self.up_proj = Linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
+        self.up_proj = make_linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
         self.act_fn = Activation(cast(str, config.hidden_act), self.gated)
         self.dropout = nn.Dropout(config.ff_dropout)
-        self.down_proj = Linear(width, config.hidden_size, bias=bias)
+        self.down_proj = make_linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]`."""
@@ -197,16 +197,17 @@ class AxialPositions(nn.Module):
             ) from None
 
 
-class EmbeddingProjection(Linear):
-    """Between the width of the embeddings and that of the layers."""
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something wants to see the calls of `module`: hooks, or another forward in its place (accelerate)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class LocalGlobalModel(LalmModel):
     """Embeddings, blocks and final norm. `forward` also takes `encoder_hidden_states [B, S, D]` and
     `encoder_attention_mask [B, S]`, which `config.receives_context` asks for.
 
-    Training a reversible model keeps no activations of its layers, and makes no cache of its own. Layers are then not
-    called as modules: what hangs on a whole layer (its forward hooks) does not run.
+    Training a reversible model keeps no activations of its layers, and makes no cache of its own. Where hooks hang on
+    whole layers (offloading, FSDP), these are called as modules and keep their activations.
     """
 
     config: LocalGlobalConfig
@@ -218,8 +219,8 @@ class LocalGlobalModel(LalmModel):
         if config.position_embedding_type == "axial":
             self.embed_positions = AxialPositions(config)  # type: ignore[assignment]
         inner, outer = config.hidden_size, cast(int, config.embedding_size)
-        self.embedding_in = EmbeddingProjection(outer, inner) if outer != inner else nn.Identity()
-        self.embedding_out = EmbeddingProjection(inner, outer) if outer != inner else nn.Identity()
+        self.embedding_in = make_linear(outer, inner) if outer != inner else nn.Identity()
+        self.embedding_out = make_linear(inner, outer) if outer != inner else nn.Identity()
         if config.semantics == "v0.2.1":
             self.norm = nn.Identity()
         self.post_init()
@@ -227,7 +228,10 @@ class LocalGlobalModel(LalmModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, EmbeddingProjection):
+        # By name: the base class initialises before they are made.
+        if isinstance(module, nn.Linear) and any(
+            module is self._modules.get(name) for name in ("embedding_in", "embedding_out")
+        ):
             # Keeps the scale of the embeddings, which would else fall below the epsilon of the first norm.
             init.normal_(module.weight, 0.0, module.in_features**-0.5)
 
@@ -268,6 +272,7 @@ class LocalGlobalModel(LalmModel):
             and kwargs.get("past_key_values") is None
             and not kwargs.get("output_hidden_states", self.config.output_hidden_states)
             and not (self.training and any(layer.gradient_checkpointing for layer in layers))
+            and not any(_is_hooked(layer) for layer in layers)
         )
 
     def readout(self, hidden_states: torch.Tensor) -> torch.Tensor:

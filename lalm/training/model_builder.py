@@ -81,15 +81,15 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, bl
             f"--config_overrides: vocab_size {overrides['vocab_size']} is below the tokenizer's {len(tokenizer)}"
         )
     values = {"vocab_size": len(tokenizer), **special_token_ids(tokenizer)}
-    if "max_position_embeddings" in names:
-        positions = getattr(config_class(), "max_position_embeddings", None) or 0
-        if positions >= 0:  # below 0 there is no limit
-            values["max_position_embeddings"] = max(positions, block_size)
     if "is_causal" in names:
         values["is_causal"] = True  # LAM is an encoder unless told otherwise
     # stock defaults (Llama: 1 and 2) would name ordinary tokens of this tokenizer
     absent: dict[str, Any] = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
     try:
+        if "max_position_embeddings" in names:
+            kind = {key: value for key, value in overrides.items() if key == "position_embedding_type"}
+            positions = getattr(config_class(**kind), "max_position_embeddings", None) or 0
+            values["max_position_embeddings"] = max(positions, block_size)
         config = config_class(**{**absent, **values, **overrides})
     except Exception as error:
         raise UserError(f"--config_overrides: {one_line(error)}") from None

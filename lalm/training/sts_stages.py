@@ -133,8 +133,7 @@ def build_student(
 def as_sentence_transformer(student: LamModel, teacher: SentenceTransformer, max_length: int) -> SentenceTransformer:
     """A student with the teacher's tokenizer, mean pooling and unit length."""
     tokenizer = copy.deepcopy(teacher.tokenizer)
-    positions = student.config.max_position_embeddings
-    tokenizer.model_max_length = max_length if positions < 1 else min(positions, max_length)
+    tokenizer.model_max_length = min(student.config.max_position_embeddings, max_length)
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

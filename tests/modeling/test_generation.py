@@ -50,6 +50,17 @@ def test_a_thousand_tokens_are_the_argmax_of_full_forwards(row):
 
 
 @every_row
+@pytest.mark.parametrize(("size", "cache"), [(1, "dynamic"), (1, "static"), (2, "dynamic")])
+def test_prefill_in_pieces_sees_padding(row, size, cache):
+    model, ids = build(row), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = generate(model, ids, attention_mask=mask)
+    options = {"prefill_chunk_size": size, "cache_implementation": cache, "disable_compile": True}
+    assert torch.equal(generate(model, ids, attention_mask=mask, **options), expected)
+
+
+@every_row
 def test_static_cache(row):
     model, ids = build(row), tokens(2, 9)
     assert torch.equal(generate(model, ids, cache_implementation="static"), greedy_by_hand(model, ids))

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm import GLAConfig, LamConfig
-from lalm.modeling.layers import MLP, Linear
+from lalm.modeling.layers import MLP, make_linear
 from lalm.modeling.modeling_lam import LamMLP
 from lalm.modeling.ops import products
 from tests.modeling.exact import tokens
@@ -23,7 +23,7 @@ def emulated(monkeypatch):
 
 def layer_and_input(dtype, rows=16, bias=True):
     torch.manual_seed(0)
-    return Linear(24, 40, bias=bias).to(dtype), torch.randn(2, rows // 2, 24).to(dtype)
+    return make_linear(24, 40, bias=bias).to(dtype), torch.randn(2, rows // 2, 24).to(dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,7 +41,7 @@ def test_gradients_have_the_types_of_their_tensors(dtype, emulated):
     layer, x = layer_and_input(dtype)
     x.requires_grad_()
     layer(x).sum().backward()
-    wide, exact = Linear(24, 40).double(), x.detach().double().requires_grad_()
+    wide, exact = make_linear(24, 40).double(), x.detach().double().requires_grad_()
     wide.load_state_dict(layer.state_dict())
     wide(exact).sum().backward()
     for found, expected in ((x.grad, exact.grad), (layer.weight.grad, wide.weight.grad)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.layers import Linear
+from lalm.modeling.layers import make_linear
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops import linear as module
 from lalm.modeling.ops.cross_entropy import linear_cross_entropy
@@ -125,7 +125,7 @@ def test_weight_gradient(outputs):
 
 def test_layers_and_the_loss_in_pieces_run_there(calls):
     x, weight, bias = factors()
-    layer = Linear(24, 40)
+    layer = make_linear(24, 40)
     layer.weight.data, layer.bias.data = weight, bias
     assert torch.equal(layer(x), linear(x, weight, bias))
     calls.clear()
@@ -140,7 +140,7 @@ def test_layers_and_the_loss_in_pieces_run_there(calls):
 
 def test_a_graph_holds_the_stock_product(calls, monkeypatch):
     """In one piece, without a look at the processor, and for any number of rows."""
-    layer = Linear(24, 40)
+    layer = make_linear(24, 40)
     monkeypatch.setattr(module, "mkl_is_slow", None)
     x, weight, bias = factors()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="eager")
@@ -211,7 +211,7 @@ def test_few_rows(rows, size, outputs, threads, streamed, monkeypatch):
 
 @needs_compiler
 def test_a_vector_and_parameters_are_streamed(streamed):
-    layer = Linear(24, 40)
+    layer = make_linear(24, 40)
     with torch.no_grad():
         assert layer(torch.randn(24)).shape == (40,)
     layer.requires_grad_(False)
