@@ -26,11 +26,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from transformers.utils import logging
 
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.transforms import is_looked_into
 
 logger = logging.get_logger("transformers.lalm")
 
@@ -106,12 +106,6 @@ def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.C
 def open_kernel(name: str, **sizes: int) -> None:
     """Load what `load_kernel` would, if it is compiled: a model opens when it is made what its first forward needs."""
     load_kernel(name, work=0, **sizes)
-
-
-def is_looked_into() -> bool:
-    """Whether a transform of torch.func, forward-mode differentiation or a tracer is at work."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch.jit.is_tracing()
 
 
 @dataclass

@@ -28,6 +28,8 @@ from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.transforms import is_transformed
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +57,10 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
     """`recurrent_delta` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if is_transformed():
+        return recurrent_delta(q, k, v, g, beta, scale, state, layout)
     chunk_size = min(chunk_size, q.shape[1])
-    return _ChunkDelta.apply(q, k, v, g, beta, scale, state, layout.document_ids(), chunk_size)
+    return _ChunkDelta.apply(scale, chunk_size, q, k, v, g, beta, state, layout.document_ids())
 
 
 def _decays(g: torch.Tensor) -> torch.Tensor:
@@ -170,9 +174,13 @@ def _prepare(q, k, v, g, beta, scale, segments, chunk_size) -> _Chunks:
     return _Chunks(q_c * scale, k_c, v_c, g_c, beta_c, chunk_borders(segments, chunk_size, dtype))
 
 
+def _plain(ctx, q, k, v, g, beta, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
+    return recurrent_delta(q, k, v, g, beta, ctx.scale, state, SequenceLayout(segments=segments))
+
+
 class _ChunkDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, state, segments, chunk_size):
+    def forward(ctx, scale, chunk_size, q, k, v, g, beta, state, segments):
         ctx.save_for_backward(q, k, v, g, beta, state, segments)
         ctx.scale, ctx.chunk_size = scale, chunk_size
         chunks = _prepare(q, k, v, g, beta, scale, segments, chunk_size)
@@ -180,7 +188,7 @@ class _ChunkDelta(torch.autograd.Function):
         return from_chunks(chunks.inside + chunks.reads @ states, q.shape[1]), final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=2)
     def backward(ctx, do, d_final):
         q, k, v, g, beta, state, segments = ctx.saved_tensors
         chunks = _prepare(q, k, v, g, beta, ctx.scale, segments, ctx.chunk_size)
@@ -197,7 +205,7 @@ class _ChunkDelta(torch.autograd.Function):
         if g is not None:
             dg = from_chunks(suffix_sums(d_total), q.shape[1]).to(g.dtype)[..., 0]
         d_beta = d_beta[..., 0]
-        return dq, dk, dv, dg, d_beta, None, None if state is None else d_state.to(state.dtype), None, None
+        return None, None, dq, dk, dv, dg, d_beta, None if state is None else d_state.to(state.dtype), None
 
 
 def _both_ways(core, q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
