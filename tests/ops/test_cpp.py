@@ -51,6 +51,16 @@ def forget():
     cpp._named_compiler.cache_clear()
 
 
+@pytest.fixture
+def quick(tmp_path):
+    """A compiler that knows one kernel, that of the RMS norm, and has it made already."""
+    assert cpp.load_kernel("rms_norm") is not None
+    made = tmp_path / "made"
+    made.write_bytes(open(cpp._plan("rms_norm", ()).library, "rb").read()[: -cpp._SEAL])
+    forget()
+    return write_compiler(tmp_path / "a b" / "g++", f"for last; do :; done; cp {made} $last")
+
+
 def write_compiler(path, text):
     """A command that stands for a compiler."""
     path.parent.mkdir(exist_ok=True)
@@ -118,18 +128,14 @@ def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machi
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["cut off", "empty", "garbage", "another library's end"])
-def test_a_damaged_library_is_compiled_again(damage, new_machine, warnings):
+@pytest.mark.parametrize("damage", ["cut off", "another end"])
+def test_a_damaged_library_is_compiled_again(damage, quick, new_machine, warnings, monkeypatch):
     """In a process of its own, which a library that is cut off would kill."""
+    monkeypatch.setenv("CXX", str(quick))
     assert cpp.load_kernel("rms_norm") is not None
     (library,) = new_machine.glob("*.so")
     whole = library.read_bytes()
-    damaged = {
-        "cut off": whole[: len(whole) // 2],
-        "empty": b"",
-        "garbage": b"\x7fELF" + bytes(len(whole)),
-        "another library's end": whole[:-1] + bytes([whole[-1] ^ 1]),
-    }[damage]
+    damaged = {"cut off": whole[: len(whole) // 2], "another end": whole[:-1] + bytes([whole[-1] ^ 1])}[damage]
     library.unlink()  # this process has it open
     library.write_bytes(damaged)
     code = (
@@ -146,7 +152,8 @@ def test_a_damaged_library_is_compiled_again(damage, new_machine, warnings):
 
 
 @needs_compiler
-def test_threads_wait_for_one_compilation(new_machine, monkeypatch):
+def test_threads_wait_for_one_compilation(quick, new_machine, monkeypatch):
+    monkeypatch.setenv("CXX", str(quick))
     compiled, compile_one = [], cpp._compile
 
     def slowly(plan, made):
@@ -163,7 +170,8 @@ def test_threads_wait_for_one_compilation(new_machine, monkeypatch):
 
 
 @needs_compiler
-def test_processes_that_compile_at_once(new_machine):
+def test_processes_that_compile_at_once(quick, new_machine, monkeypatch):
+    monkeypatch.setenv("CXX", str(quick))
     code = "from lalm.modeling.ops import cpp; assert cpp.load_kernel('rms_norm') is not None"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=100) for process in running] == [0, 0]
@@ -172,8 +180,9 @@ def test_processes_that_compile_at_once(new_machine):
 
 @needs_compiler
 @pytest.mark.parametrize("obstacle", ["a file in the way", "no room", "no home"])
-def test_where_nothing_can_be_kept(obstacle, new_machine, monkeypatch, warnings, tmp_path):
+def test_where_nothing_can_be_kept(obstacle, quick, new_machine, monkeypatch, warnings, tmp_path):
     """Each process compiles for itself then, and says so."""
+    monkeypatch.setenv("CXX", str(quick))
 
     def no_room(file):
         raise OSError(28, "No space left on device")
@@ -195,13 +204,12 @@ def test_where_nothing_can_be_kept(obstacle, new_machine, monkeypatch, warnings,
 
 
 @needs_compiler
-@pytest.mark.parametrize("words", ["{} -g0", "ccache {}", "'{folder}/a b/g++' -g0", "{folder}/a b/g++"])
-def test_the_environment_names_a_compiler(words, new_machine, monkeypatch, warnings, tmp_path):
+@pytest.mark.parametrize("words", ["'{}' -g0", "ccache '{}'", "{}"])
+def test_the_environment_names_a_compiler(words, quick, new_machine, monkeypatch, warnings, tmp_path):
     """As CXX does for make: a path, or a command with words."""
     write_compiler(tmp_path / "bin" / "ccache", 'exec "$@"')
-    write_compiler(tmp_path / "a b" / "g++", f'exec {COMPILER} "$@"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.setenv("CXX", words.format(COMPILER, folder=tmp_path))
+    monkeypatch.setenv("CXX", words.format(quick))
     assert cpp.load_kernel("rms_norm") is not None
     assert not warnings
 
@@ -211,8 +219,7 @@ def test_the_environment_names_a_compiler(words, new_machine, monkeypatch, warni
 def test_a_compiler_that_is_not_there(words, new_machine, monkeypatch, warnings):
     """The machine's own is taken instead, and the user hears of it once."""
     monkeypatch.setenv("CXX", words)
-    assert cpp.load_kernel("rms_norm") is not None
-    assert cpp.load_kernel("lam_gates") is not None
+    assert cpp._plan("rms_norm", ()).compiler == cpp._plan("lam_gates", ()).compiler == ()
     assert len(warnings) == 1
     assert f"CXX={words!r}" in warnings[0]
 
@@ -243,10 +250,9 @@ def test_a_compiler_that_hangs_is_waited_for_once(new_machine, monkeypatch, warn
 
 
 @needs_compiler
-@pytest.mark.parametrize("width", [2048])
-def test_wide_windows_do_not_overrun_the_stack(width):
+def test_wide_windows_do_not_overrun_the_stack():
     """In a process of its own, which would die of it; a thread's stack is smaller still."""
-    code = f"from tests.ops.test_cpp import check_wide_windows; check_wide_windows({width})"
+    code = "from tests.ops.test_cpp import check_wide_windows; check_wide_windows(2048)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
