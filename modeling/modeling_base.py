@@ -209,6 +209,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         mask = current_mask(attention_mask, batch, length, seen)
         reorder = is_causal or self.mixer_class.is_windowed or "sliding_attention" in kinds
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
+        hidden_states = layout.zero_padding(hidden_states)  # whatever stands there, NaN too, is met by no layer
         kind, has_softmax = self.config.position_embedding_type, kinds != {Mixer.layer_type}
         if position_ids is None and (kind != "none" or has_softmax):
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))

@@ -26,7 +26,14 @@ from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix
 from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.layout import (
+    SequenceLayout,
+    check_shapes,
+    check_state,
+    document_by_document,
+    must_part,
+    per_document,
+)
 from lalm.modeling.ops.products import without_autocast
 from lalm.modeling.ops.second_order import differentiable_by
 from lalm.modeling.ops.transforms import is_transformed
@@ -59,6 +66,12 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if is_transformed():
         return recurrent_delta(q, k, v, g, beta, scale, state, layout)
+    if must_part(layout, q, k, v, g, beta):
+
+        def alone(q, k, v, g, beta, state, layout):
+            return chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g, beta), state, layout)
     chunk_size = min(chunk_size, q.shape[1])
     return _ChunkDelta.apply(scale, chunk_size, q, k, v, g, beta, state, layout.document_ids())
 
@@ -230,19 +243,19 @@ def _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state
             return _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state, None, layout, causal)
 
         return per_document(one_batch, (q, k, v, g, beta), cu_seqlens, initial_state, output_final_state)
-    if core is cpp_delta:
+    layout = layout or SequenceLayout()
+    if core is cpp_delta:  # which passes over padding
         core = partial(cpp_delta, wants_state=output_final_state)
+    else:
+        q, k, v, g, beta = layout.freeze(q, k, v, g, beta)
     if not causal:
         refuse_states(initial_state, output_final_state)
         core = partial(_both_ways, core)
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    layout = layout or SequenceLayout()
-    k, decay = layout.freeze(k, None if g is None else g[..., None])
-    g = None if decay is None else decay[..., 0]
     with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, beta, scale, initial_state, layout)
-        return o.to(v.dtype), state if output_final_state else None
+        return layout.zero_padding(o).to(v.dtype), state if output_final_state else None
 
 
 def recurrent_delta_rule(

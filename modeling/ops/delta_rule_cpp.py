@@ -152,6 +152,8 @@ def cpp_dual(
     )
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
+    if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
+        g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
     tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]

@@ -71,11 +71,11 @@ struct State {
   void empty() {
     std::memset(at, 0, sizeof(at));
     std::memset(z, 0, sizeof(z));
+    pending.fill(1);  // 0 times the NaN of another document is no 0
   }
 
   void load(const float* from) {
     empty();
-    pending.fill(1);
     for (int i = 0; from && i < KEY; ++i) {
       std::memcpy(at + i * VALUE, from + i * COLUMNS, VALUE * sizeof(float));
       if (NORMALIZED) z[i] = from[i * COLUMNS + VALUE];

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, suffix_sums, to_chunks
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
 from lalm.modeling.ops.second_order import differentiable_by
 from lalm.modeling.ops.transforms import hides_values, is_transformed
 
@@ -52,7 +52,7 @@ def recurrent_diagonal(
     layout = layout or SequenceLayout()
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    k, g = layout.freeze(k, None if g is None else g.to(dtype))
+    q, k, v, g = layout.freeze(q, k, v, None if g is None else g.to(dtype))
     starts_BT = layout.starts()
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
@@ -65,7 +65,7 @@ def recurrent_diagonal(
             state_BHKV = state_BHKV * g[:, t, :, :, None].exp()
         state_BHKV = state_BHKV + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
-    return torch.stack(outputs, dim=1), state_BHKV
+    return layout.zero_padding(torch.stack(outputs, dim=1)), state_BHKV
 
 
 def chunk_diagonal(
@@ -84,9 +84,16 @@ def chunk_diagonal(
     layout = layout or SequenceLayout()
     if is_transformed():
         return recurrent_diagonal(q, k, v, g, scale, state, layout)
-    k, g = layout.freeze(k, g)
+    q, k, v, g = layout.freeze(q, k, v, g)
+    if must_part(layout, q, k, v, g):
+
+        def alone(q, k, v, g, state, layout):
+            return chunk_diagonal(q, k, v, g, scale, state, layout, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g), state, layout)
     chunk_size, factored = _plan(g, min(chunk_size, 1 << (q.shape[1] - 1).bit_length()))
-    return _ChunkDiagonal.apply(scale, chunk_size, factored, q, k, v, g, state, layout.document_ids())
+    o, state = _ChunkDiagonal.apply(scale, chunk_size, factored, q, k, v, g, state, layout.document_ids())
+    return layout.zero_padding(o), state
 
 
 def normalized(core: Callable, eps: float) -> Callable:

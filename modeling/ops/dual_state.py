@@ -36,6 +36,8 @@ from lalm.modeling.ops.layout import (
     check_cu_seqlens,
     check_shapes,
     check_state,
+    document_by_document,
+    must_part,
     per_document,
     segments_of,
 )
@@ -55,6 +57,12 @@ def chunk_dual(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if is_transformed():
         return recurrent_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    if must_part(layout, q, k, v, g, beta, read, leak):
+
+        def alone(q, k, v, g, beta, read, leak, state, layout):
+            return chunk_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
     length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
     chunk_size = min(chunk_size, -(-length // 8) * 8)
     dtype = compute_dtype(q, k, v, g, beta, read, leak)
@@ -216,9 +224,10 @@ def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout,
         leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
     if layout.mask is not None:
         padding = ~layout.mask[:, :, None, None]
-        k, g, beta = (x.masked_fill(padding, 0) for x in (k, g, beta))
+        q, k, v, g, beta, read = (x.masked_fill(padding, 0) for x in (q, k, v, g, beta, read))
         leak = leak.masked_fill(padding[..., None], 0)
-    return core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    o, state = core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    return layout.zero_padding(o), state
 
 
 def _both_ways(

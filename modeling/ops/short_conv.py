@@ -33,10 +33,10 @@ def plain_short_conv(
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolve `x [B, T, D]` after `state [B, before, D]`, or after nothing; the other arguments are those of
-    `cpp_short_conv`. Returns `[B, T, D]`, unspecified on padding, and the next state of a causal convolution."""
+    `cpp_short_conv`. Returns `[B, T, D]`, 0 on padding, and the next state of a causal convolution."""
     length, width = x.shape[1], weight.shape[1]
     after = width - 1 - before
-    x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
+    x = layout.pads_first(layout.zero_padding(x))
     window = F.pad(x, (0, 0, before, after)) if state is None else layout.slide_over_padding(state.to(x.dtype), x)
     segments = layout.segments_pads_first()
     if segments is not None:
@@ -48,23 +48,19 @@ def plain_short_conv(
             continue
         neighbour = window[:, offset : offset + length]
         if segments is not None:
-            neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
+            neighbour = neighbour.masked_fill((own != segments[:, offset : offset + length])[..., None], 0)
         y = torch.addcmul(y, neighbour, weight[:, offset])
     state = window[:, length:]
     if segments is not None:
-        state = state * (segments[:, length:] == segments[:, -1:])[..., None]
-    return layout.restore(F.silu(y) if activation else y), state
+        state = state.masked_fill((segments[:, length:] != segments[:, -1:])[..., None], 0)
+    return layout.zero_padding(layout.restore(F.silu(y) if activation else y)), state
 
 
 def _plain(ctx, weight, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
     mask = None if skip is None else ~skip
     order = None if mask is None else mask.int().argsort(dim=1, stable=True)
-    x = torch.cat(parts, dim=-1)
-    if skip is not None:
-        x = x.masked_fill(skip[..., None], 0)
-    y, _ = plain_short_conv(x, weight, ctx.before, ctx.activation, SequenceLayout(mask, documents, order))
-    if skip is not None:
-        y = y.masked_fill(skip[..., None], 0)
+    where = SequenceLayout(mask, documents, order)
+    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where)
     return y.split([x.shape[-1] for x in parts], dim=-1)
 
 
