@@ -5,7 +5,7 @@ from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 
-from lalm.configuration.configuration_base import LalmConfig
+from lalm.configuration.configuration_base import LalmConfig, logger
 
 # Fields of the base without a meaning here, the value that they must keep, and what to use instead.
 _UNUSED: dict[str, tuple[Any, str]] = {
@@ -17,7 +17,6 @@ _UNUSED: dict[str, tuple[Any, str]] = {
     "mlp_type": ("mlp", "set ff_glu=True for a gated MLP"),
     "full_attention_layers": ([], "a head is softmax attention by num_local_heads"),
     "sliding_attention_layers": ([], "set num_local_heads and local_attn_window_size"),
-    "sliding_window": (None, "set local_attn_window_size"),
 }
 
 
@@ -82,6 +81,11 @@ class LocalGlobalConfig(LalmConfig):
     position_embedding_type: Literal["axial", "none", "learned", "sinusoidal", "rope"] = "axial"  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
+        # Here and not in a validator: tools set it afterwards on every configuration that has the attribute.
+        if self.sliding_window is not None:
+            raise ValueError(
+                f"{self.model_type} has no sliding_window, got {self.sliding_window}: set local_attn_window_size."
+            )
         alias = kwargs.pop("local_attn_window", None)
         if alias is not None and self.local_attn_window_size not in (None, alias):
             raise ValueError(
@@ -97,6 +101,13 @@ class LocalGlobalConfig(LalmConfig):
         if self.hidden_act is None:
             self.hidden_act = "gelu" if self.semantics == "0.19" else "leaky_relu"
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As the base class; a stored `sliding_window` has no effect, and is taken for one that a tool has set."""
+        if config_dict.get("sliding_window") is not None:
+            logger.warning_once(f"{cls.__name__} does not use the stored sliding_window, but local_attn_window_size.")
+        return super().from_dict(config_dict | {"sliding_window": None}, **kwargs)
 
     @classmethod
     def _is_known(cls, key: str) -> bool:

@@ -183,8 +183,10 @@ class SoftmaxAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        o = o.flatten(-2)
-        return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+        if self.sliding_window is not None:
+            # A padded token has an empty window; what the backends make of that depends on the padding beside it.
+            o = layout.zero_padding(layout.restore(o))
+        return self.o_proj(o.flatten(-2)), weights
 
     def _attend_in_blocks(
         self,

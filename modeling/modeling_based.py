@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers import initialization as init
 
 from lalm.configuration.configuration_based import BasedConfig
@@ -85,7 +85,7 @@ class BasedModel(LalmModel):
             init.normal_(cast(nn.Linear, module).weight, 0.0, std)
 
 
-class BasedForCausalLM(LalmForCausalLM):
+class BasedForCausalLM(LalmForCausalLM, GenerationMixin):
     config: BasedConfig
     model_class = BasedModel
 

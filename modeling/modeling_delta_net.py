@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationMixin
 from transformers import initialization as init
 
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
@@ -139,7 +140,7 @@ class DeltaNetModel(LalmModel):
             module.reset_parameters()
 
 
-class DeltaNetForCausalLM(LalmForCausalLM):
+class DeltaNetForCausalLM(LalmForCausalLM, GenerationMixin):
     config: DeltaNetConfig
     model_class = DeltaNetModel
 

@@ -7,6 +7,7 @@ tau; g_proj -> W_r; o_proj -> W_O; o_norm -> LN (RMSNorm here, as in the authors
 
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationMixin
 
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.modeling.layers import make_linear
@@ -68,7 +69,7 @@ class GLAModel(LalmModel):
     mixer_class = GLAMixer
 
 
-class GLAForCausalLM(LalmForCausalLM):
+class GLAForCausalLM(LalmForCausalLM, GenerationMixin):
     config: GLAConfig
     model_class = GLAModel
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from lalm.configuration.configuration_lam import LamConfig
@@ -182,7 +182,7 @@ class LamModel(LalmModel):
         return student
 
 
-class LamForCausalLM(LalmForCausalLM):
+class LamForCausalLM(LalmForCausalLM, GenerationMixin):
     config: LamConfig
     model_class = LamModel
 

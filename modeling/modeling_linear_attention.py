@@ -6,6 +6,7 @@ Code symbol -> paper: feature_map -> phi; the state's first V columns -> S, its 
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import (
@@ -47,7 +48,7 @@ class LinearAttentionModel(LalmModel):
             module.reset_parameters()
 
 
-class LinearAttentionForCausalLM(LalmForCausalLM):
+class LinearAttentionForCausalLM(LalmForCausalLM, GenerationMixin):
     config: LinearAttentionConfig
     model_class = LinearAttentionModel
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers import initialization as init
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
@@ -280,7 +280,7 @@ class LocalGlobalModel(LalmModel):
         return super().readout(self.embedding_out(hidden_states))
 
 
-class LocalGlobalForCausalLM(LalmForCausalLM):
+class LocalGlobalForCausalLM(LalmForCausalLM, GenerationMixin):
     config: LocalGlobalConfig
     model_class = LocalGlobalModel
     lm_head_bias = True

@@ -5,6 +5,8 @@ Code symbol -> paper (section 2): retention_log_decay -> log gamma; g_proj -> W_
 of the heads (RMSNorm here, as in the authors' released code); rotary positions -> e^(i n theta).
 """
 
+from transformers import GenerationMixin
+
 from lalm.configuration.configuration_retnet import RetNetConfig
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel
@@ -54,7 +56,7 @@ class RetNetModel(LalmModel):
     mixer_class = RetNetMixer
 
 
-class RetNetForCausalLM(LalmForCausalLM):
+class RetNetForCausalLM(LalmForCausalLM, GenerationMixin):
     config: RetNetConfig
     model_class = RetNetModel
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
+from transformers import GenerationMixin, PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.masking_utils import create_masks_for_generate
 
 from tests.modeling.exact import assert_close, run, tokens
@@ -29,6 +29,12 @@ def greedy_by_hand(model, ids):
 
 def generate(model, ids, **kwargs):
     return model.generate(ids, **({"max_new_tokens": NEW, "do_sample": False} | kwargs))
+
+
+@each_variant
+def test_generation_mixin_stands_among_the_bases(row):
+    """Tools look for its name there, and not further up."""
+    assert GenerationMixin in row.model_class().__bases__
 
 
 @every_row

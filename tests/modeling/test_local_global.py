@@ -56,6 +56,15 @@ def test_names_and_defaults():
     assert LocalGlobalConfig(semantics="v0.2.1").hidden_act == "leaky_relu"
 
 
+def test_tools_may_set_a_sliding_window(tmp_path):
+    """They do so on every configuration that has the attribute, and save it; there is no such window here."""
+    config = LocalGlobalConfig(local_attn_window_size=4)
+    config.sliding_window = 2
+    config.save_pretrained(tmp_path)
+    loaded = LocalGlobalConfig.from_pretrained(tmp_path)
+    assert (loaded.sliding_window, loaded.local_attn_window_size) == (None, 4)
+
+
 def test_parameter_count_of_the_published_example():
     """Width 512, 12 layers, 8,192 positions: 58,409,504 parameters upstream."""
     config = LocalGlobalConfig(vocab_size=20000, num_hidden_layers=12, max_position_embeddings=8192, num_local_heads=4)

@@ -14,7 +14,7 @@ from tests.modeling.exact import (
     tokens,
     weights_like,
 )
-from tests.variants import ROWS, every_row, few_rows
+from tests.variants import ENCODERS, ROWS, every_row, few_rows
 
 LENGTH = 21
 KINDS = ("left", "right", "interior", "scattered")
@@ -72,6 +72,18 @@ def test_gradients_are_those_of_the_real_tokens(row, kind):
         assert_close(grad[b : b + 1, real[b]], expected, f"embeddings of row {b}")
         total = add_gradients(total, more)
     assert_same_gradients(parameters, total)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in (*ROWS, *ENCODERS)])
+def test_padded_tokens_do_not_see_how_much_padding_there_is(row):
+    """Nobody reads their logits, but tools compare whole batches."""
+    model = row.build("AutoModelForCausalLM" if row.config().is_causal else "AutoModelForMaskedLM")
+    ids, mask = tokens(3, LENGTH), mask_of("right")
+    more = torch.zeros(3, 8, dtype=torch.long)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        longer = model(torch.cat([more, ids], 1), attention_mask=torch.cat([more, mask], 1)).logits
+    assert_close(longer[:, 8:], logits, "logits")
 
 
 @every_row
