@@ -18,7 +18,7 @@ from lalm.modeling.ops.elementwise import activate, has_kernel, open_activation,
 from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear import linear, open_linear
 from lalm.modeling.ops.products import product_dtype
-from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv
+from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv, plain_short_conv
 
 
 def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
@@ -173,30 +173,7 @@ class ShortConvolution(nn.Module):
             if outputs is not None:
                 return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        length = x.shape[1]
-        x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
-        if state is None:
-            window = nn.functional.pad(x, (0, 0, before, self.after))
-        else:
-            window = layout.slide_over_padding(state.to(x.dtype), x)
-        segments = layout.segments_pads_first()
-        if segments is not None:
-            segments = torch.cat(
-                [segments[:, :1].expand(-1, before), segments, segments[:, -1:].expand(-1, self.after)], 1
-            )
-            own = segments[:, before : before + length]
-        y = window[:, before : before + length] * self.weight[:, before]
-        for offset in range(width):
-            if offset == before:
-                continue
-            neighbour = window[:, offset : offset + length]
-            if segments is not None:
-                neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
-            y = torch.addcmul(y, neighbour, self.weight[:, offset])
-        state = window[:, length:]
-        if segments is not None:
-            state = state * (segments[:, length:] == segments[:, -1:])[..., None]
-        y = layout.restore(nn.functional.silu(y) if self.activation else y)
+        y, state = plain_short_conv(x, self.weight, before, self.activation, layout, state)
         return y.split(sizes, dim=-1), state
 
 

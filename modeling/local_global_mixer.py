@@ -92,7 +92,7 @@ class LocalGlobalMixer(nn.Module):
             outputs.append(self._attend_locally(q_local, k_local, v_local, past_key_values, layout))
         if self.num_global:
             outputs.append(self._attend_globally(q_global, k_global, v_global, past_key_values, layout))
-        return self.o_proj(layout.zero_padding(torch.cat(outputs, dim=2)).flatten(-2)), None
+        return self.o_proj(torch.cat(outputs, dim=2).flatten(-2)), None
 
     def _attend_locally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
         state, index, window_size = None, self.layer_idx, self.config.local_attn_window_size

@@ -15,7 +15,7 @@ from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
 from lalm.modeling.ops.elementwise import activate
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.layout import SequenceLayout, must_part
 from lalm.modeling.ops.local_attention import sliding_attention
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -131,6 +131,10 @@ class Mixer(nn.Module):
         return o if self.g_proj is None else activate(self.output_gate, self.g_proj(hidden_states).view_as(o), o)
 
 
+def _is_fresh(cache: Cache | None, layer_idx: int) -> bool:
+    return cache is None or int(cache.get_seq_length(layer_idx)) == 0
+
+
 class SoftmaxAttention(nn.Module):
     """Softmax attention, full or over a sliding window, for hybrid models; runs on the stock attention interface, or
     in blocks where batch_layout.attends_in_blocks says so."""
@@ -169,9 +173,10 @@ class SoftmaxAttention(nn.Module):
         if rotary:
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
         dropout = self.config.attention_dropout if self.training else 0.0
-        if self.sliding_window is not None and self.layer_type not in masks:
+        in_blocks = self.sliding_window is not None and self.layer_type not in masks
+        if in_blocks or (must_part(layout, q, k, v) and _is_fresh(past_key_values, self.layer_idx)):
             o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
-            return self.o_proj(layout.zero_padding(o).flatten(-2)), None
+            return self.o_proj(o.flatten(-2)), None
         if self.sliding_window is not None:
             q, k, v = layout.pads_first(q), layout.pads_first(k), layout.pads_first(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -179,6 +184,8 @@ class SoftmaxAttention(nn.Module):
             if self.sliding_window is not None and layout.mask is not None:
                 k, v = self._slide_cache(past_key_values.layers[self.layer_idx], k, v, layout)
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if len(hidden_states) == 0:  # an empty batch, which the stock interface cannot reshape
+            return self.o_proj(q.transpose(1, 2).flatten(-2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -209,9 +216,9 @@ class SoftmaxAttention(nn.Module):
     ) -> torch.Tensor:
         """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
         if cache is not None:
-            past_k, past_v = (layout.pads_first(x).transpose(1, 2) for x in (k, v))
-            cache.update(past_k, past_v, self.layer_idx)
-        window: Any = self.sliding_window
+            past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
+            cache.update(*(x.transpose(1, 2) for x in past), self.layer_idx)
+        window = self.sliding_window or q.shape[1]
         return sliding_attention(
             q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
         )

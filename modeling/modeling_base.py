@@ -191,6 +191,8 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
             hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
         else:
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if hidden_states.shape[1] == 0:
+            raise ValueError("input_ids (or inputs_embeds) hold no token (T = 0): pass at least one.")
         is_causal, kinds = self.config.is_causal, set(self.config.layer_types)
         if kinds != {"full_attention"}:
             refuse_sharded_tokens()
@@ -206,6 +208,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         mask = current_mask(attention_mask, batch, length, seen)
         reorder = is_causal or self.mixer_class.is_windowed or "sliding_attention" in kinds
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
+        hidden_states = layout.zero_padding(hidden_states)  # whatever stands there, NaN too, is met by no layer
         kind, has_softmax = self.config.position_embedding_type, kinds != {Mixer.layer_type}
         if position_ids is None and (kind != "none" or has_softmax):
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))

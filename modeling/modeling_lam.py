@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
@@ -27,7 +26,6 @@ from lalm.modeling.modeling_heads import (
 )
 from lalm.modeling.ops.cpp import open_kernel
 from lalm.modeling.ops.delta_rule_cpp import compiled_delta
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.dual_state import (
     chunk_dual_state_delta,
@@ -35,7 +33,7 @@ from lalm.modeling.ops.dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
-from lalm.modeling.ops.lam_gates import cpp_lam_gates
+from lalm.modeling.ops.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -64,7 +62,7 @@ class LamGates(nn.Module):
         if config.use_flux:
             self.flux_weight = nn.Parameter(torch.empty(self.heads, config.linear_key_dim, config.linear_value_dim))
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
-        self.is_complete = config.use_flux and list(self.sizes.values()) == [1, 2, 2, 2]
+        self.is_complete = config.use_flux and self.sizes == COMPLETE
         if self.is_complete:
             open_kernel("lam_gates")
 
@@ -84,34 +82,13 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        gates = self._by_kernel(x, k, v) or self._plain(x, k, v)
+        tensors = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias)
+        gates = cpp_lam_gates(*tensors, _LEAK_MAX) if self.is_complete else None
+        if gates is None:
+            gates = plain_lam_gates(*tensors, _LEAK_MAX, self.sizes)
         if self.config.is_causal:
             gates = tuple(None if gate is None else gate[0] for gate in gates)
         return dict(zip(("g", "beta", "read", "coupling"), gates, strict=True))
-
-    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
-        if not self.is_complete or self.flux_weight is None or self.flux_bias is None:
-            return None
-        return cpp_lam_gates(x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
-
-    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
-        parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
-        decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
-        g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
-        beta = parts["beta"].sigmoid()
-        if self.flux_weight is not None and self.flux_bias is not None:
-            written = torch.einsum("bthk,hkv->bthv", k.to(x.dtype), self.flux_weight.to(x.dtype))
-            psi = ((written * v).sum(-1) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
-            beta = beta * torch.cat([psi, 1 - psi], dim=-1)
-        beta = beta.expand_as(g)
-        read = parts["read"] if self.sizes["read"] else torch.ones_like(g)
-        coupling = None
-        if self.sizes["leak"]:
-            taken = parts["leak"].sigmoid() * _LEAK_MAX
-            fast, slow = taken.unbind(-1)
-            coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
-        return g, beta, read, coupling
 
 
 class LamMixer(Mixer):

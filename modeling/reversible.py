@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -52,8 +51,12 @@ class _Reversible(torch.autograd.Function):
         return (x1 + x2) / 2
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
+        if torch.is_grad_enabled():  # that is, under create_graph=True
+            raise RuntimeError(
+                "A reversible model recomputes its activations in the backward pass and has no second derivatives: "
+                "load it with reversible=False to use create_graph=True."
+            )
         y1, y2, *inputs = ctx.saved_tensors
         # Stand-ins gather the gradients: the caller's own tensors have hooks, which are to meet the whole gradient
         # once, and a graph behind them, which is not to be entered from here.

@@ -26,8 +26,17 @@ from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix
 from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.layout import (
+    SequenceLayout,
+    check_shapes,
+    check_state,
+    document_by_document,
+    must_part,
+    per_document,
+)
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.transforms import is_transformed
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +64,16 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
     """`recurrent_delta` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if is_transformed():
+        return recurrent_delta(q, k, v, g, beta, scale, state, layout)
+    if must_part(layout, q, k, v, g, beta):
+
+        def alone(q, k, v, g, beta, state, layout):
+            return chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g, beta), state, layout)
     chunk_size = min(chunk_size, q.shape[1])
-    return _ChunkDelta.apply(q, k, v, g, beta, scale, state, layout.document_ids(), chunk_size)
+    return _ChunkDelta.apply(scale, chunk_size, q, k, v, g, beta, state, layout.document_ids())
 
 
 def _decays(g: torch.Tensor) -> torch.Tensor:
@@ -170,9 +187,13 @@ def _prepare(q, k, v, g, beta, scale, segments, chunk_size) -> _Chunks:
     return _Chunks(q_c * scale, k_c, v_c, g_c, beta_c, chunk_borders(segments, chunk_size, dtype))
 
 
+def _plain(ctx, q, k, v, g, beta, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
+    return recurrent_delta(q, k, v, g, beta, ctx.scale, state, SequenceLayout(segments=segments))
+
+
 class _ChunkDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, state, segments, chunk_size):
+    def forward(ctx, scale, chunk_size, q, k, v, g, beta, state, segments):
         ctx.save_for_backward(q, k, v, g, beta, state, segments)
         ctx.scale, ctx.chunk_size = scale, chunk_size
         chunks = _prepare(q, k, v, g, beta, scale, segments, chunk_size)
@@ -180,7 +201,7 @@ class _ChunkDelta(torch.autograd.Function):
         return from_chunks(chunks.inside + chunks.reads @ states, q.shape[1]), final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=2)
     def backward(ctx, do, d_final):
         q, k, v, g, beta, state, segments = ctx.saved_tensors
         chunks = _prepare(q, k, v, g, beta, ctx.scale, segments, ctx.chunk_size)
@@ -197,7 +218,7 @@ class _ChunkDelta(torch.autograd.Function):
         if g is not None:
             dg = from_chunks(suffix_sums(d_total), q.shape[1]).to(g.dtype)[..., 0]
         d_beta = d_beta[..., 0]
-        return dq, dk, dv, dg, d_beta, None, None if state is None else d_state.to(state.dtype), None, None
+        return None, None, dq, dk, dv, dg, d_beta, None if state is None else d_state.to(state.dtype), None
 
 
 def _both_ways(core, q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,19 +243,19 @@ def _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state
             return _delta_rule(core, q, k, v, g, beta, scale, initial_state, output_final_state, None, layout, causal)
 
         return per_document(one_batch, (q, k, v, g, beta), cu_seqlens, initial_state, output_final_state)
-    if core is cpp_delta:
+    layout = layout or SequenceLayout()
+    if core is cpp_delta:  # which passes over padding
         core = partial(cpp_delta, wants_state=output_final_state)
+    else:
+        q, k, v, g, beta = layout.freeze(q, k, v, g, beta)
     if not causal:
         refuse_states(initial_state, output_final_state)
         core = partial(_both_ways, core)
     check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    layout = layout or SequenceLayout()
-    k, decay = layout.freeze(k, None if g is None else g[..., None])
-    g = None if decay is None else decay[..., 0]
     with without_autocast(q.device):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o, state = core(q, k, v, g, beta, scale, initial_state, layout)
-        return o.to(v.dtype), state if output_final_state else None
+        return layout.zero_padding(o).to(v.dtype), state if output_final_state else None
 
 
 def recurrent_delta_rule(

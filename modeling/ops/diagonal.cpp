@@ -29,9 +29,9 @@ struct Workspace {
   alignas(64) float scores[TOKENS][TOKENS], d_scores[TOKENS][TOKENS];
   int64_t at[TOKENS];  // in [B, T, H]
   Factor kept[TOKENS], inverse[TOKENS], enter, leave;  // f_i, 1 / f_i, a_1, f_n
+  alignas(64) float features[2][TAYLOR ? Map::SLACK : 1];
 
   void load(const Inputs& x, const Window& window, const Block& block, int64_t head) {
-    alignas(64) float features[2][TAYLOR ? Map::SLACK : 1];
     for (int t = 0; t < block.count; ++t) {
       const int64_t n = at[t] = window.at(block.first + t, head);
       if (DECAY) {
@@ -85,10 +85,11 @@ struct Workspace {
 
   // The gradient of a token's q or k, from that of its features.
   template <bool ADDS>
-  static void give(const float* d, const float* from, float* to) {
-    alignas(64) float features[Map::SLACK] = {}, found[rounded(SIZE)];
-    std::memcpy(features, d, KEY * sizeof(float));
-    Map::gradient(from, features, found);
+  void give(const float* d, const float* from, float* to) {
+    alignas(64) float found[rounded(SIZE)];
+    std::memset(features[0], 0, sizeof(features[0]));
+    std::memcpy(features[0], d, KEY * sizeof(float));
+    Map::gradient(from, features[0], found);
     for (int g = 0; g < SIZE; g += LANES)
       ADDS ? add_to<SIZE>(to, g, aligned(found + g)) : write_to<SIZE>(to, g, aligned(found + g));
   }

@@ -71,11 +71,11 @@ struct State {
   void empty() {
     std::memset(at, 0, sizeof(at));
     std::memset(z, 0, sizeof(z));
+    pending.fill(1);  // 0 times the NaN of another document is no 0
   }
 
   void load(const float* from) {
     empty();
-    pending.fill(1);
     for (int i = 0; from && i < KEY; ++i) {
       std::memcpy(at + i * VALUE, from + i * COLUMNS, VALUE * sizeof(float));
       if (NORMALIZED) z[i] = from[i * COLUMNS + VALUE];
@@ -119,6 +119,9 @@ struct Block {
   bool fresh;        // begins from an empty state
 };
 
+// f_i of the tokens of a window; large keys would not fit on the stack.
+thread_local Factor decays[TOKENS];
+
 // 16 tokens of a row, the same for all heads, and the blocks of one head in them.
 struct Window {
   const Inputs& x;
@@ -126,7 +129,7 @@ struct Window {
   int64_t first;
   int count, blocks = 0;
   Block block[TOKENS];
-  Factor kept[TOKENS];  // f_i
+  Factor* const kept = decays;
 
   Window(const Inputs& x, const Tokens& tokens, int64_t index)
       : x(x), tokens(tokens), first(index * TOKENS), count(std::min<int64_t>(TOKENS, tokens.count() - first)) {}

@@ -15,8 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.diagonal_recurrence import normalized, recurrent_diagonal
 from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.taylor import num_taylor_features
+from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
 
 
 class _Inputs(ctypes.Structure):
@@ -41,33 +43,45 @@ def _inputs(tensors: Sequence[torch.Tensor | None], scale: float, eps: float) ->
     return _Inputs(*(_address(x) for x in tensors), scale, eps, *q.shape[:3], torch.get_num_threads())
 
 
+def _plain(ctx, q, k, v, g, state, skip, starts, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    scale, eps, taylor = ctx.options
+    if skip is not None:
+        q, k, v = (x.masked_fill(skip[..., None, None], 0) for x in (q, k, v))
+    if taylor:
+        q, k = taylor_features(q), taylor_features(k)
+    layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
+    core = recurrent_diagonal if eps is None else normalized(recurrent_diagonal, eps)
+    return core(q, k, v, g, scale, state, layout)
+
+
 class _CppDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, keys, scale, eps, g, q, k, v, state, skip, starts):
-        decay = None if g is None else g.exp()
-        tensors = (q, k, v, decay, state, skip, starts)
+    def forward(ctx, kernel, taylor, scale, eps, q, k, v, g, state, skip, starts):
+        tensors = (q, k, v, None if g is None else g.exp(), state, skip, starts)
+        keys = num_taylor_features(q.shape[-1]) if taylor else q.shape[-1]
         o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
         final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + (eps is not None))
         sizes = torch.empty_like(v[..., 0]) if eps is not None and any(ctx.needs_input_grad) else None
         inputs = _inputs(tensors, scale, eps or 0.0)
         kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), pointer(sizes))
-        ctx.kernel, ctx.scalars = kernel, (scale, eps or 0.0)
-        ctx.save_for_backward(*tensors, None if eps is None else o, sizes)
+        ctx.kernel, ctx.options = kernel, (scale, eps, taylor)
+        ctx.save_for_backward(q, k, v, g, state, skip, starts, None if eps is None else o, sizes)
         return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=4)
     def backward(ctx, do, d_final):
         *tensors, o, sizes = ctx.saved_tensors
-        state, skip = tensors[4:6]
+        g, state, skip = tensors[3:6]
+        tensors[3] = None if g is None else g.exp()
         fresh = torch.empty_like if skip is None else torch.zeros_like
         found = [None if x is None else fresh(x) for x in tensors[:4]]
         do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
         gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
-        inputs = _inputs(tensors, *ctx.scalars)
+        scale, eps, _ = ctx.options
+        inputs = _inputs(tensors, scale, eps or 0.0)
         ctx.kernel.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(gradients))
-        dq, dk, dv, dg = found
-        return None, None, None, None, dg, dq, dk, dv, None if state is None else d_state, None, None
+        return None, None, None, None, *found, None if state is None else d_state, None, None
 
 
 def _sizes(key_size: int, value_size: int, gate_size: int, normalized: bool, taylor: bool) -> dict[str, int]:
@@ -132,9 +146,8 @@ def cpp_diagonal(
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
-    tensors = (None if x is None else x.float().contiguous() for x in (g, q, k, v, state))
-    keys = num_taylor_features(q.shape[-1]) if taylor else q.shape[-1]
-    o, final = call(_CppDiagonal, kernel, keys, scale, eps, *tensors, *borders(layout))
+    tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
+    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *borders(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

@@ -103,7 +103,7 @@ def fla_diagonal(
     except ImportError as error:
         raise ImportError(_NEEDS_FLA) from error
     layout = layout or SequenceLayout()
-    k, g = layout.freeze(k, g)
+    q, k, v, g = layout.freeze(q, k, v, g)
     if g is None:
         return _run_fla(chunk_simple_gla, (q, k, v), {}, scale, state, layout)
     if g.shape[-1] == 1:
@@ -162,4 +162,4 @@ def _run_fla(
     o, final = kernel(*qkv, **gates, **common)
     if last is not None:
         o, final = o.view(batch, length, *o.shape[2:]), final[last]
-    return o, final
+    return layout.zero_padding(o), final

@@ -30,43 +30,23 @@ from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_
 from lalm.modeling.ops.chunks import from_chunks, to_chunks
 from lalm.modeling.ops.delta_rule_cpp import cpp_dual
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.dual_recurrence import recurrent_dual
 from lalm.modeling.ops.layout import (
     SequenceLayout,
     check_cu_seqlens,
     check_shapes,
     check_state,
+    document_by_document,
+    must_part,
     per_document,
     segments_of,
 )
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.transforms import is_transformed
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
-
-
-def recurrent_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Definition, by tokens; `leak [B, T, H, M, M]` is C - I."""
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
-    q, k, v, beta, read = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype), read.to(dtype)
-    decay = g.to(dtype).exp()
-    coupling = leak.to(dtype) + torch.eye(g.shape[-1], dtype=dtype, device=q.device)
-    starts_BT = layout.starts()
-    if state is None:
-        state = q.new_zeros(*q.shape[:1], q.shape[2], g.shape[-1], q.shape[3], v.shape[3])
-    state_BHMKV = state.to(dtype)
-    outputs = []
-    for t in range(q.shape[1]):
-        k_BH1K1 = k[:, t, :, None, :, None]
-        if starts_BT is not None:
-            state_BHMKV = state_BHMKV.masked_fill(starts_BT[:, t, None, None, None, None], 0)
-        state_BHMKV = state_BHMKV * decay[:, t, :, :, None, None]
-        error_BHMV = v[:, t, :, None] - (state_BHMKV * k_BH1K1).sum(-2) * use_delta_rule
-        state_BHMKV = state_BHMKV + k_BH1K1 * (beta[:, t, :, :, None] * error_BHMV)[..., None, :]
-        state_BHMKV = torch.einsum("bhac,bhckv->bhakv", coupling[:, t], state_BHMKV)
-        outputs.append(torch.einsum("bhk,bha,bhakv->bhv", q[:, t], read[:, t], state_BHMKV))
-    return torch.stack(outputs, dim=1), state_BHMKV
 
 
 def chunk_dual(
@@ -75,6 +55,14 @@ def chunk_dual(
     """`recurrent_dual` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if is_transformed():
+        return recurrent_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    if must_part(layout, q, k, v, g, beta, read, leak):
+
+        def alone(q, k, v, g, beta, read, leak, state, layout):
+            return chunk_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
     length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
     chunk_size = min(chunk_size, -(-length // 8) * 8)
     dtype = compute_dtype(q, k, v, g, beta, read, leak)
@@ -83,7 +71,7 @@ def chunk_dual(
     starts = layout.starts()
     if starts is not None:
         starts = to_chunks(starts[..., None, None], chunk_size, torch.bool)
-    pairs = batch * heads * (chunk_size * memories) ** 2
+    pairs = max(1, batch * heads) * (chunk_size * memories) ** 2
     run = _one_slab if pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 else _Slabs.apply
     if state is not None:
         state = state.to(dtype).flatten(2, 3)
@@ -95,24 +83,35 @@ def _one_slab(size, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _advance(*arguments)
 
 
+def _by_slabs(size, delta, starts, state, *inputs) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """`_advance` over slabs of `size` chunks; also returns the states that enter them."""
+    entering, outputs = [], []
+    for n in range(0, inputs[0].shape[2], size):
+        entering.append(state)
+        o, state = _advance(delta, _cut(starts, n, size), state, *(_cut(x, n, size) for x in inputs))
+        outputs.append(o)
+    return torch.cat(outputs, dim=2), state, entering
+
+
+def _plain(ctx, starts, state, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    return _by_slabs(ctx.size, ctx.delta, starts, state, *rest[:7])[:2]
+
+
 class _Slabs(torch.autograd.Function):
-    """`_advance` over slabs of `size` chunks, of which only the entering states are kept."""
+    """`_by_slabs`, of which only the inputs and the entering states are kept."""
 
     @staticmethod
     def forward(ctx, size, delta, starts, state, *inputs):
-        ctx.size, ctx.delta, entering, outputs = size, delta, [], []
-        for n in range(0, inputs[0].shape[2], size):
-            entering.append(state)
-            o, state = _advance(delta, _cut(starts, n, size), state, *(_cut(x, n, size) for x in inputs))
-            outputs.append(o)
-        ctx.save_for_backward(starts, *entering, *inputs)
-        return torch.cat(outputs, dim=2), state
+        ctx.size, ctx.delta = size, delta
+        o, final, entering = _by_slabs(size, delta, starts, state, *inputs)
+        ctx.save_for_backward(starts, state, *inputs, *entering[1:])
+        return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=2)
     def backward(ctx, do, d_state):
-        starts, *rest = ctx.saved_tensors
-        entering, inputs = rest[:-7], rest[-7:]
+        starts, state, *rest = ctx.saved_tensors
+        inputs, entering = rest[:7], [state, *rest[7:]]
         found = [
             torch.empty_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)
         ]
@@ -225,9 +224,10 @@ def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout,
         leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
     if layout.mask is not None:
         padding = ~layout.mask[:, :, None, None]
-        k, g, beta = (x.masked_fill(padding, 0) for x in (k, g, beta))
+        q, k, v, g, beta, read = (x.masked_fill(padding, 0) for x in (q, k, v, g, beta, read))
         leak = leak.masked_fill(padding[..., None], 0)
-    return core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    o, state = core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    return layout.zero_padding(o), state
 
 
 def _both_ways(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lalm.modeling.ops.chunks import from_chunks, to_chunks
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes
+from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
 from lalm.modeling.ops.products import without_autocast
 
 _SEMANTICS = ("0.19", "v0.2.1")
@@ -151,6 +151,7 @@ def recurrent_efficient_attention(
     _check(q, k, v, initial_state, blindspot_size, semantics, layout)
     layout = layout or SequenceLayout()
     starts, dtype = layout.starts(), compute_dtype(q, k, v)
+    q, k, v = layout.freeze(q, k, v)
     empty = _empty(q, v, blindspot_size, dtype)
     state = empty if initial_state is None else _in_dtype(initial_state, dtype)
     outputs = []
@@ -161,7 +162,8 @@ def recurrent_efficient_attention(
             o, after = _step(q[:, t].to(dtype), k[:, t].to(dtype), v[:, t].to(dtype), state, blindspot_size, semantics)
             state = after if layout.mask is None else _choose_state(layout.mask[:, t], after, state)
             outputs.append(o)
-        return torch.stack(outputs, dim=1).to(v.dtype), state if output_final_state else None
+        o = layout.zero_padding(torch.stack(outputs, dim=1))
+        return o.to(v.dtype), state if output_final_state else None
 
 
 def _choose_state(condition: torch.Tensor, a: EfficientState, b: EfficientState) -> EfficientState:
@@ -203,6 +205,14 @@ def chunk_efficient_attention(
     """
     _check(q, k, v, initial_state, blindspot_size, semantics, layout)
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
+    q, k, v = layout.freeze(q, k, v)
+    options = {"blindspot_size": blindspot_size, "semantics": semantics}
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, state, layout):
+            return chunk_efficient_attention(q, k, v, state, output_final_state, layout=layout, **options)
+
+        return document_by_document(alone, (q, k, v), initial_state, layout)
     state = None if initial_state is None else _in_dtype(initial_state, dtype)
     with without_autocast(q.device):
         q, k, values = q.to(dtype), k.to(dtype), F.pad(v.to(dtype), (0, 1), value=1.0)
@@ -216,7 +226,7 @@ def chunk_efficient_attention(
             line, slots, final = _buckets_in_line(q, k, values, state, blindspot_size, semantics, layout)
             o, published = _read_line(line, state, semantics)
             o, final = _take(o, slots), EfficientState(published, final.pending, final.filled)
-        return o.to(v.dtype), final if output_final_state else None
+        return layout.zero_padding(o).to(v.dtype), final if output_final_state else None
 
 
 def _is_aligned(k, size: int, state: EfficientState | None, layout: SequenceLayout, semantics: str) -> bool:
@@ -280,6 +290,8 @@ def _is_safe(log_features: torch.Tensor, scale: torch.Tensor | None) -> bool:
     """Whether m is 0 everywhere. One look at the data; while compiling, which allows none, the scale always runs."""
     if torch.compiler.is_compiling():
         return False
+    if log_features.numel() == 0:
+        return True
     outside = log_features.amax() > _HEADROOM
     return not bool(outside if scale is None else outside | scale.any())
 

@@ -13,7 +13,7 @@ import torch
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, layout_both_ways
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.efficient_attention import check_semantics, features_of, running_max
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes
+from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
 from lalm.modeling.ops.products import without_autocast
 
 
@@ -33,9 +33,16 @@ def bidirectional_efficient_attention(
     """
     check_shapes(q, k, v, layout)
     layout = layout or SequenceLayout()
+    q, k, v = layout.freeze(q, k, v)
     if layout.segments is None:
-        return cross_efficient_attention(q, k, v, layout.mask, semantics=semantics)
+        return layout.zero_padding(cross_efficient_attention(q, k, v, layout.mask, semantics=semantics))
     check_semantics(semantics)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, _, layout):
+            return bidirectional_efficient_attention(q, k, v, semantics=semantics, layout=layout), None
+
+        return document_by_document(alone, (q, k, v), None, layout)[0]
     dtype = compute_dtype(q, k, v)
     with without_autocast(q.device):
         documents = SequenceLayout(segments=layout.document_ids())
@@ -47,7 +54,8 @@ def bidirectional_efficient_attention(
         total = total.view_as(features)
         # A document of padding only has no key; its output is not looked at, but stays finite.
         q = q.to(dtype).softmax(-1) * _scale(q, semantics) / (total + (total == 0))
-        return read(q, features, v.to(dtype), None, 1.0, None, documents)[0].to(v.dtype)
+        o, _ = read(q, features, v.to(dtype), None, 1.0, None, documents)
+        return layout.zero_padding(o).to(v.dtype)
 
 
 @torch.no_grad()
@@ -89,6 +97,7 @@ def cross_efficient_attention(
             padding = ~mask[..., None, None]
             # Not -inf: a row of padding only would be NaN before it is zeroed.
             weights = k.to(dtype).masked_fill(padding, torch.finfo(dtype).min).softmax(1).masked_fill(padding, 0)
+            v = v.masked_fill(padding, 0)
         memory = torch.einsum("bshk,bshv->bhkv", weights, v.to(dtype))
         q = q.to(dtype).softmax(-1) * _scale(q, semantics)
         return torch.einsum("bthk,bhkv->bthv", q, memory).to(v.dtype)

@@ -142,8 +142,9 @@ struct Groups {
   int64_t heads, size, count, total;  // heads of a group, groups of a row, groups
 
   Groups(int64_t batch, int64_t heads, int64_t threads, int64_t state_bytes) : heads(heads) {
-    const int64_t wanted = std::min(heads, (threads + batch - 1) / batch);
-    size = std::min(std::max<int64_t>(1, (1 << 19) / state_bytes), (heads + wanted - 1) / wanted);
+    const int64_t rows = std::max<int64_t>(1, batch), most = std::max<int64_t>(1, heads);  // of an empty batch, too
+    const int64_t wanted = std::min(most, (threads + rows - 1) / rows);
+    size = std::min(std::max<int64_t>(1, (1 << 19) / state_bytes), (most + wanted - 1) / wanted);
     count = (heads + size - 1) / size;
     total = batch * count;
   }

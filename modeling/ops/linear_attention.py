@@ -14,11 +14,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
 from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
+from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, normalized, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
 from lalm.modeling.ops.products import without_autocast
@@ -51,39 +50,12 @@ def apply_linear_attention(
         refuse_states(initial_state, output_final_state)
         core = bidirectional_diagonal(core)
     if normalize:
-        core = partial(core, eps=eps) if core in (cpp_diagonal, _cpp_taylor) else _normalized(core, eps)
+        core = partial(core, eps=eps) if core in (cpp_diagonal, _cpp_taylor) else normalized(core, eps)
     check_state(initial_state, (q.shape[0], q.shape[2], rows, v.shape[-1] + normalize))
     with without_autocast(q.device):
         scale = rows**-0.5 if scale is None else scale
         o, state = core(q, k, v, None if g is None else g[..., None], scale, initial_state, layout)
         return o.to(v.dtype), state if output_final_state else None
-
-
-def _normalized(core: Callable, eps: float) -> Callable:
-    """A core whose outputs are divided by z . q + eps."""
-
-    def read(q, k, v, g, scale, state, layout):
-        o, state = core(q, k, F.pad(v, (0, 1), value=1.0), g, scale, state, layout)
-        return _Quotient.apply(o, eps), state
-
-    return read
-
-
-class _Quotient(torch.autograd.Function):
-    """`sums [..., V + 1]` -> all but the last by the last plus eps `[..., V]`; two passes over memory each way."""
-
-    @staticmethod
-    def forward(ctx, sums, eps):
-        size = sums[..., -1:] + eps
-        o = sums[..., :-1] / size
-        ctx.save_for_backward(o, size)
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        o, size = ctx.saved_tensors
-        along = (do[..., None, :] @ o[..., None]).squeeze(-1)
-        return torch.cat([do, -along], dim=-1) / size, None
 
 
 def recurrent_linear_attention(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes
+from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
 
 # Label of what is no token: no neighbour of any window, which are numbered from 0.
 _NONE = -4
@@ -72,6 +72,14 @@ def local_attention(
         return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
     if plain and initial_state is not None and q.shape[1] == 1:
         return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
+    q, k, v = layout.freeze(q, k, v)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, state, layout):
+            options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
+            return local_attention(q, k, v, window_size, state, output_final_state, **options)
+
+        return document_by_document(alone, (q, k, v), initial_state, layout)
     documents, positions, totals = document_positions(
         layout, q, None if initial_state is None else initial_state.filled
     )
@@ -88,7 +96,7 @@ def local_attention(
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
     aligned = plain and initial_state is None
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
-    o = layout.restore(_attend(blocks, q.shape[1], scale, dropout))
+    o = layout.zero_padding(layout.restore(_attend(blocks, q.shape[1], scale, dropout)))
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
 
 
@@ -157,6 +165,14 @@ def sliding_attention(
     """
     layout = layout or SequenceLayout()
     _check(q, k, v, window_size, None, False, causal, layout)
+    q, k, v = layout.freeze(q, k, v)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, _, layout):
+            options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
+            return sliding_attention(q, k, v, window_size, **options), None
+
+        return document_by_document(alone, (q, k, v), None, layout)[0]
     documents, length = layout.document_ids(), q.shape[1]
     labels = q.new_zeros((1, length), dtype=torch.int64) if documents is None else documents
     if layout.mask is not None:
@@ -170,7 +186,8 @@ def sliding_attention(
     nearest, farthest = (0, window_size - 1) if causal else (window_size, window_size)
     visible = q_labels[..., :, None] == k_labels[..., None, :]
     visible = visible.tril(reach + nearest).triu(reach - farthest)
-    return layout.restore(_attend(_Blocks(q, k, v, visible, False), length, scale, dropout))
+    o = _attend(_Blocks(q, k, v, visible, False), length, scale, dropout)
+    return layout.zero_padding(layout.restore(o))
 
 
 def _check(q, k, v, window_size, state, output_final_state, causal, layout):

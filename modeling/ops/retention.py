@@ -16,7 +16,7 @@ import torch
 from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype, recurrent_diagonal
 from lalm.modeling.ops.dispatch import fla_diagonal
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
 from lalm.modeling.ops.linear_attention import apply_linear_attention
 
 
@@ -148,7 +148,13 @@ def cpp_retention(
 def _parallel(q, k, v, g, scale, state, layout):
     """A core like `recurrent_diagonal`: o = (q k^T * D) v with D_nm = gamma^(n - m) for m <= n."""
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
-    k, _ = layout.freeze(k, None)
+    q, k, v = layout.freeze(q, k, v)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, state, layout):
+            return _parallel(q, k, v, g, scale, state, layout)
+
+        return document_by_document(alone, (q, k, v), state, layout)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     log_gamma_H = retention_log_decay(q.shape[2], dtype, q.device)
     # Whole numbers times one logarithm: exact however far apart n and m are, unlike differences of running sums.
@@ -166,4 +172,4 @@ def _parallel(q, k, v, g, scale, state, layout):
         kept_BTH = (n_BT[..., None] * log_gamma_H).exp() * (document_BT == 0)[..., None]
         o = o + torch.einsum("bihk,bih,bhkv->bihv", q, kept_BTH, state.to(dtype))
         final = final + kept_BTH[:, -1, :, None, None] * state.to(dtype)
-    return o, final
+    return layout.zero_padding(o), final

@@ -3,6 +3,8 @@
 // Compiled for one WIDTH, for BEFORE earlier tokens in a window, and for SILU (1 ends in a SiLU).
 // skip and documents [B, T] may be null; a token with skip != 0 is padding, and its y and dx stay as they are.
 
+#include <memory>
+
 #include "kernel.h"
 
 namespace {
@@ -46,11 +48,23 @@ void window(const Inputs& in, const Row& row, int64_t i, int64_t first, const fl
 struct Weights {
   alignas(64) float rows[WIDTH][BLOCK] = {};
 
-  Weights() = default;
-  Weights(const Inputs& in, int64_t first, int64_t size) {
+  void load(const Inputs& in, int64_t first, int64_t size) {
     for (int64_t c = 0; c < size; ++c)
       for (int o = 0; o < WIDTH; ++o) rows[o][c] = in.weight[(first + c) * WIDTH + o];
   }
+};
+
+// What a task works with; for wide windows more than a stack holds.
+struct Reading {
+  Weights weights;
+  const float* seen[WIDTH];
+};
+struct Learning {
+  Weights weights;
+  const float* seen[WIDTH];
+  Weights slopes;
+  alignas(64) float grads[WIDTH][BLOCK] = {};  // of the latest WIDTH sums
+  const float* later[WIDTH];
 };
 
 // y = sum_o weights[o] rows[o]
@@ -77,9 +91,10 @@ void forward(const Inputs* inputs, float* y) {
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
   for (int64_t first = 0; first < in.channels; first += block) {
     const int64_t size = in.channels - first < block ? in.channels - first : block;
-    const Weights weights(in, first, size);
+    const auto work = std::make_unique<Reading>();
+    auto& [weights, seen] = *work;
+    weights.load(in, first, size);
     alignas(64) float sums[BLOCK] = {};
-    const float* seen[WIDTH];
     for (int64_t b = 0; b < in.batch; ++b) {
       const Row row(in, b);
       for (int64_t i = 0; i < row.count(); ++i) {
@@ -105,10 +120,9 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
   for (int64_t first = 0; first < in.channels; first += block) {
     const int64_t size = in.channels - first < block ? in.channels - first : block;
-    const Weights weights(in, first, size);
-    Weights slopes;
-    alignas(64) float grads[WIDTH][BLOCK] = {};  // of the latest WIDTH sums
-    const float *seen[WIDTH], *later[WIDTH];
+    const auto work = std::make_unique<Learning>();
+    auto& [weights, seen, slopes, grads, later] = *work;
+    weights.load(in, first, size);
     for (int64_t b = 0; b < in.batch; ++b) {
       const Row row(in, b);
       for (int64_t i = 0; i < row.count() + BEFORE; ++i) {

@@ -1,7 +1,13 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """When C++ kernels are compiled, where they lie, and what happens where they cannot be had."""
 
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,18 +17,56 @@ import lalm
 from lalm.modeling.ops import cpp
 from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
 from lalm.modeling.ops.gla import cpp_gla
+from lalm.modeling.ops.layout import SequenceLayout
 from lalm.modeling.ops.linear import linear
+from lalm.modeling.ops.short_conv import cpp_short_conv
 
 MUCH = 1 << 40
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C++ compiler")
 
 
 @pytest.fixture
 def new_machine(monkeypatch, tmp_path):
     """A cache folder in which nothing is compiled yet."""
-    monkeypatch.setenv("LALM_CACHE", str(tmp_path))
+    monkeypatch.setenv("LALM_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(cpp, "_loading", cpp._Loading())
+    forget()
+    yield tmp_path / "kernels"
+    forget()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is said to the user."""
+    said = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(cpp.logger, name, lambda text, *rest: said.append(text))
+    return said
+
+
+def forget():
+    """As a new process would begin."""
     cpp._plan.cache_clear()
-    yield tmp_path
-    cpp._plan.cache_clear()
+    cpp._named_compiler.cache_clear()
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A compiler that knows one kernel, that of the RMS norm, and has it made already."""
+    assert cpp.load_kernel("rms_norm") is not None
+    made = tmp_path / "made"
+    made.write_bytes(open(cpp._plan("rms_norm", ()).library, "rb").read()[: -cpp._SEAL])
+    forget()
+    return write_compiler(tmp_path / "a b" / "g++", f"for last; do :; done; cp {made} $last")
+
+
+def write_compiler(path, text):
+    """A command that stands for a compiler."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_without_a_compiler_there_is_no_kernel(monkeypatch, new_machine):
@@ -35,7 +79,7 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, new_machine):
     assert not list(new_machine.glob("*.so"))
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+@needs_compiler
 def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
     """It takes the kernel where a longer one has had it compiled."""
     monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
@@ -47,7 +91,7 @@ def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
     assert cpp.load_kernel("rms_norm", work=MUCH) is not None
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+@needs_compiler
 @torch.no_grad()
 def test_a_large_weight_earns_its_kernel_and_many_rows_do_not(new_machine, monkeypatch):
     monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
@@ -56,7 +100,7 @@ def test_a_large_weight_earns_its_kernel_and_many_rows_do_not(new_machine, monke
         assert len(list(new_machine.glob("few_rows*.so"))) == files
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="this machine has no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(
     ("config_class", "fields", "kernels"),
     [
@@ -81,3 +125,147 @@ def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machi
         opened = len(loaded)
         model(input_ids=ids)
     assert len(loaded) == opened
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut off", "another end"])
+def test_a_damaged_library_is_compiled_again(damage, quick, new_machine, warnings, monkeypatch):
+    """In a process of its own, which a library that is cut off would kill."""
+    monkeypatch.setenv("CXX", str(quick))
+    assert cpp.load_kernel("rms_norm") is not None
+    (library,) = new_machine.glob("*.so")
+    whole = library.read_bytes()
+    damaged = {"cut off": whole[: len(whole) // 2], "another end": whole[:-1] + bytes([whole[-1] ^ 1])}[damage]
+    library.unlink()  # this process has it open
+    library.write_bytes(damaged)
+    code = (
+        "import torch; from lalm.modeling.ops import cpp, elementwise; assert cpp.load_kernel('rms_norm') is not None; "
+        "x = torch.randn(1 << 10, 1 << 7); y = elementwise.rms_norm(x, torch.ones(1 << 7), 1e-6); "
+        "assert (y.square().mean(-1) - 1).abs().max() < 1e-3"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=100, capture_output=True, text=True)
+    assert f"{library} is damaged" in done.stderr
+    assert library.read_bytes() == whole
+    forget()
+    assert cpp.load_kernel("rms_norm") is not None
+    assert not warnings
+
+
+@needs_compiler
+def test_threads_wait_for_one_compilation(quick, new_machine, monkeypatch):
+    monkeypatch.setenv("CXX", str(quick))
+    compiled, compile_one = [], cpp._compile
+
+    def slowly(plan, made):
+        compiled.append(plan.name)
+        time.sleep(0.2)
+        compile_one(plan, made)
+
+    monkeypatch.setattr(cpp, "_compile", slowly)
+    gate = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: (gate.wait(), cpp.load_kernel("rms_norm"))[1], range(4)))
+    assert None not in found
+    assert len(compiled) == len(list(new_machine.iterdir())) == 1
+
+
+@needs_compiler
+def test_processes_that_compile_at_once(quick, new_machine, monkeypatch):
+    monkeypatch.setenv("CXX", str(quick))
+    code = "from lalm.modeling.ops import cpp; assert cpp.load_kernel('rms_norm') is not None"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    assert [path.suffix for path in new_machine.iterdir()] == [".so"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("obstacle", ["a file in the way", "no room", "no home"])
+def test_where_nothing_can_be_kept(obstacle, quick, new_machine, monkeypatch, warnings, tmp_path):
+    """Each process compiles for itself then, and says so."""
+    monkeypatch.setenv("CXX", str(quick))
+
+    def no_room(file):
+        raise OSError(28, "No space left on device")
+
+    if obstacle == "a file in the way":
+        new_machine.write_text("")
+    elif obstacle == "no room":
+        monkeypatch.setattr(os, "fsync", no_room)
+    else:
+        monkeypatch.delenv("LALM_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry
+        monkeypatch.chdir(tmp_path)
+    assert cpp.load_kernel("rms_norm") is not None
+    assert len(warnings) == 1
+    assert "LALM_CACHE" in warnings[0]
+    assert not (tmp_path / "~").exists()
+    assert obstacle != "no room" or not list(new_machine.iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", ["'{}' -g0", "ccache '{}'", "{}"])
+def test_the_environment_names_a_compiler(words, quick, new_machine, monkeypatch, warnings, tmp_path):
+    """As CXX does for make: a path, or a command with words."""
+    write_compiler(tmp_path / "bin" / "ccache", 'exec "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", words.format(quick))
+    assert cpp.load_kernel("rms_norm") is not None
+    assert not warnings
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", ["/nowhere/g++", "no-such-compiler -O2", "'g++"])
+def test_a_compiler_that_is_not_there(words, new_machine, monkeypatch, warnings):
+    """The machine's own is taken instead, and the user hears of it once."""
+    monkeypatch.setenv("CXX", words)
+    assert cpp._plan("rms_norm", ()).compiler == cpp._plan("lam_gates", ()).compiler == ()
+    assert len(warnings) == 1
+    assert f"CXX={words!r}" in warnings[0]
+
+
+def test_a_compiler_that_fails(new_machine, monkeypatch, warnings, tmp_path):
+    monkeypatch.setenv("CXX", str(write_compiler(tmp_path / "bad", "echo no licence >&2; exit 1")))
+    assert cpp.load_kernel("rms_norm") is None
+    assert len(warnings) == 1
+    assert "CXX" in warnings[0]
+    assert "no licence" in warnings[0]
+
+
+def test_a_compiler_that_hangs_is_waited_for_once(new_machine, monkeypatch, warnings, tmp_path):
+    """And nothing that it has started is left behind."""
+    number = tmp_path / "number"
+    hangs = write_compiler(tmp_path / "slow", f"sleep 100 & echo $! > {number}; wait")
+    monkeypatch.setenv("CXX", str(hangs))
+    monkeypatch.setattr(cpp, "_PATIENCE", 0.5)
+    begin = time.monotonic()
+    assert cpp.load_kernel("rms_norm") is cpp.load_kernel("lam_gates") is None
+    assert time.monotonic() - begin < 5
+    assert len(warnings) == 1
+    assert "not done in 0.5 seconds" in warnings[0]
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(number.read_text()), 0)
+            time.sleep(0.1)
+
+
+@needs_compiler
+def test_wide_windows_do_not_overrun_the_stack():
+    """In a process of its own, which would die of it; a thread's stack is smaller still."""
+    code = "from tests.ops.test_cpp import check_wide_windows; check_wide_windows(2048)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def check_wide_windows(width):
+    torch.manual_seed(0)
+    cpp._EARNS_COMPILING = 0
+    x, weight = torch.randn(1, 40, 600, requires_grad=True), torch.randn(600, width, requires_grad=True)
+    threading.stack_size(1 << 18)
+    with ThreadPoolExecutor(1) as pool:
+        (y,) = pool.submit(cpp_short_conv, [x], weight, width - 1, False, SequenceLayout()).result()
+    found = torch.autograd.grad(y.sum(), (x, weight))
+    padded = torch.nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
+    expected = torch.nn.functional.conv1d(padded, weight[:, None], groups=600).transpose(1, 2)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    for actual, exact in zip(found, torch.autograd.grad(expected.sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(actual, exact, atol=1e-4, rtol=1e-4)

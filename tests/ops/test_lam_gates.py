@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from lalm import LamConfig
+from lalm.modeling import modeling_lam
 from lalm.modeling.modeling_lam import LamGates
 from lalm.modeling.ops import cpp
+from lalm.modeling.ops.lam_gates import cpp_lam_gates, plain_lam_gates
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("lam_gates") is None, reason="this machine has no C++ compiler")
@@ -39,12 +41,13 @@ def run(module, inputs, dtype):
 @pytest.mark.parametrize(("heads", "size"), [(1, 8), (3, 20), (4, 32), (12, 17)])
 def test_values_and_gradients(heads, size, causal, monkeypatch):
     module, inputs = gates(heads, size, is_causal=causal)
-    exact, plain = run(copy.deepcopy(module).double(), inputs, torch.float64), module._plain
-    monkeypatch.setattr(module, "_plain", None)
-    for actual, expected in zip(run(module, inputs, torch.float32), exact, strict=True):
+    exact = run(copy.deepcopy(module).double(), inputs, torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_lam, "plain_lam_gates", None)
+        found = run(module, inputs, torch.float32)
+    for actual, expected in zip(found, exact, strict=True):
         assert actual.shape == expected.shape
         assert relative_error(actual, expected) < 4e-6  # of the flux bias, a sum in which much cancels
-    monkeypatch.setattr(module, "_plain", plain)
     monkeypatch.setattr(module, "is_complete", False)
     for actual, expected in zip(run(module, inputs, torch.float32), exact, strict=True):
         assert relative_error(actual, expected) < 4e-6
@@ -54,10 +57,9 @@ def test_extreme_logits_stay_finite():
     module, (_, k, v) = gates(4, 32, is_causal=True)
     torch.manual_seed(0)
     x = (torch.randn(2, 7, 4 * 7) * torch.logspace(-3, 6, 28)).requires_grad_()
-    found, exact = (
-        module._by_kernel(x, k, v),
-        copy.deepcopy(module).double()._plain(x.double(), k.double(), v.double()),
-    )
+    tensors = (x, k, v, module.flux_weight, module.decay_bias, module.flux_bias)
+    found = cpp_lam_gates(*tensors, modeling_lam._LEAK_MAX)
+    exact = plain_lam_gates(*(tensor.double() for tensor in tensors), modeling_lam._LEAK_MAX)
     for gate, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(gate, expected.float(), rtol=5e-6, atol=1e-7)  # as sigmoids are in float32
     (gradient,) = torch.autograd.grad(sum(gate.sum() for gate in found), x)

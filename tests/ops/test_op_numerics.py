@@ -159,17 +159,6 @@ def test_backward_keeps_few_bytes(case, length):
 
 
 @every_case
-def test_double_backward_is_refused(case):
-    """The backward of the chunk form is written by hand: second derivatives must raise, never be silently wrong."""
-    x = make_inputs(case, 6, batch=1, heads=1, key=2, value=2)
-    leaves = {n: None if t is None else t.requires_grad_() for n, t in x.items()}
-    out, _ = call(case.chunk, case, leaves)
-    first = torch.autograd.grad(out.square().sum(), leaves["q"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
-
-
-@every_case
 @both_forms
 def test_autocast_leaves_the_op_alone(case, form):
     """Under bfloat16 autocast the sums must stay in float32, as the inputs are."""
