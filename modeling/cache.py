@@ -15,6 +15,8 @@ from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 
+from lalm.modeling.ops.transforms import hides_values
+
 _KINDS = ("conv_states", "recurrent_states")
 
 
@@ -87,7 +89,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     ) -> torch.Tensor:
         current = states[index]
         if current is None or current.shape != value.shape or value.requires_grad or current.requires_grad:
-            eager = not torch.compiler.is_compiling()
+            eager = not hides_values()
             # A part of something larger would keep all of it.
             is_whole = eager and value.untyped_storage().nbytes() == value.numel() * value.element_size()
             keeps = value.requires_grad or (given_away and is_whole)
