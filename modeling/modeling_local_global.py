@@ -232,9 +232,6 @@ class LocalGlobalModel(LalmModel):
             # Keeps the scale of the embeddings, which would else fall below the epsilon of the first norm.
             init.normal_(module.weight, 0.0, module.in_features**-0.5)
 
-    def makes_cache(self) -> bool:
-        return not (self.config.reversible and self.training)
-
     def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[B, T, E] -> [B, T, D]`."""
         if self.config.position_embedding_type == "rope":
