@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
+from lalm.modeling.ops.transforms import hides_values, is_transformed
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
@@ -85,7 +86,7 @@ def current_mask(attention_mask: torch.Tensor | dict | None, batch: int, length:
             f"attention_mask must be [batch, tokens] with 1 for real tokens, got shape {tuple(attention_mask.shape)}: "
             "linear attention cannot mask pairs of tokens."
         )
-    if not torch.compiler.is_compiling():
+    if not hides_values():
         expected = (batch, int(seen) + length)
         if tuple(attention_mask.shape) != expected:
             past = f" ({int(seen)} cached and {length} new tokens)" if int(seen) else ""
@@ -122,10 +123,10 @@ def build_layout(
         segments = _documents(segments_of(cu_seqlens, shape[1]), mask, step=0)
     elif position_ids is not None and fresh and shape[1] > 1:
         segments = _documents(position_ids.expand(shape), mask, step=1)
-    if segments is not None and not torch.compiler.is_compiling() and not bool(segments.any()):
+    if segments is not None and not hides_values() and not bool(segments.any()):
         segments = None
     order = None
-    if mask is not None and (torch.compiler.is_compiling() or _must_move(mask, reorder)):
+    if mask is not None and (hides_values() or _must_move(mask, reorder)):
         order = mask.int().argsort(dim=1, stable=True)
     return SequenceLayout(mask, segments, order)
 
@@ -211,20 +212,22 @@ def softmax_masks(
         make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
         mask, segments = attention_mask, layout.segments
         if kind == "sliding_attention" and mask is not None:
-            if cache is not None and not torch.compiler.is_compiling():
+            if cache is not None and not hides_values():
                 _refuse_gap_in_static_window(
                     cache.layers[config.layer_types.index(kind)], cache.get_seq_length(), mask
                 )
             mask, segments = (mask != 0).long().sort(dim=1).values, layout.segments_pads_first()
-        same_document = (
-            None if segments is None else _same_document(segments, 0 if cache is None else cache.get_seq_length())
-        )
+        also = None
+        if segments is not None:
+            also = _same_document(segments, 0 if cache is None else cache.get_seq_length())
+        elif is_transformed():
+            also = _anywhere  # with a function to combine, transformers does not look at the mask
         masks[kind] = make(
             config=config,
             inputs_embeds=hidden_states,
             attention_mask=mask,
             past_key_values=cache,
-            and_mask_function=same_document,
+            and_mask_function=also,
         )
     return masks
 
@@ -239,6 +242,10 @@ def _refuse_gap_in_static_window(cached, seen, mask: torch.Tensor) -> None:
             "attention_mask has padding after real tokens that are already in a StaticCache, and this model has "
             "sliding_attention_layers: use DynamicCache(config=model.config), or pad on the left."
         )
+
+
+def _anywhere(batch, head, query, key):
+    return query >= 0
 
 
 def _same_document(segments: torch.Tensor, seen):

@@ -20,6 +20,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin,
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.transforms import hides_values
 
 _KINDS = ("conv_states", "recurrent_states")
 # Tokens that can still be taken back after a `crop`: a draft model with another tokenizer goes back further than it
@@ -108,7 +109,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         current = states[index]
         is_new = current is None or current.shape != value.shape or self.record_past
         if current is None or is_new or value.requires_grad or current.requires_grad:
-            eager = not torch.compiler.is_compiling()
+            eager = not hides_values()
             # A part of something larger would keep all of it.
             is_whole = eager and value.untyped_storage().nbytes() == value.numel() * value.element_size()
             keeps = value.requires_grad or (given_away and is_whole)

@@ -177,7 +177,8 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         Args:
             attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
             position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
-            past_key_values: a DynamicCache or StaticCache made from this model's configuration. Fill it with one
+            past_key_values: a DynamicCache or StaticCache made from this model's configuration; with `use_cache`
+                (the configuration's default) a forward makes one, except while it trains. Fill it with one
                 document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
             seq_idx: `[B, T]`, packed documents by number.
             cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
@@ -202,7 +203,8 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
             adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
-        elif use_cache and is_causal and self.makes_cache():
+        elif use_cache and is_causal and not (self.training and torch.is_grad_enabled()):
+            # Nobody reads it in training, and what torch.utils.checkpoint runs again would read what it wrote itself.
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         mask = current_mask(attention_mask, batch, length, seen)
@@ -226,10 +228,6 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=self.readout(hidden_states), past_key_values=past_key_values)
-
-    def makes_cache(self) -> bool:
-        """Whether a forward with `use_cache` makes a cache where none is given."""
-        return True
 
     def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first block, from embeddings `[B, T, D]` and positions `[B, T]`."""

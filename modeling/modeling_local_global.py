@@ -28,6 +28,7 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.transforms import hides_values
 from lalm.modeling.reversible import run_reversible
 
 # Numbers of the convolution states that hold a shifted token. The mixer has 0 and 1.
@@ -51,7 +52,7 @@ class LocalGlobalMLP(nn.Module):
         if self.chunks == 1 or x.shape[1] == 1:
             return self._piece(x)
         pieces = x.chunk(self.chunks, dim=1)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not hides_values():
             # Pieces alone would save nothing in training, where autograd keeps the wide activations of each.
             return torch.cat([checkpoint(self._piece, piece, use_reentrant=False) for piece in pieces], dim=1)
         return torch.cat([self._piece(piece) for piece in pieces], dim=1)
@@ -186,7 +187,7 @@ class AxialPositions(nn.Module):
         Raises:
             ValueError: a position that the tables lack (told on the CPU only).
         """
-        told = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        told = position_ids.device.type == "cpu" and not hides_values()
         # The tables end with a whole window, which the last may not be.
         if told and self.limit % self.size and position_ids.numel():
             self._check(position_ids)
@@ -243,9 +244,6 @@ class LocalGlobalModel(LalmModel):
             # Keeps the scale of the embeddings, which would else fall below the epsilon of the first norm.
             init.normal_(module.weight, 0.0, module.in_features**-0.5)
 
-    def makes_cache(self) -> bool:
-        return not (self.config.reversible and self.training)
-
     def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[B, T, E] -> [B, T, D]`."""
         if self.config.position_embedding_type == "rope":
@@ -276,7 +274,7 @@ class LocalGlobalModel(LalmModel):
         layers: Any = self.layers
         return (
             torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            and not hides_values()
             and kwargs.get("past_key_values") is None
             and not kwargs.get("output_hidden_states", self.config.output_hidden_states)
             and not (self.training and any(layer.gradient_checkpointing for layer in layers))

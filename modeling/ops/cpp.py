@@ -127,7 +127,9 @@ class _Plan:
                 self.kernel = _open_kept(self.library) or _make(self)
             except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
                 _say_why(self, error)
-            self.is_tried = True  # last, for another thread must not take a kernel being made for one that cannot be had
+            self.is_tried = (
+                True  # last, for another thread must not take a kernel being made for one that cannot be had
+            )
 
 
 class _NoCompiler(Exception):
@@ -156,7 +158,10 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
     if os.environ.get("LALM_CPP") == "0" or name not in _HASHES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
-    compiler, defines = _named_compiler(os.environ.get("CXX")), tuple(f"-D{key}={value}" for key, value in sorted(sizes))
+    compiler, defines = (
+        _named_compiler(os.environ.get("CXX")),
+        tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
+    )
     key = _HASHES[name].copy()
     key.update(" ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))

@@ -15,6 +15,7 @@ from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.linear import linear, weight_gradient
 from lalm.modeling.ops.products import product_dtype
 from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.transforms import is_transformed
 
 # Logits that exist at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24
@@ -91,6 +92,11 @@ def linear_cross_entropy(
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if is_transformed():  # where the number of targets that count must not be known
+        logits = F.linear(hidden, weight, bias)
+        loss = F.cross_entropy(logits.to(compute_dtype(logits)), targets, ignore_index=ignore_index, reduction="sum")
+        items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / items
     counted = targets != ignore_index
     hidden, targets = hidden[counted], targets[counted]
     dtype = product_dtype(hidden, dtype)

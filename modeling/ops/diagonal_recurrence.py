@@ -109,8 +109,8 @@ def normalized(core: Callable, eps: float) -> Callable:
 
 
 class _Quotient(torch.autograd.Function):
-    """`sums [..., V + 1]` -> all but the last by the last plus eps `[..., V]`; two passes over memory each way. What it
-    divides by is an output too: what is kept of outputs can be differentiated again."""
+    """`sums [..., V + 1]` -> all but the last by the last plus eps `[..., V]`; two passes over memory each way.
+    What it divides by is an output too: what is kept of outputs can be differentiated again."""
 
     @staticmethod
     def forward(ctx, sums, eps):

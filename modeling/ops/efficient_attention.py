@@ -25,6 +25,7 @@ from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
 from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.transforms import hides_values
 
 _SEMANTICS = ("0.19", "v0.2.1")
 _SMALLEST_SUM = 1e-3  # of "0.19"
@@ -288,7 +289,7 @@ def _read_line(line: _Line, state: EfficientState | None, semantics: str) -> tup
 @torch.no_grad()
 def _is_safe(log_features: torch.Tensor, scale: torch.Tensor | None) -> bool:
     """Whether m is 0 everywhere. One look at the data; while compiling, which allows none, the scale always runs."""
-    if torch.compiler.is_compiling():
+    if hides_values():
         return False
     if log_features.numel() == 0:
         return True

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
+from lalm.modeling.ops.transforms import hides_values
 
 # Label of what is no token: no neighbour of any window, which are numbered from 0.
 _NONE = -4
@@ -124,7 +125,7 @@ def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
         return o, None
     # With a window full, the one before it is of no further use.
     ends = filled == size
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or bool(ends.any()):
+    if hides_values() or q.device.type != "cpu" or bool(ends.any()):
         forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
         window = window.masked_fill(forgotten[..., None, None], 0)
         filled = torch.where(ends, window_size, filled)

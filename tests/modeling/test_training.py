@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.modeling.exact import assert_close, assert_same_gradients, parameter_gradients, tokens
 from tests.variants import each_variant, every_row, few_rows
@@ -197,3 +198,31 @@ def test_a_real_token_with_the_pad_id_is_trained(row):
     ids[:, 5] = 2
     gradients_of(model, input_ids=ids, labels=ids)
     assert model.get_input_embeddings().weight.grad[2].abs().max() > 0
+
+
+@each_variant
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layers"])
+def test_torch_checkpoint(row, use_reentrant, whole):
+    """torch's own checkpoint around the model or its layers, with everything else at its default."""
+    model = row.build().train()
+    embeds, found = torch.randn(2, 9, 32, dtype=torch.float64), []
+
+    def wrap(function):
+        def run(*args, **kwargs):
+            return checkpoint(lambda *args: function(*args, **kwargs), *args, use_reentrant=use_reentrant)
+
+        return run
+
+    for wrapped in (False, True):
+        run = lambda x: model(inputs_embeds=x).logits  # noqa: E731
+        if wrapped and whole:
+            run = wrap(run)
+        elif wrapped:
+            for layer in model.model.layers:
+                layer.forward = wrap(layer.forward)
+        model.zero_grad()
+        x = embeds.clone().requires_grad_()
+        run(x).sin().sum().backward()
+        found.append(parameter_gradients(model) | {"embeddings": x.grad})
+    assert_same_gradients(*found)

@@ -102,7 +102,9 @@ def test_no_texts(op):
 @pytest.mark.skipif(diagonal_kernel(torch.zeros(1, 1, 1, SIZE), SIZE, 0) is None, reason="no C++ compiler here")
 def test_no_texts_in_cpp():
     """In a process of its own, which a division by zero in a kernel would end."""
-    code = "from lalm.modeling.ops import cpp; cpp._EARNS_COMPILING = 0; from tests.ops import test_empty_batch as test"
+    code = (
+        "from lalm.modeling.ops import cpp; cpp._EARNS_COMPILING = 0; from tests.ops import test_empty_batch as test"
+    )
     lines = "".join(f"test.check_no_texts(test.{op.__name__}); " for op in CPP)
     subprocess.run([sys.executable, "-c", f"{code}; {lines}"], check=True, timeout=300)
 
