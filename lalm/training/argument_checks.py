@@ -104,6 +104,13 @@ def check_training(training: Any) -> None:
             raise ValueError(f"{flag}{one_line(error)}") from None
 
 
+def check_meaning(training: Any) -> None:
+    """Refuse what is given and could do nothing, or break something, in this script."""
+    for item in fields(training):
+        if item.name in training.without_meaning and getattr(training, item.name) != item.default:
+            raise ValueError(f"--{item.name} has no use here: {training.without_meaning[item.name]}; drop it")
+
+
 def check_files(training: Any) -> None:
     """A dictionary may be given as the path of a file; only that of accelerate, FSDP and DeepSpeed is read from it."""
     for name in training._VALID_DICT_FIELDS:
@@ -209,6 +216,7 @@ def check_best(training: Any) -> None:
 
 # with what its messages begin, if they do not name the flag themselves
 CHECKS: tuple[tuple[str, Callable[[Any], None]], ...] = (
+    ("", check_meaning),
     ("", check_files),
     ("", check_devices),
     ("--optim: ", check_optimizer),

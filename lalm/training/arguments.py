@@ -17,12 +17,6 @@ DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
 STREAMED_EVAL_SAMPLES = 1000
-# flags of `TrainingArguments` that cannot mean anything here
-WITHOUT_MEANING = {
-    "prediction_loss_only": "perplexity and accuracy are summed over tokens, which needs the predictions",
-    "eval_use_gather_object": "the figures of an evaluation are gathered as tensors",
-    "remove_unused_columns": "the collator makes exactly what the model takes, from columns that the model has not",
-}
 
 
 # ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
@@ -151,6 +145,11 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
         "packing", "block_size", "max_train_samples", "seed",
     )  # fmt: skip
 
+    without_meaning: ClassVar[dict[str, str]] = {
+        "prediction_loss_only": "perplexity and accuracy are summed over tokens, which needs the predictions",
+        "eval_use_gather_object": "the figures of an evaluation are gathered as tensors",
+        "remove_unused_columns": "the collator makes what the model takes from columns that the model has not",
+    }
     metric_names: ClassVar[tuple[str, ...]] = tuple(f"eval_{key}" for key in EVALUATION_KEYS)
 
     output_dir: str | None = _option("lalm-output", "Folder of the checkpoints, results, loss curve and model card.")
@@ -168,9 +167,6 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
 
     def __post_init__(self):
         self.check_run()
-        for name, reason in WITHOUT_MEANING.items():
-            if getattr(self, name):
-                raise ValueError(f"--{name} has no meaning here: {reason}; drop it")
         if self.label_names not in (None, [], ["labels"]):
             raise ValueError(f"--label_names is {' '.join(self.label_names)}; the labels of a block are 'labels'")
         self.do_test = self.do_test or self.do_predict

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.training.arguments import DataArguments
-from lalm.training.text_rows import SplitRows
+from lalm.training.text_rows import LONGEST_WORD, SplitRows, check_words
 
 BLANK, HEADING, TEXT = 0, 1, 2
 # ` = Title = ` but not ` = = Section = = `: WikiText's top level
@@ -32,6 +32,8 @@ def tokenize_rows(batch: dict, tokenizer: PreTrainedTokenizerBase, boundary: str
     document (`strip`) loses it.
     """
     texts = [text or "" for text in batch["text"]]
+    for text in texts:
+        check_words(text, LONGEST_WORD, "the text")
     kinds = [BLANK if not text.strip() else HEADING if ARTICLE_HEADING.match(text) else TEXT for text in texts]
     if boundary != "row":
         texts = [text if text.endswith("\n") else text + "\n" for text in texts]

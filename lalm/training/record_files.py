@@ -205,4 +205,14 @@ def text_of(record: Record, column: str, path: Path, row: int) -> str:
     value = value_of(record, column, path, row)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{path}: row {row}, column '{column}': {str(value)[:60]!r} is no text")
-    return value or ""
+    return whole_text(value or "", path, row)
+
+
+def whole_text(text: str, path: Path, row: int) -> str:
+    """Return a text as it is; one with half a surrogate pair, which JSON may hold, is no text to any tokenizer."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{path}: row {row} has half of a surrogate pair, {half}; write the whole character") from None
+    return text

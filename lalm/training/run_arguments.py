@@ -30,6 +30,8 @@ class RunArguments:
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
         "fp16", "data_seed",
     )  # fmt: skip
+    # fields of `TrainingArguments` that can do nothing in this script, each with the reason
+    without_meaning: ClassVar[dict[str, str]] = {}
     # what an evaluation gives, and `metric_for_best_model` may name
     metric_names: ClassVar[tuple[str, ...]] = ()
 

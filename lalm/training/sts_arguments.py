@@ -2,6 +2,7 @@
 """Arguments of run_sts.py: three dataclasses, read from flags or from one YAML/JSON recipe plus flags."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -189,6 +190,14 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "projection_learning_rate",
     )  # fmt: skip
 
+    without_meaning: ClassVar[dict[str, str]] = {
+        "label_smoothing_factor": "the losses of sentence embeddings have no classes",
+        "torch_compile": "the losses look inside the model",
+        "neftune_noise_alpha": "the Trainer finds no table of embeddings in a sentence transformer",
+        "batch_sampler": "each stage makes its own batches",
+        "multi_dataset_batch_sampler": "--mixture says how data sets are mixed",
+        "router_mapping": "the students have no router",
+    }
     metric_names: ClassVar[tuple[str, ...]] = ("eval_sts-dev_pearson_cosine", "eval_sts-dev_spearman_cosine")
 
     output_dir: str | None = _option(
@@ -261,6 +270,12 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         self.output_dir = self.output_dir or f"lalm-sts-{self.stage or 'eval'}"
         super().__post_init__()
         self.do_train, self.do_eval = self.stage is not None, True
+        self.do_test = self.do_test or self.do_predict
+        for pattern in self.learning_rate_mapping or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:  # noqa: PERF203
+                raise ValueError(f"--learning_rate_mapping: '{pattern}' is no regular expression: {error}") from None
         check_training(self)
 
     def _check_stage(self) -> None:

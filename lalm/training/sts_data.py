@@ -27,6 +27,7 @@ from lalm.training.record_files import (
     record_suffix,
     text_of,
     value_of,
+    whole_text,
 )
 from lalm.training.text_rows import check_file
 
@@ -279,7 +280,12 @@ def strings_in(value: object, column: str = "") -> Iterator[tuple[str, str]]:
 
 def record_texts(path: Path, flag: str) -> list[str]:
     """Return the text columns of a file of records: those of which half of the first 200 cells hold a space."""
-    cells = [cell for _, record in read_records(path, flag) for cell in strings_in(record) if cell[1].strip()]
+    cells = [
+        (column, whole_text(text, path, row))
+        for row, record in read_records(path, flag)
+        for column, text in strings_in(record)
+        if text.strip()
+    ]
     spaces: dict[str, list[bool]] = defaultdict(list)
     for column, text in cells:
         if len(spaces[column]) < 200:

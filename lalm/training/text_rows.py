@@ -4,6 +4,7 @@
 import gzip
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ SPLITS = ("train", "validation", "test")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 END = 1 << 24
+# characters of a word from which on the training of a tokenizer takes minutes (it is quadratic in them), and its use
+LONGEST_TRAINED_WORD, LONGEST_WORD = 100_000, 10_000_000
 
 
 @dataclass
@@ -35,10 +38,15 @@ class SplitRows:
     sources: list[str] = field(default_factory=list)
 
     def texts(self) -> Iterator[str]:
-        """Iterate over the texts of all parts; None (an empty cell) comes as ''."""
+        """Iterate over the texts of all parts; None (an empty cell) comes as ''.
+
+        Raises:
+            UserError: a word is so long that a tokenizer would hardly ever be trained on it.
+        """
         with self.readable():
             for part in self.parts:
                 for row in part:
+                    check_words(row["text"] or "", LONGEST_TRAINED_WORD, self.source)
                     yield row["text"] or ""
 
     @contextmanager
@@ -66,6 +74,15 @@ class SplitRows:
         return ", ".join(found) or None
 
 
+def check_words(text: str, longest: int, source: str) -> None:
+    """Refuse a text with a word (letters and digits, or other signs, without a space) of `longest` characters."""
+    if len(text) >= longest and (word := re.search(rf"\w{{{longest},}}|[^\w\s]{{{longest},}}", text)):
+        raise UserError(
+            f"{source} has {len(word[0]):,} characters without a space or a line break, on which a tokenizer would "
+            f"not end; break them into lines, or leave them out ('{word[0][:20]}...')"
+        )
+
+
 def builder_of(path: Path) -> tuple[str, dict]:
     """Return the `datasets` builder for a file name and its options; an unknown suffix is plain text."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -85,10 +102,14 @@ def check_file(path: Path, flag: str) -> None:
         raise UserError(f"{flag}: there is no file {path}{nearest_hint(path.name, near)}")
     if path.is_dir():
         raise UserError(f"{flag}: {path} is a folder; name its files")
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} is no regular file (a pipe or a device), and is read several times; copy it")
     try:
         with open(path, "rb") as handle:
-            if not handle.read(1):
+            if not (start := handle.read(4096)):
                 raise UserError(f"{flag}: the file {path} is empty")
+            if not start.strip(b"\0"):
+                raise UserError(f"{flag}: {path} begins with NUL bytes and is no text; copy or download it again")
         if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as handle:
                 if not handle.read(1):
@@ -154,6 +175,9 @@ def load_file(path: Path, data: DataArguments, cache_dir: str | None, flag: str)
 def load_local(data: DataArguments, cache_dir: str | None) -> dict[str, SplitRows]:
     """Load the splits given as local files."""
     splits = {}
+    for split in SPLITS:  # all before the first is read
+        for name in getattr(data, f"{split}_file") or []:
+            check_file(Path(name).expanduser(), f"--{split}_file")
     for split in SPLITS:
         files = getattr(data, f"{split}_file")
         if not files:
