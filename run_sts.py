@@ -3,7 +3,6 @@
 
     python run_sts.py --model_name_or_path checkpoints/lam-minilm-l6 --eval_only
     accelerate launch run_sts.py recipes/lam_distill.yaml --output_dir runs/lam_distill
-    accelerate launch run_sts.py recipes/lam_finetune.yaml --model_name_or_path runs/lam_distill
 
 The first argument may be a YAML or JSON recipe; flags win over it. Without --data_dir STS-B comes from the Hub, and
 without a network a small built-in set of pairs is used. The same command again resumes.
