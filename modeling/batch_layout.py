@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import StaticLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
@@ -212,11 +216,7 @@ def softmax_masks(
         make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
         mask, segments = attention_mask, layout.segments
         if kind == "sliding_attention" and mask is not None:
-            if cache is not None and not hides_values():
-                _refuse_gap_in_static_window(
-                    cache.layers[config.layer_types.index(kind)], cache.get_seq_length(), mask
-                )
-            mask, segments = (mask != 0).long().sort(dim=1).values, layout.segments_pads_first()
+            mask, segments = _window_padding(config, mask, cache), layout.segments_pads_first()
         also = None
         if segments is not None:
             also = _same_document(segments, 0 if cache is None else cache.get_seq_length())
@@ -230,6 +230,31 @@ def softmax_masks(
             and_mask_function=also,
         )
     return masks
+
+
+def masks_ahead(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    **kwargs,
+) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+    """The dict of masks by layer type that generate() makes before a compiled step, as `softmax_masks` makes them."""
+    given = {"config": config, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+    masks = create_masks_for_generate(attention_mask=attention_mask, **given, **kwargs)
+    if "sliding_attention" in config.layer_types and attention_mask is not None and attention_mask.ndim == 2:
+        padding = _window_padding(config, attention_mask, past_key_values)
+        masks["sliding_attention"] = create_sliding_window_causal_mask(attention_mask=padding, **given)
+    return masks
+
+
+def _window_padding(config: PreTrainedConfig, mask: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """`mask [B, S + T]` of the tokens in the order in which a sliding layer keeps them: each row's padding first."""
+    if cache is not None and not hides_values():
+        _refuse_gap_in_static_window(
+            cache.layers[config.layer_types.index("sliding_attention")], cache.get_seq_length(), mask
+        )
+    return (mask != 0).long().sort(dim=1).values
 
 
 def _refuse_gap_in_static_window(cached, seen, mask: torch.Tensor) -> None:

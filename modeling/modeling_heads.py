@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import can_return_tuple, logging
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.batch_layout import masks_ahead
 from lalm.modeling.layers import make_linear, product, takes_apply
 from lalm.modeling.mixers import Mixer
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
@@ -132,7 +132,7 @@ class LalmForCausalLM(_Head, GenerationMixin):
                 "generate() compiles the model for a static cache, which takes minutes at the first call: pass "
                 "disable_compile=True if few tokens are wanted."
             )
-        return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+        return masks_ahead(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As the stock one, of models without a recurrent layer.

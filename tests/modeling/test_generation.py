@@ -75,6 +75,17 @@ def test_static_cache(row):
 
 
 @every_row
+def test_static_cache_of_padded_prompts(row):
+    """Padding inside and at the end of a prompt too, which generate() turns into masks before the forward."""
+    model, ids, mask = build(row), tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = mask[1, 3:6] = mask[2, 5:] = 0
+    options = {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    expected = generate(model, ids, **options)
+    out = generate(model, ids, cache_implementation="static", **options)
+    assert_close(torch.stack(out.logits), torch.stack(expected.logits), "logits")
+
+
+@every_row
 def test_left_padded_batch_is_the_singles(row):
     model, ids = build(row), tokens(3, 9)
     mask = torch.ones_like(ids)
