@@ -240,7 +240,7 @@ def masks_ahead(
     **kwargs,
 ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
     """The dict of masks by layer type that generate() makes before a compiled step, as `softmax_masks` makes them."""
-    given = {"config": config, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+    given: dict[str, Any] = {"config": config, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
     masks = create_masks_for_generate(attention_mask=attention_mask, **given, **kwargs)
     if "sliding_attention" in config.layer_types and attention_mask is not None and attention_mask.ndim == 2:
         padding = _window_padding(config, attention_mask, past_key_values)
