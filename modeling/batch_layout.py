@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
-from lalm.modeling.ops.transforms import hides_values, is_transformed
+from lalm.modeling.ops.transforms import has_open_length, hides_values, is_transformed
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
@@ -125,7 +125,7 @@ def build_layout(
     elif cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, *shape, name="cu_seq_lens_q")
         segments = _documents(segments_of(cu_seqlens, shape[1]), mask, step=0)
-    elif position_ids is not None and fresh and shape[1] > 1:
+    elif position_ids is not None and fresh and (has_open_length() or shape[1] > 1):
         segments = _documents(position_ids.expand(shape), mask, step=1)
     if segments is not None and not hides_values() and not bool(segments.any()):
         segments = None

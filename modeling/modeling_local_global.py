@@ -28,7 +28,7 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.transforms import hides_values
+from lalm.modeling.ops.transforms import has_open_length, hides_values
 from lalm.modeling.reversible import run_reversible
 
 # Numbers of the convolution states that hold a shifted token. The mixer has 0 and 1.
@@ -49,7 +49,7 @@ class LocalGlobalMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]`."""
-        if self.chunks == 1 or x.shape[1] == 1:
+        if self.chunks == 1 or has_open_length() or x.shape[1] == 1:
             return self._piece(x)
         pieces = x.chunk(self.chunks, dim=1)
         if torch.is_grad_enabled() and not hides_values():

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
-from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, scan, suffix_sums, to_chunks
 from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
@@ -36,7 +36,7 @@ from lalm.modeling.ops.layout import (
 )
 from lalm.modeling.ops.products import without_autocast
 from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import is_transformed
+from lalm.modeling.ops.transforms import has_open_length, is_transformed
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
             return chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size)
 
         return document_by_document(alone, (q, k, v, g, beta), state, layout)
-    chunk_size = min(chunk_size, q.shape[1])
+    chunk_size = chunk_size if has_open_length() else min(chunk_size, q.shape[1])
     return _ChunkDelta.apply(scale, chunk_size, q, k, v, g, beta, state, layout.document_ids())
 
 
@@ -170,13 +170,8 @@ def _last(keep: torch.Tensor | float) -> torch.Tensor | float:
 
 def _scan(passes, writes, state, reverse=False) -> tuple[torch.Tensor, torch.Tensor]:
     """S <- passes_n S + writes_n over the chunks; returns S before each step `[B, H, N, K, V]` and after the last."""
-    before = torch.empty_like(writes)
     state = torch.zeros_like(writes[:, :, 0]) if state is None else state.to(writes.dtype)
-    order = range(writes.shape[2])
-    for n in reversed(order) if reverse else order:
-        before[:, :, n] = state
-        state = writes[:, :, n] + passes[:, :, n] @ state
-    return before, state
+    return scan(lambda state, passed, written: written + passed @ state, [passes, writes], state, reverse)
 
 
 def _prepare(q, k, v, g, beta, scale, segments, chunk_size) -> _Chunks:

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, scan, suffix_sums, to_chunks
 from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
 from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import hides_values, is_transformed
+from lalm.modeling.ops.transforms import has_open_length, hides_values, is_transformed
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
 _MAX_DECAY = 60.0
@@ -91,7 +91,9 @@ def chunk_diagonal(
             return chunk_diagonal(q, k, v, g, scale, state, layout, chunk_size)
 
         return document_by_document(alone, (q, k, v, g), state, layout)
-    chunk_size, factored = _plan(g, min(chunk_size, 1 << (q.shape[1] - 1).bit_length()))
+    if not has_open_length():
+        chunk_size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
+    chunk_size, factored = _plan(g, chunk_size)
     o, state = _ChunkDiagonal.apply(scale, chunk_size, factored, q, k, v, g, state, layout.document_ids())
     return layout.zero_padding(o), state
 
@@ -158,13 +160,10 @@ def _scan(
     updates: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor | None, reverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S <- decay_n S + updates_n over the chunks; returns S before each step `[B, H, N, K, V]` and after the last."""
-    before = torch.empty_like(updates)
     state = torch.zeros_like(updates[:, :, 0]) if state is None else state.to(updates.dtype)
-    order = range(updates.shape[2])
-    for n in reversed(order) if reverse else order:
-        before[:, :, n] = state
-        state = updates[:, :, n] + (state if decay is None else state * decay[:, :, n, :, None])
-    return before, state
+    if decay is None:
+        return scan(lambda state, update: update + state, [updates], state, reverse)
+    return scan(lambda state, update, kept: update + state * kept[..., None], [updates, decay], state, reverse)
 
 
 def _bounded_levels(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> Iterator[tuple]:

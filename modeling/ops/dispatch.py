@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.transforms import has_open_length
 
 # Under transformers' own logger, so that its verbosity settings hold.
 logger = logging.get_logger("transformers.lalm")
@@ -47,7 +48,8 @@ def choose(
     """
     name = implementation
     if name == "auto":
-        name = "cpp" if cpp else "recurrent" if v.shape[1] < _SHORT else "chunk"
+        is_short = not has_open_length() and v.shape[1] < _SHORT
+        name = "cpp" if cpp else "recurrent" if is_short else "chunk"
         if name == "chunk" and fla not in (None, chunk) and _is_for_fla(v):
             name = "fla"
     if name in ("fla", "triton") and v.device.type == "cpu":

@@ -27,7 +27,7 @@ from functools import partial, reduce
 import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
-from lalm.modeling.ops.chunks import from_chunks, to_chunks
+from lalm.modeling.ops.chunks import from_chunks, scan, to_chunks
 from lalm.modeling.ops.delta_rule_cpp import cpp_dual
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dual_recurrence import recurrent_dual
@@ -43,7 +43,7 @@ from lalm.modeling.ops.layout import (
 )
 from lalm.modeling.ops.products import without_autocast
 from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import is_transformed
+from lalm.modeling.ops.transforms import has_open_length, is_transformed
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
@@ -64,18 +64,19 @@ def chunk_dual(
 
         return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
     length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
-    chunk_size = min(chunk_size, -(-length // 8) * 8)
+    chunk_size = chunk_size if has_open_length() else min(chunk_size, -(-length // 8) * 8)
     dtype = compute_dtype(q, k, v, g, beta, read, leak)
     inputs = [to_chunks(x, chunk_size, dtype) for x in (q, k, v, g, beta, read, leak.flatten(-2))]
     inputs[0] = inputs[0] * scale
     starts = layout.starts()
     if starts is not None:
         starts = to_chunks(starts[..., None, None], chunk_size, torch.bool)
-    pairs = max(1, batch * heads) * (chunk_size * memories) ** 2
-    run = _one_slab if pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 else _Slabs.apply
+    pairs = batch * heads * (chunk_size * memories) ** 2
+    one = has_open_length() or pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 or not pairs
+    run = _one_slab if one else _Slabs.apply
     if state is not None:
         state = state.to(dtype).flatten(2, 3)
-    o, state = run(max(1, _PAIRS_AT_ONCE // pairs), use_delta_rule, starts, state, *inputs)
+    o, state = run(0 if one else max(1, _PAIRS_AT_ONCE // pairs), use_delta_rule, starts, state, *inputs)
     return from_chunks(o, length), state.unflatten(2, (memories, -1))
 
 
@@ -157,7 +158,7 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     system = (strong @ key.transpose(-1, -2)) * between  # its diagonal is taken for 1
     scores = _weigh(rho, between) * (q @ key.transpose(-1, -2))  # [..., C, C M]
     right = v.repeat_interleave(memories, dim=-2) * beta.flatten(-2)[..., None]
-    through = chunks > 1 or state is not None  # whether an entering state matters
+    through = has_open_length() or chunks > 1 or state is not None  # whether an entering state matters
     if through:
         right = torch.cat([right, _times_each(strong * delta, since)], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True) if delta else right
@@ -175,6 +176,9 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     inside, writes = inside[..., :value_size], writes[..., :value_size]
     if state is None:
         state = torch.zeros_like(writes[:, :, 0])
+    if has_open_length():
+        entering, state = scan(lambda state, passed, written: written + passed @ state, [passes, writes], state)
+        return inside + reads @ entering, state
     entering = []
     for n in range(chunks):
         entering.append(state)

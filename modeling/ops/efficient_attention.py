@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.chunks import from_chunks, to_chunks
+from lalm.modeling.ops.chunks import from_chunks, scan_exported, to_chunks
 from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
 from lalm.modeling.ops.document_positions import document_positions
 from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
 from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.transforms import hides_values
+from lalm.modeling.ops.transforms import has_open_length, hides_values
 
 _SEMANTICS = ("0.19", "v0.2.1")
 _SMALLEST_SUM = 1e-3  # of "0.19"
@@ -327,6 +327,8 @@ def _running_scale(
 def running_max(x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     """Maximum of `x [B, N, H, K]` over its document up to each token, in log2 N steps (`cummax` knows no documents,
     keeps indices and is several times slower)."""
+    if has_open_length():
+        return _running_max_exported(x, documents)
     step = 1
     while step < x.shape[1]:
         earlier = x[:, :-step]
@@ -336,6 +338,18 @@ def running_max(x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor
         x = torch.cat([x[:, :step], torch.maximum(x[:, step:], earlier)], dim=1)
         step *= 2
     return x
+
+
+def _running_max_exported(x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    starts = x.new_zeros(x.shape[:2], dtype=torch.bool)
+    if documents is not None:
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+
+    def step(largest, x, start):
+        return torch.maximum(x, largest.masked_fill(start[:, None, None], -torch.inf))
+
+    before, _ = scan_exported(step, [x, starts], torch.full_like(x[:, 0], -torch.inf), dim=1)
+    return step(before.flatten(0, 1), x.flatten(0, 1), starts.flatten()).view_as(x)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

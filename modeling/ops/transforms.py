@@ -18,6 +18,11 @@ def is_looked_into() -> bool:
     return is_transformed() or torch.jit.is_tracing()
 
 
+def has_open_length() -> bool:
+    """Whether a program is being exported that is to serve every number of tokens: no decision may depend on it."""
+    return torch.compiler.is_exporting()
+
+
 def hides_values() -> bool:
     """Whether no decision may depend on the numbers in a tensor, because one computation stands for many."""
     return torch.compiler.is_compiling() or is_transformed()
