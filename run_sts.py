@@ -87,18 +87,18 @@ def evaluate(model, title: str, splits: StsSplits, names: list[str], arguments: 
     model_arguments, _, training = arguments
     baseline = model_arguments.baseline
     second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
-    chosen, place = {name: splits[name] for name in names}, (training.folder, title, baseline or "")
-    batch = training.per_device_eval_batch_size
-    found = evaluate_model(model.eval(), chosen, second, *place, batch, seed=training.seed)
+    rows, shown = {name: splits[name] for name in names}, (training.folder, title, baseline or "")
+    found = evaluate_model(model.eval(), rows, second, *shown, training.per_device_eval_batch_size, seed=training.seed)
     results |= flat_figures(found)
-    for name in names:
-        save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: found[name]}))
+    for name, figures in found.items():
+        save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: figures}))
 
 
 def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     """Train one stage, evaluate its model and write the card."""
     model_arguments, data, training = arguments
     checkpoint = check_output_dir(record := run_record(*arguments), training)
+    check_hub(training)
     set_seed(training.seed)
     splits, hub = load_stsb(data.data_dir), {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
     found = collect(str(training.stage), data, splits, training.seed, hub)
@@ -127,7 +127,6 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = model_arguments, data, training = parse_sts_arguments(argv)
     set_up_logging(training)
     check_trackers(training.trackers)
-    check_hub(training)
     results: dict = {}
     if training.stage:
         run_stage(arguments, argv, results)

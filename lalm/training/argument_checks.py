@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ def check_training(training: Any) -> None:
 def check_meaning(training: Any) -> None:
     """Refuse what is given and could do nothing, or break something, in this script."""
     for item in fields(training):
-        if item.name in training.without_meaning and getattr(training, item.name) != item.default:
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if item.name in training.without_meaning and getattr(training, item.name) != default:
             raise ValueError(f"--{item.name} has no use here: {training.without_meaning[item.name]}; drop it")
 
 

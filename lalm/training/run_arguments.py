@@ -1,6 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Arguments that run_clm.py and run_sts.py share."""
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,8 @@ class RunArguments:
             raise ValueError("--fp16 needs a GPU; use --bf16 on CPU")
         if self.ddp_backend and "RANK" not in os.environ:
             raise ValueError("--ddp_backend needs several processes; start the script with accelerate launch")
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("--deepspeed needs a package that is not installed: pip install deepspeed")
         check_ranges(self)
         # a flag passes true and false as text, and any text but "no" would count
         run: Any = self  # to the type checker, an assignment to self would declare the field a second time

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import TrainingArguments
 
 from lalm.training.argument_checks import check_training
 from lalm.training.errors import UserError
@@ -190,6 +191,10 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "projection_learning_rate",
     )  # fmt: skip
 
+    # sentence-transformers' list is older than transformers' own
+    _VALID_DICT_FIELDS = sorted(
+        {*TrainingArguments._VALID_DICT_FIELDS, *SentenceTransformerTrainingArguments._VALID_DICT_FIELDS}
+    )
     without_meaning: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "the losses of sentence embeddings have no classes",
         "torch_compile": "the losses look inside the model",
