@@ -1,6 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """What our Trainers share: the WSD schedule, a complete log line, saves that cannot damage a checkpoint, our card."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from lalm.training.callbacks import ThroughputCallback
 from lalm.training.checkpoint_files import ChecksumCallback
 from lalm.training.checkpoints import is_finished
 from lalm.training.divergence import check_loss, check_norm, check_weights
-from lalm.training.errors import UserError, is_disk_full
+from lalm.training.errors import UserError, is_disk_full, one_line
 from lalm.training.hub_push import push_failed
+
+logger = logging.getLogger(__name__)
 
 STAGING = ".saving"
 
@@ -107,6 +110,15 @@ class RunTrainer(_Base):
             if isinstance(error, UserError) or is_disk_full(error):
                 raise
             raise push_failed(self.args, error) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # the only place between two steps that talks to the Hub: its errors must not end a training
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            logger.warning("--push_to_hub: %s was not pushed: %s", checkpoint_folder, one_line(error))
 
     def create_model_card(self, *args, **kwargs):
         """Write our card, which tells what was run; the stock one would say 'fine-tuned' of a new model."""

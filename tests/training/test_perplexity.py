@@ -6,12 +6,14 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, EvalPrediction, LlamaConfig, LlamaForCausalLM
 
-from lalm.training.arguments import ClmTrainingArguments
+from lalm.training.arguments import ClmTrainingArguments, parse_arguments
 from lalm.training.clm_trainer import ClmTrainer
+from lalm.training.model_builder import new_config
 from lalm.training.packing import PackedDataset, PackingCollator, TokenStream
 from lalm.training.perplexity import TOKEN_ACCURACY, TokenMetrics, score_tokens
+from tests.training.conftest import TINY_MODELS
 
 VOCABULARY, BLOCK = 50, 8
 
@@ -104,3 +106,63 @@ def test_accuracy_module_loads_offline_and_counts():
     result = metric.compute(predictions=[[1, 2, 3], [4]], references=[[1, 5, -100], [4]])
     assert result == {"accuracy": 2 / 3, "num_tokens": 3}
     assert math.isnan(metric.compute(predictions=[[1]], references=[[-100]])["accuracy"])
+
+
+def smoothed_by_hand(model, batch, smoothing: float) -> tuple[float, int]:
+    """Sum of torch's label-smoothed cross-entropy over the tokens that carry a label, and their number."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits, labels = (
+        model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float(),
+        batch["labels"][:, 1:].flatten(),
+    )
+    scored = labels != -100
+    loss = torch.nn.functional.cross_entropy(
+        logits[scored], labels[scored], label_smoothing=smoothing, reduction="sum"
+    )
+    return loss.item(), int(scored.sum())
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("model_type", TINY_MODELS)
+def test_smoothed_training_loss_is_torchs(stream, tmp_path, model_type, separate):
+    """Two accumulated batches of unequal numbers of labels: of shifted labels, within documents, over all tokens."""
+    argv = ["--model_type", model_type, "--config_overrides", TINY_MODELS[model_type] + ",vocab_size=300"]
+    model = AutoModelForCausalLM.from_config(new_config(parse_arguments(argv)[0], None, BLOCK))
+    arguments = ClmTrainingArguments(
+        output_dir=str(tmp_path), disable_tqdm=True, label_smoothing_factor=0.1, max_steps=1, warmup_steps=0,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
+        logging_steps=1, learning_rate=1e-4,
+    )  # fmt: skip
+    blocks, collate = PackedDataset(stream, BLOCK, BLOCK, separate), PackingCollator(BLOCK, 0)
+    batches = [collate([blocks[i], blocks[i + 1]]) for i in (0, 2)]
+    sums = [smoothed_by_hand(model, batch, 0.1) for batch in batches]
+    trainer = ClmTrainer(model=model, args=arguments, train_dataset=blocks, data_collator=collate)
+    trainer.train()
+    want = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_smoothing_leaves_perplexity_alone(model, stream, tmp_path):
+    found = {}
+    for smoothing in (0.0, 0.3):
+        arguments = ClmTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, label_smoothing_factor=smoothing)
+        trainer = ClmTrainer(model=model, args=arguments, data_collator=PackingCollator(BLOCK, 0))
+        found[smoothing] = trainer.evaluate(PackedDataset(stream, BLOCK))
+    for name in ("eval_loss", "eval_perplexity", "eval_accuracy"):
+        assert found[0.3][name] == found[0.0][name]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_without_labels_is_not_a_divergence(model, tmp_path, smoothing):
+    """Documents of one token: nothing predicts them."""
+    tokens = np.arange(2, 2 + 2 * BLOCK, dtype=np.int32)
+    starts = np.ones(2 * BLOCK, dtype=bool)
+    starts[BLOCK + 1 :] = False
+    arguments = ClmTrainingArguments(
+        output_dir=str(tmp_path), disable_tqdm=True, max_steps=2, per_device_train_batch_size=1, logging_steps=1,
+        label_smoothing_factor=smoothing, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    blocks = PackedDataset(TokenStream(tokens, starts), BLOCK)
+    trainer = ClmTrainer(model=model, args=arguments, train_dataset=blocks, data_collator=PackingCollator(BLOCK, 0))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
