@@ -108,4 +108,9 @@ inline void keep_lower(float (&x)[TOKENS][TOKENS], int rows) {
     for (int j = 0; j < TOKENS; ++j) x[i][j] = j <= i ? x[i][j] : 0;
 }
 
+inline void keep_below(float (&x)[TOKENS][TOKENS], int rows) {  // zeros on the diagonal, too
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < TOKENS; ++j) x[i][j] = j < i ? x[i][j] : 0;
+}
+
 }  // namespace

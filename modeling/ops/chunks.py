@@ -71,6 +71,23 @@ def suffix_sums(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-2).cumsum(-2).flip(-2)
 
 
+def running_sums(changes: torch.Tensor, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """What stands before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as the
+    chunk begins and ends, `[..., D]`. Each token takes the side with the smaller numbers to add up, for behind one with
+    large numbers they are taken away again, and leave their rounding."""
+    sizes = changes.abs().sum(-1, keepdim=True).cumsum(-2)
+    fewer = 2 * sizes[..., :-1, :] < sizes[..., -1:, :] + _size(leaving) - _size(entering)
+    found = suffix_sums(changes).add_(leaving[..., None, :])
+    before = torch.sub(entering[..., None, :], changes.cumsum(-2)[..., :-1, :])
+    found[..., 1:, :] = torch.where(fewer, before, found[..., 1:, :])
+    found[..., 0, :] = entering
+    return found
+
+
+def _size(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().sum(-1)[..., None, None]
+
+
 def scan(
     step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, reverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -138,11 +138,6 @@ inline void sum_each(const vec (&x)[TOKENS], Lanes& to) {
   EACH_TOKENS(g) aligned(to + g) = sums_of<LANES>(x + g);
 }
 
-inline void keep_below(Pairs& x, int rows) {  // zeros on the diagonal, too
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < TOKENS; ++j) x[i][j] = j < i ? x[i][j] : 0;
-}
-
 // A block as it is read. Rows of tokens that a short one lacks hold what was there before: no sum reads them.
 struct Workspace {
   int count;

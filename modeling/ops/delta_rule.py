@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
-from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, running_sums, scan, to_chunks
 from lalm.modeling.ops.delta_rule_cpp import cpp_delta
 from lalm.modeling.ops.diagonal_recurrence import compute_dtype
 from lalm.modeling.ops.dispatch import fla_delta
@@ -114,6 +114,7 @@ class _Chunks:
     def _set_decays(self, g: torch.Tensor | None, borders: Borders | None) -> None:
         """What stands between two tokens, before a token, after it, and over the whole chunk; None for nothing."""
         self.between = self.read = self.write = None
+        self.is_gated = g is not None
         self.keep: torch.Tensor | float = 1.0
         if g is not None:
             self.between, self.read = _decays(g[..., 0]), g.cumsum(-2).exp()
@@ -129,8 +130,7 @@ class _Chunks:
         return pairs if self.between is None else pairs.mul_(self.between)
 
     def backward(self, d_inside, d_reads, d_passes, d_writes) -> tuple[torch.Tensor, ...]:
-        """Gradients of the four quantities -> those of q, k, v, beta and, summed into the last, of the running sums
-        of g (`[B, H, N, C, 1]`), which only a gated caller uses."""
+        """Gradients of the four quantities -> those of q, k, v, beta and g (`[B, H, N, C, 1]`, None if it is)."""
         d_read_both, d_write_both = torch.cat([d_inside, -d_reads], -1), torch.cat([d_writes, -d_passes], -1)
         d_scores = d_read_both @ self.solved.transpose(-1, -2)
         d_writing_k = self.solved @ d_write_both.transpose(-1, -2)
@@ -143,21 +143,26 @@ class _Chunks:
         d_beta = (d_right[..., : self.value_size] * self.v).sum(-1, keepdim=True)
         d_beta += (d_right[..., self.value_size :] * self.reading_k).sum(-1, keepdim=True)
         d_beta += (d_system * self.overlap).sum(-1, keepdim=True)
-        # Every decay is exp of a sum of g: its gradient is the quantity times the quantity's gradient.
-        per_pair = d_system * self.system + d_scores * self.scores
-        d_total = per_pair.sum(-1) - per_pair.sum(-2)
-        d_total += (d_reading_k * self.reading_k + d_reads * _times(self.q, self.read)).sum(-1)
-        at_end = (d_writing_k * self.writing_k).sum(-1)
-        d_total -= at_end
-        kept = d_passes.diagonal(dim1=-2, dim2=-1).sum(-1) * _last(self.keep)
-        d_total[..., -1] += at_end.sum(-1) + kept
-
+        d_g = self._gate_gradient(d_scores, d_system, d_reads, d_reading_k, d_writing_k, d_passes)
         d_overlap = self._between(d_system * self.beta)
         d_scores = d_scores.tril_() if self.between is None else d_scores.mul_(self.between)
         d_q = d_scores @ self.k + _times(d_reads, self.read)
         d_k = d_scores.transpose(-1, -2) @ self.q + (d_overlap + d_overlap.transpose(-1, -2)) @ self.k
         d_k += _times(d_reading_k, self.read) + _times(d_writing_k, self.write)
-        return d_q, d_k, d_v, d_beta, d_total[..., None]
+        return d_q, d_k, d_v, d_beta, d_g
+
+    def _gate_gradient(self, d_scores, d_system, d_reads, d_reading_k, d_writing_k, d_passes) -> torch.Tensor | None:
+        """Every decay is exp of a sum of g: what it multiplies, times the gradient of that, counts for every g between
+        a token that writes and one that reads, or the ends of the chunk."""
+        if not self.is_gated:
+            return None
+        pairs = d_system * self.system + d_scores * self.scores
+        pairs.diagonal(dim1=-2, dim2=-1).zero_()  # of a token with itself: no decay stands between
+        reads = (d_reading_k * self.reading_k + d_reads * _times(self.q, self.read)).sum(-1, keepdim=True)
+        writes = (d_writing_k * self.writing_k).sum(-1, keepdim=True)
+        through = (d_passes.diagonal(dim1=-2, dim2=-1).sum(-1) * _last(self.keep))[..., None]
+        changes = (pairs.sum(-1) - pairs.sum(-2))[..., None] + reads - writes
+        return running_sums(changes, reads.sum(-2) + through, writes.sum(-2) + through)
 
 
 def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
@@ -205,13 +210,12 @@ class _ChunkDelta(torch.autograd.Function):
         d_updates = chunks.reads.transpose(-1, -2) @ do
         d_writes, d_state = _scan(chunks.passes.transpose(-1, -2), d_updates, d_final, reverse=True)
         states = states.transpose(-1, -2)
-        dq, dk, dv, d_beta, d_total = chunks.backward(do, do @ states, d_writes @ states, d_writes)
+        dq, dk, dv, d_beta, dg = chunks.backward(do, do @ states, d_writes @ states, d_writes)
         dq, dk, dv, d_beta = (
             from_chunks(x, q.shape[1]).to(y.dtype) for x, y in ((dq * ctx.scale, q), (dk, k), (dv, v), (d_beta, beta))
         )
-        dg = None
         if g is not None:
-            dg = from_chunks(suffix_sums(d_total), q.shape[1]).to(g.dtype)[..., 0]
+            dg = from_chunks(dg, q.shape[1]).to(g.dtype)[..., 0]
         d_beta = d_beta[..., 0]
         return None, None, dq, dk, dv, dg, d_beta, None if state is None else d_state.to(state.dtype), None
 

@@ -120,7 +120,11 @@ struct Workspace {
     multiply<TOKENS, VALUE, 1>(d_scores[0], o[0], v_across[0], count, VALUE);
     for (int t = 0; NORMALIZED && t < count; ++t)
       for (int j = 0; j < TOKENS; j += LANES) aligned(d_scores[t] + j) += size[t];
-    keep_lower(d_scores, count);
+    // No decay stands between a token and itself. In d_scores that share would be in q dq and in k dk, and leave its
+    // rounding, perhaps all there is of the decays' gradient, in their difference: it comes in below.
+    alignas(64) float own[TOKENS] = {};
+    for (int t = 0; t < count; ++t) own[t] = d_scores[t][t];
+    keep_below(d_scores, count);
     multiply<VALUE, KEYS, 1>(d_v[0], k[0], state.at, count, KEY);
     multiply<VALUE, 1, TOKENS, UPPER, true>(d_v[0], scores[0], o[0], count, count);
     multiply<KEYS, VALUE, 1>(d_k[0], v[0], across[0], count, VALUE);
@@ -136,6 +140,8 @@ struct Workspace {
         const vec part = aligned(q[t] + g) * to_q - aligned(k[t] + g) * to_k;
         if (DECAY == 2) write_to<KEY>(d.g + n * KEY, g, part);
         change += part;
+        to_q += own[t] * aligned(k[t] + g);
+        to_k += own[t] * aligned(q[t] + g);
         if (DECAY) {
           to_q *= kept[t].rows(g);
           to_k *= inverse[t].rows(g);
@@ -221,20 +227,58 @@ struct Task {
   int64_t place(int64_t head) const { return (group.row * x.heads + head) * KEY * COLUMNS; }  // in [B, H, KEY, COLUMNS]
 };
 
-// d.g holds q dq - k dk of every token: running sums from the exact values at the anchors, `ends` [anchor][head][WIDTH].
-void decay_gradient(const Task& task, const Gradients& d, const std::vector<double>& ends) {
+inline double size_of(const double* x) {
+  double total = 0;
+  for (int64_t i = 0; i < WIDTH; ++i) total += std::fabs(x[i]);
+  return total;
+}
+
+inline double size_of(const float* x) {
+  if constexpr (WIDTH == 1) return std::fabs(*x);
+  vec total = {};
+  for (int i = 0; i < WIDTH; i += LANES) {
+    const vec part = part_of<WIDTH>(x, i);
+    total += part < vec{} ? -part : part;
+  }
+  return sum(total);
+}
+
+// d.g holds q dq - k dk of every token, by which <D, S> changes; the gradient of a log decay is <D, S> before its token.
+// Between two places where that is known, an anchor (`ends` [anchor][head][WIDTH]) or the edge of a document, it is a
+// running sum from either. Each token takes the side with the smaller numbers to add up: behind one with large numbers
+// they are taken away again, and leave their rounding.
+void decay_gradient(const Task& task, const Gradients& d, const std::vector<double>& ends, int64_t head) {
+  constexpr int64_t SPAN = ANCHOR * TOKENS;
   const Tokens& tokens = task.tokens;
-  const int64_t last = tokens.count() - 1, size = task.heads() * WIDTH;
-  std::vector<double> running(size);
-  for (int64_t s = last; s >= 0; --s) {
-    if (s == last || s % (ANCHOR * TOKENS) == ANCHOR * TOKENS - 1)
-      std::copy_n(&ends[s / (ANCHOR * TOKENS) * size], size, running.begin());
-    const bool none = tokens.begins[s] || (s == 0 && !task.x.state);  // no state to decay
-    float* g = d.g + (tokens.at[s] * task.x.heads + task.group.begin) * WIDTH;
-    for (int64_t i = 0; i < size; ++i) {
-      running[i] = none ? 0 : running[i] + g[i];
-      g[i] = float(running[i]);
+  const auto at = [&](int64_t s) { return d.g + (tokens.at[s] * task.x.heads + task.group.begin + head) * WIDTH; };
+  const auto known = [&](int64_t s) { return &ends[(s / SPAN * task.heads() + head) * WIDTH]; };
+  const std::vector<double> nothing(WIDTH);
+  double running[WIDTH], sizes[SPAN + 1];  // sums of the sizes before a token
+  for (int64_t first = 0, end; first < tokens.count(); first = end) {
+    for (end = first + 1; end < tokens.count() && end % SPAN && !tokens.begins[end];) ++end;
+    const bool empty = tokens.begins[first] || (first == 0 && !task.x.state);
+    const double* const left = empty ? nothing.data() : first ? known(first - 1) : nullptr;
+    const double* const right = end == tokens.count() || end % SPAN == 0 ? known(end - 1) : nothing.data();
+    sizes[0] = left ? size_of(left) : 0;
+    for (int64_t s = first; s < end; ++s) sizes[s - first + 1] = sizes[s - first] + size_of(at(s));
+    const double all = sizes[end - first] + size_of(right);
+    int64_t middle = first;
+    while (left && middle < end && 2 * sizes[middle - first] <= all) ++middle;
+    std::copy_n(left ? left : right, WIDTH, running);
+    for (int64_t s = first; s < middle; ++s) {
+      float* const g = at(s);
+      for (int64_t i = 0; i < WIDTH; ++i) {
+        const double before = running[i];
+        running[i] -= g[i];
+        g[i] = float(before);
+      }
     }
+    std::copy_n(right, WIDTH, running);
+    for (int64_t s = end - 1; s >= middle; --s) {
+      float* const g = at(s);
+      for (int64_t i = 0; i < WIDTH; ++i) g[i] = float(running[i] += g[i]);
+    }
+    if (empty) std::fill_n(at(first), WIDTH, 0.f);  // no state to decay
   }
 }
 
@@ -337,7 +381,7 @@ void backward(const Inputs* in, const float* o, const float* d_o, const float* s
         if (anchored(i)) leaving[anchor(head, i)].meet(task.state(head), &ends[anchor(head, i) * WIDTH]);
       }
     }
-    if (DECAY) decay_gradient(task, d, ends);
+    for (int64_t head = 0; DECAY && head < task.heads(); ++head) decay_gradient(task, d, ends, head);
   }
 }
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, running_sums, scan, suffix_sums, to_chunks
 from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
 from lalm.modeling.ops.second_order import differentiable_by
 from lalm.modeling.ops.transforms import has_open_length, hides_values, is_transformed
@@ -304,14 +304,22 @@ class _ChunkDiagonal(torch.autograd.Function):
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        dq, dk = chunks.scores_backward(chunks.mask(do @ v_c.transpose(-1, -2)))
         d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
+        d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
+        if g is not None and ctx.needs_input_grad[6]:
+            # No gate stands between a token and itself. That share would be in q dq and in k dk, and leave its
+            # rounding, perhaps all there is of dg, in their difference: it comes in last.
+            d_own = d_scores.diagonal(dim1=-2, dim2=-1).clone()[..., None]
+            d_scores.diagonal(dim1=-2, dim2=-1).zero_()
+        dq, dk = chunks.scores_backward(d_scores)
         dq += d_reads
         dk += d_writes
-        dg = None
-        if g is not None and ctx.needs_input_grad[6]:
-            dg = _gate_gradient(q_c * dq - k_c * dk, k_c * d_writes, chunks, d_leaving, g)
+        if d_own is not None:
+            ends = (q_c * d_reads).sum(-2), (k_c * d_writes).sum(-2)
+            dg = _gate_gradient(q_c * dq - k_c * dk, *ends, chunks, d_leaving, g)
+            dq.addcmul_(d_own, k_c)
+            dk.addcmul_(d_own, q_c)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
@@ -319,11 +327,12 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
-    """dL/dg. q_i enters by exp(G_i), k_j by exp(-G_j): dL/dG = q dq - k dk, token by token. What a chunk keeps of its
-    entering state and writes to its leaving one also depends on E = G of its last token."""
-    at_end = written.sum(-2) + chunks.decay * (chunks.states * d_leaving).sum(-1)
-    per_token[..., -1, :] += at_end
+def _gate_gradient(changes, read, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
+    """dL/dg, which is <dL/dS, S> before a token, key by key. A token changes that by q dq - k dk. As a chunk begins it
+    is what the chunk reads of its entering state, as it ends what it has written to the leaving one, and both times
+    what the one hands to the other."""
+    through = chunks.decay * (chunks.states * d_leaving).sum(-1)
+    ends = read + through, written + through
     if g.shape[-1] == 1:
-        per_token = per_token.sum(-1, keepdim=True)
-    return from_chunks(suffix_sums(per_token), g.shape[1]).to(g.dtype)
+        changes, *ends = (x.sum(-1, keepdim=True) for x in (changes, *ends))
+    return from_chunks(running_sums(changes, *ends), g.shape[1]).to(g.dtype)
