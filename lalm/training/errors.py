@@ -76,8 +76,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 def exit_with(message: str, code: int = 2) -> NoReturn:
     """Say one line on stderr and leave."""
-    # not print: a progress bar may stand on the line
-    tqdm.write(f"error: {message}", file=sys.stderr)
+    # tqdm has no public list of its bars; one that is left open would be drawn again below the message
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ from lalm.training.errors import UserError, one_line
 from lalm.training.model_builder import attention_choice, checkpoint_config, new_config, torch_dtype
 from lalm.training.tokenizer import load_tokenizer
 
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_model(arguments: ModelArguments, block_size: int) -> None:

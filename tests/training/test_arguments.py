@@ -1,13 +1,18 @@
 """Recipes, flags and config overrides: precedence, types and messages."""
 
 import json
+import os
+from itertools import pairwise
 
 import pytest
 import yaml
 
-from lalm.training.arguments import parse_arguments
+from lalm.configuration.configuration_gla import GLAConfig
+from lalm.training.arguments import ARGUMENT_CLASSES, parse_arguments
 from lalm.training.errors import UserError
-from lalm.training.recipe import parse_overrides
+from lalm.training.flag_names import MEANT
+from lalm.training.recipe import field_names, parse_overrides
+from lalm.training.sts_arguments import STS_ARGUMENT_CLASSES
 
 
 @pytest.fixture
@@ -93,6 +98,62 @@ def test_bad_arguments_give_one_clear_message(argv, message):
         parse_arguments(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    {
+        "--batch_size": "per_device_train_batch_size", "--batch-size": "per_device_train_batch_size",
+        "--lr": "learning_rate", "--epochs": "num_train_epochs", "--steps": "max_steps", "--output": "output_dir",
+        "--dataset": "dataset_name", "--model": "model_name_or_path", "--tokenizer": "tokenizer_name",
+        "--warmup_ratio": "warmup_steps", "--grad_accum": "gradient_accumulation_steps", "--seq_len": "block_size",
+        "--max_seq_length": "block_size", "--optimizer": "optim", "--evaluation_strategy": "eval_strategy",
+        "--overwrite_output_dir": "start_over", "--no_cuda": "use_cpu", "--blok_size": "block_size",
+    }.items(),
+)  # fmt: skip
+def test_what_users_of_other_scripts_type_is_understood(typed, meant, recipe):
+    with pytest.raises(UserError, match=rf"unknown argument '{typed}' \(did you mean '{meant}'\?\)"):
+        parse_arguments([typed, "1"])
+    with pytest.raises(UserError, match=rf"\(did you mean '{meant}'\?\)"):
+        parse_arguments([recipe({typed[2:]: 1})])
+
+
+def test_every_hint_leads_to_a_name_of_a_script_or_a_configuration():
+    known = {*field_names(ARGUMENT_CLASSES), *field_names(STS_ARGUMENT_CLASSES), *GLAConfig.__dataclass_fields__}
+    assert set(MEANT) - known == set()
+    names = field_names(ARGUMENT_CLASSES)
+    taken = [theirs for ours, aliases in MEANT.items() if ours in names for theirs in aliases if theirs in names]
+    assert taken == [], "a name that exists needs no hint"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]\n",
+        "config_overrides: &a {hidden_size: *a}\n",
+        "train_file: &a [x]\nvalidation_file: " + "[" * 5000 + "]" * 5000,
+        "".join(f"{name}: &{name} [{', '.join([before] * 10)}]\n" for before, name in pairwise(["1", *"abcdef"])),
+    ],
+    ids=["list", "mapping", "deep", "many"],
+)
+def test_a_recipe_without_an_end(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="nests too deep, or refers to itself; write its values out"):
+        parse_arguments([str(tmp_path / "recipe.yaml")])
+
+
+def test_json_without_an_end(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"a":' * 5000 + "1" + "}" * 5000, encoding="utf-8")
+    with pytest.raises(UserError, match="nests too deep"):
+        parse_arguments([str(tmp_path / "recipe.json")])
+    with pytest.raises(UserError, match="--config_overrides: .* nests too deep"):
+        parse_arguments(["--config_overrides", "a=" + "[" * 100_000])
+
+
+def test_a_recipe_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="it is no regular file"):
+        parse_arguments([str(tmp_path / "recipe.yaml")])
 
 
 def test_unknown_recipe_key_names_the_nearest(recipe):

@@ -252,6 +252,8 @@ def test_a_full_disk_leaves_the_earlier_model_whole(tiny_run, tmp_path, monkeypa
             RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file data/0"),
             True,
         ),
+        (RuntimeError("[enforce fail at inline_container.cc:863] . unexpected pos 704 vs 598"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
         (OSError(errno.EACCES, "Permission denied"), False),
         (ValueError("hidden_size"), False),
     ],

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lalm.training.sts_arguments import parse_sts_arguments
 from lalm.training.sts_sources import Source
 from lalm.training.tokenizer import train_tokenizer
 from tests.training import sts_tiny
+from tests.training.conftest import TINY_MODELS
 
 ROOT = Path(run_clm.__file__).parent
 CHAIN = ("distill", "relational", "finetune")
@@ -46,7 +49,18 @@ def fails(capsys, *argv):
         (["--config_overrides", "vocab_size=100"], "--config_overrides: vocab_size 100 is below the tokenizer's"),
         (["--train_file", "missing.txt"], "--train_file: there is no file missing.txt"),
         (["--streaming", "--do_train"], "--streaming does not know how long the text is; give --max_steps"),
-        (["--model_name_or_path", "missing/folder"], "cannot load a tokenizer from 'missing/folder'"),
+        (["--model_name_or_path", "missing/folder"], "--model_name_or_path: cannot load a tokenizer from 'missing/f"),
+        (["--tokenizer_name", "missing/folder"], "no folder missing/folder, and the Hub gives no such tokenizer: "),
+        (["--tokenizer_name", "/missing/folder"], "there is no folder /missing/folder"),
+        (["--tokenizer_name", "./missing"], "there is no folder ./missing"),
+        (["--config_overrides", "n_layers=2"], "lalm_gla has no field 'n_layers' (did you mean 'num_hidden_layers'?)"),
+        (["--config_overrides", "num_hidden_layers=1000000000"], "num_hidden_layers is 1,000,000,000; more than"),
+        (["--model_type", "qwen2", "--config_overrides", "num_hidden_layers=1000000000"], "more than 10,000"),
+        (["--config_overrides", "hidden_size=100000000"], "the weights of this lalm_gla model take"),
+        (["--config_overrides", "hidden_size=100000000000"], "take more than can be counted, and the machine has"),
+        (["--config_overrides", "norm_eps=NaN"], "--config_overrides: norm_eps must be finite, got nan"),
+        (["--config_overrides", "hidden_ratio=Infinity"], "--config_overrides: hidden_ratio must be finite, got inf"),
+        (["--attn_implementation", "flash_attention_9"], "flash_attention_9"),
         (["--push_to_hub", "--hub_token", "hf_none"], "--push_to_hub: "),
         (["--report_to", "trackioo"], "--report_to: there is no tracker 'trackioo'"),
     ],
@@ -63,6 +77,73 @@ def test_mistakes(texts, tmp_path, capsys, flags, message):
     ]
     assert message in fails(capsys, *base, *flags)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model_type", "lalm_glo"],
+        ["--config_overrides", "hiden_size=8"],
+        ["--tokenizer_name", "missing"],
+        ["--model_name_or_path", "missing"],
+        ["--push_to_hub"],
+    ],
+)
+def test_names_are_looked_up_before_any_text_is_read(texts, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr(run_clm, "prepare_data", None)
+    fails(capsys, "--train_file", str(texts["train"]), "--output_dir", str(tmp_path / "run"), *flags)
+
+
+def test_a_folder_without_weights(tiny_run, texts, tmp_path, capsys, monkeypatch):
+    tiny_run("--do_train")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    monkeypatch.setattr(run_clm, "prepare_data", None)
+    line = fails(capsys, "--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "next"))
+    assert line == f"error: --model_name_or_path: the folder {tmp_path / 'run'} holds no weights (*.safetensors)"
+
+
+def test_ctrl_c_is_one_line(tmp_path, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(interrupted)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.strip() == (
+        "error: interrupted; saved checkpoints stay, and the same command resumes from the last of them"
+    )
+
+
+def test_a_run_that_is_interrupted_resumes(texts, tmp_path):
+    """SIGINT in the middle of the training: one line, 130, and the checkpoints stay."""
+    argv = ["--model_type", "lalm_linear", "--config_overrides", TINY_MODELS["lalm_linear"], "--save_steps", "1"]
+    argv += ["--train_file", str(texts["train"]), "--validation_file", str(texts["validation"]), "--block_size", "24"]
+    argv += ["--tokenizer_vocab_size", "300", "--max_steps", "100000", "--output_dir", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LALM_DEBUG": "0"}
+    command = [sys.executable, str(ROOT / "run_clm.py"), *argv]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not any((tmp_path / "out").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert (
+        errors.strip().splitlines()[-1].startswith("error: interrupted; saved checkpoints stay, and the same command")
+    )
+    assert any((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_missing_extra_is_one_line(tmp_path):
+    """run_sts.py where sentence-transformers is not installed."""
+    code = "import sys, runpy; sys.modules['sentence_transformers'] = None; sys.argv = ['run_sts.py']; "
+    code += f"runpy.run_path({str(ROOT / 'run_sts.py')!r}, run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line == ("error: run_sts.py needs sentence_transformers, which is not installed: pip install 'lalm[sts]'")
 
 
 def test_nothing_said_about_the_model_means_a_small_one():

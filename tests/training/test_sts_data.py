@@ -353,3 +353,14 @@ def test_forbidden_strings_are_dropped():
         {"anchor": ["x", "a dog", "y"], "positive": ["z", "w", "one cat."], "score": [0.1, 0.2, 0.3]}
     )
     assert drop_pairs(pairs, forbidden).to_dict() == {"anchor": ["x"], "positive": ["z"], "score": [0.1]}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_half_of_a_surrogate_pair_is_named(tmp_path, suffix):
+    path, row = tmp_path / f"a.{suffix}", '{"text": "a dog \\ud800 runs"}'
+    good = '{"text": "a cat \\ud83d\\ude00 sits"}'
+    path.write_text(f"{good}\n{row}\n" if suffix == "jsonl" else f"[{good}, {row}]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 2 has half of a surrogate pair, \\ud800; write the whole character"):
+        load_texts([path])
+    path.write_text(good, encoding="utf-8")
+    assert load_texts([path]) == ["a cat 😀 sits"]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +10,8 @@ import pytest
 
 from lalm.training.arguments import DataArguments, ModelArguments
 from lalm.training.errors import UserError
-from lalm.training.text_rows import load_splits
+from lalm.training.text_rows import LONGEST_TRAINED_WORD, LONGEST_WORD, check_words, load_splits
+from lalm.training.tokenizer import make_tokenizer
 
 DOCUMENTS = ["one, two", 'a "quoted" text', "übergröße\nsecond line", "last"]
 LINES = ["first line", "", "  third  ", "last"]
@@ -127,3 +129,38 @@ def test_missing_split(tmp_path):
 def test_unreachable_dataset(tmp_path):
     with pytest.raises(UserError, match="--dataset_name: cannot load 'nobody/nothing'"):
         load(tmp_path, dataset_name="nobody/nothing")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_nul_bytes(tmp_path, suffix, streaming):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"\0" * 5000)
+    with pytest.raises(UserError, match=f"--train_file: {path} begins with NUL bytes and is no text"):
+        load(tmp_path, train_file=[str(path)], streaming=streaming)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="--train_file: .*pipe is no regular file"):
+        load(tmp_path, train_file=[str(tmp_path / "pipe")])
+
+
+def test_all_files_are_looked_at_before_the_first_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a\n", encoding="utf-8")
+    monkeypatch.setattr("lalm.training.text_rows.load_dataset", None)
+    with pytest.raises(UserError, match="--test_file: there is no file missing.txt"):
+        load(tmp_path, train_file=[str(tmp_path / "a.txt")], test_file=["missing.txt"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_word_that_no_tokenizer_ends_on(tmp_path, streaming):
+    path = tmp_path / "dna.txt"
+    path.write_text("some words\n" + "acgt" * 30_000 + "\n", encoding="utf-8")
+    rows = load(tmp_path, train_file=[str(path)], streaming=streaming)["train"]
+    with pytest.raises(UserError, match=r"dna.txt has 120,000 characters without a space .* break them into lines"):
+        make_tokenizer(ModelArguments(), rows.texts())
+    check_words("acgt" * 30_000, LONGEST_WORD, "a named tokenizer takes longer ones")
+    check_words("a word, and " * 30_000, LONGEST_TRAINED_WORD, "a long text")
+    with pytest.raises(UserError, match="characters without a space"):
+        check_words("-" * LONGEST_TRAINED_WORD, LONGEST_TRAINED_WORD, "other signs")
