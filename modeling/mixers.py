@@ -217,7 +217,7 @@ class SoftmaxAttention(nn.Module):
         """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
         if cache is not None:
             past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
-            cache.update(*(x.transpose(1, 2) for x in past), self.layer_idx)
+            cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)
         window = self.sliding_window or q.shape[1]
         return sliding_attention(
             q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout

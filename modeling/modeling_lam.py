@@ -7,6 +7,7 @@ its own document only and has no SiLU; the leak cannot make the memories grow (o
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,10 +83,11 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        tensors = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias)
-        gates = cpp_lam_gates(*tensors, _LEAK_MAX) if self.is_complete else None
+        inputs: Any = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+        gates: tuple[torch.Tensor | None, ...] | None = cpp_lam_gates(*inputs) if self.is_complete else None
         if gates is None:
-            gates = plain_lam_gates(*tensors, _LEAK_MAX, self.sizes)
+            inputs += (self.sizes,)
+            gates = plain_lam_gates(*inputs)
         if self.config.is_causal:
             gates = tuple(None if gate is None else gate[0] for gate in gates)
         return dict(zip(("g", "beta", "read", "coupling"), gates, strict=True))

@@ -354,7 +354,7 @@ def _run(command: list[str], end: float) -> None:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be started, fails, or is not done in time.
     """
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **streams) as process:
         try:
             _, problem = process.communicate(timeout=max(0.0, end - time.monotonic()))

@@ -18,6 +18,7 @@ Shape suffixes: B batch, T time, H heads, K key size, V value size, N chunks, C 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -129,7 +130,7 @@ class _Chunks:
     def _between(self, pairs: torch.Tensor) -> torch.Tensor:
         return pairs if self.between is None else pairs.mul_(self.between)
 
-    def backward(self, d_inside, d_reads, d_passes, d_writes) -> tuple[torch.Tensor, ...]:
+    def backward(self, d_inside, d_reads, d_passes, d_writes) -> tuple[Any, ...]:
         """Gradients of the four quantities -> those of q, k, v, beta and g (`[B, H, N, C, 1]`, None if it is)."""
         d_read_both, d_write_both = torch.cat([d_inside, -d_reads], -1), torch.cat([d_writes, -d_passes], -1)
         d_scores = d_read_both @ self.solved.transpose(-1, -2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -50,7 +51,8 @@ def _plain(ctx, q, k, v, decay, beta, read, coupling, state, skip, starts, _) ->
         tensors.append(None if starts is None else starts[direction])
         if direction:
             tensors = [None if x is None else x.flip(1) for x in tensors]
-        o, final = run_dual(*tensors[:-1], state, tensors[-1], ctx.delta)
+        arguments: Any = (*tensors[:-1], state, tensors[-1], ctx.delta)
+        o, final = run_dual(*arguments)
         outputs.append(o.flip(1) if direction else o)
     return sum(outputs[1:], outputs[0]), final
 

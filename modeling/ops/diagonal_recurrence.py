@@ -332,7 +332,7 @@ def _gate_gradient(changes, read, written, chunks: _Chunks, d_leaving, g) -> tor
     is what the chunk reads of its entering state, as it ends what it has written to the leaving one, and both times
     what the one hands to the other."""
     through = chunks.decay * (chunks.states * d_leaving).sum(-1)
-    ends = read + through, written + through
+    begin, end = read + through, written + through
     if g.shape[-1] == 1:
-        changes, *ends = (x.sum(-1, keepdim=True) for x in (changes, *ends))
-    return from_chunks(running_sums(changes, *ends), g.shape[1]).to(g.dtype)
+        changes, begin, end = (x.sum(-1, keepdim=True) for x in (changes, begin, end))
+    return from_chunks(running_sums(changes, begin, end), g.shape[1]).to(g.dtype)

@@ -177,8 +177,8 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     if state is None:
         state = torch.zeros_like(writes[:, :, 0])
     if has_open_length():
-        entering, state = scan(lambda state, passed, written: written + passed @ state, [passes, writes], state)
-        return inside + reads @ entering, state
+        before, state = scan(lambda state, passed, written: written + passed @ state, [passes, writes], state)
+        return inside + reads @ before, state
     entering = []
     for n in range(chunks):
         entering.append(state)

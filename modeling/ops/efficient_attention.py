@@ -207,11 +207,19 @@ def chunk_efficient_attention(
     _check(q, k, v, initial_state, blindspot_size, semantics, layout)
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
     q, k, v = layout.freeze(q, k, v)
-    options = {"blindspot_size": blindspot_size, "semantics": semantics}
     if must_part(layout, q, k, v):
 
         def alone(q, k, v, state, layout):
-            return chunk_efficient_attention(q, k, v, state, output_final_state, layout=layout, **options)
+            return chunk_efficient_attention(
+                q,
+                k,
+                v,
+                state,
+                output_final_state,
+                blindspot_size=blindspot_size,
+                semantics=semantics,
+                layout=layout,
+            )
 
         return document_by_document(alone, (q, k, v), initial_state, layout)
     state = None if initial_state is None else _in_dtype(initial_state, dtype)

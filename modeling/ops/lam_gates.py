@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -65,8 +66,9 @@ def plain_lam_gates(
     return g, beta, read, coupling
 
 
-def _plain(ctx, *tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return plain_lam_gates(*tensors, ctx.leak_max)
+def _plain(ctx, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
+    arguments: Any = (*tensors, ctx.leak_max)
+    return plain_lam_gates(*arguments)
 
 
 class _LamGates(torch.autograd.Function):

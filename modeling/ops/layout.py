@@ -88,8 +88,8 @@ class SequenceLayout:
         return x if self.mask is None else x.masked_fill(~_broadcast(self.mask, x.ndim), 0)
 
     def freeze(self, *tensors: Any) -> tuple[Any, ...]:
-        """Zero what an op takes (`[B, T, ...]` each, or None) on padding, log decays too: it neither writes nor forgets,
-        and whatever stands there reaches nothing."""
+        """Zero what an op takes (`[B, T, ...]` each, or None) on padding, log decays too: it neither writes nor
+        forgets, and whatever stands there reaches nothing."""
         return tuple(None if x is None else self.zero_padding(x) for x in tensors)
 
     def document_ids(self) -> torch.Tensor | None:
