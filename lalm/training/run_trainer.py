@@ -63,7 +63,7 @@ class RunTrainer(_Base):
 
     def evaluate(self, *args, **kwargs):
         """As in Trainer; in the middle of a training the weights are looked at first."""
-        if self.is_in_train:
+        if self.is_in_train and self.state.global_step:
             check_weights(cast(nn.Module, self.model), self.state.global_step)
         return super().evaluate(*args, **kwargs)
 

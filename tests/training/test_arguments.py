@@ -132,7 +132,7 @@ def test_every_hint_leads_to_a_name_of_a_script_or_a_configuration():
         "a: &a [*a]\n",
         "config_overrides: &a {hidden_size: *a}\n",
         "train_file: &a [x]\nvalidation_file: " + "[" * 5000 + "]" * 5000,
-        "".join(f"{name}: &{name} [{', '.join([before] * 10)}]\n" for before, name in pairwise(["1", *"abcdef"])),
+        "a: &a [1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefg")),
     ],
     ids=["list", "mapping", "deep", "many"],
 )

@@ -10,6 +10,7 @@ from torch import nn
 import run_clm
 from lalm.training.divergence import check_loss, check_norm, check_weights
 from lalm.training.errors import UserError
+from tests.training import sts_tiny
 from tests.training.conftest import TINY_MODELS
 
 TRAIN = ("--do_train", "--do_eval", "--save_steps", "1", "--warmup_steps", "0")
@@ -85,3 +86,21 @@ def test_what_is_finite_passes():
     for norm in (float("inf"), float("nan")):
         with pytest.raises(UserError, match="the gradient's norm at step 4 is"):
             check_norm(norm, 4)
+
+
+def test_a_stage_of_run_sts_that_diverges(sts_world):
+    with pytest.raises(UserError, match="the training has diverged"):
+        sts_world.run("distill", "--learning_rate", "1e30", "--warmup_steps", "0", output="diverged")
+    assert not (sts_world.folder / "diverged" / "train_results.json").exists()
+    for path in (sts_world.folder / "diverged").rglob("*.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values()), path
+
+
+def test_a_student_with_broken_weights_is_refused(sts_world):
+    student = sts_tiny.student()
+    next(student.parameters()).data.view(-1)[3] = torch.nan
+    student.save(sts_world.path("broken student"))
+    flags = ("--model_name_or_path", sts_world.path("broken student"))
+    with pytest.raises(UserError, match="--model_name_or_path: .*broken student holds NaN or infinity, first in"):
+        sts_world.run("relational", *flags, output="of the broken")
+    assert not (sts_world.folder / "of the broken").exists()
