@@ -109,5 +109,6 @@ def scan_exported(
     """`scan` along the axis `dim` as one operation, whose loop has no length until it runs."""
     from torch._higher_order_ops.scan import scan as loop  # it has no public name, and no other loop is exported
 
-    state, before = loop(lambda state, xs: (step(state, *xs), state.clone()), state, [x.movedim(dim, 0) for x in xs])
+    xs = [x.movedim(dim, 0).contiguous() for x in xs]
+    state, before = loop(lambda state, xs: (step(state, *xs), state.clone()), state.contiguous(), xs)
     return before.movedim(0, dim), state

@@ -416,7 +416,7 @@ def _as_keys(memory: torch.Tensor, present: torch.Tensor, semantics: str) -> tup
 
 def _sum_of_last(k, values, chosen: torch.Tensor, size: int, semantics: str, layout: SequenceLayout) -> torch.Tensor:
     """The memory of the chosen keys, which are among the last `size - 1` real ones of each row."""
-    if layout.mask is None:
+    if layout.mask is None and not has_open_length():
         k, values, chosen = k[:, 1 - size :], values[:, 1 - size :], chosen[:, 1 - size :]
     features = features_of(k, chosen, semantics)
     m = torch.zeros_like(features[:, 0])

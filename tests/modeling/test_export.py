@@ -1,0 +1,43 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""torch.export with a dynamic number of tokens and rows: one program for every length, exact below and above a chunk."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.modeling.exact import assert_close, tokens
+from tests.variants import ROWS
+
+# One row of each recurrence, and of each layer that looks at neighbours.
+NAMES = (
+    "linear_conv_qk_norm_rope",
+    "gla_plain",
+    "delta_net_gated",
+    "retnet_plain",
+    "based_plain",
+    "lam_plain",
+    "local_global_plain",
+)
+
+
+class Logits(nn.Module):
+    """What is exported of a model: ids `[B, T]` -> logits `[B, T, V]`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.name in NAMES])
+def test_one_program_for_every_length(row):
+    model = Logits(row.build(max_position_embeddings=256))
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(2, 9),), dynamic_shapes=shapes, strict=False).module()
+        # With a softmax layer the program keeps the number of rows of its example.
+        for batch, length in ((2, 9), (3, 21), (1, 64), (2, 130)):
+            ids = tokens(batch if row.is_recurrent else 2, length)
+            assert_close(program(ids), model(ids), f"{batch} x {length}")
