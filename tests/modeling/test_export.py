@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""torch.export with a dynamic number of tokens and rows: one program for every length, exact below and above a chunk."""
+"""torch.export with a dynamic number of tokens and rows: one program for every length, below and above a chunk."""
 
 import pytest
 import torch
