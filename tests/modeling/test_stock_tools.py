@@ -266,7 +266,7 @@ def test_saved_tied_weights_are_not_missing(row):
 
 @every_row
 def test_no_limit_where_there_is_no_table(row, caplog):
-    config = row.config(max_position_embeddings=None)
+    config = row.config(max_position_embeddings=-1)
     has_table = config.position_embedding_type in config.tables
     assert config.max_position_embeddings == (config.table_size if has_table else NO_LIMIT)
     assert row.config(max_position_embeddings=-1).max_position_embeddings == config.max_position_embeddings
