@@ -10,16 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import StaticLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 from .cache import RecurrentLayer
 from .layout import SequenceLayout, check_cu_seqlens, segments_of
+from .transforms import has_open_length, hides_values, is_transformed
 
 
-def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
-    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model.
+def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
+    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model. A cache
+    that is to wait in the memory of the CPU stays as it is where the model runs there too, or keeps nothing to move.
 
     Raises:
         ValueError: the cache has other layers than the model.
@@ -31,6 +38,26 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         raise ValueError(
             "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
             "StaticCache(config=model.config, max_cache_len=...)."
+        )
+    if cache.offloading:  # the stock cache would ask for a CUDA stream, and for a layer that it moves
+        kept = {RecurrentLayer._layer_type} | ({"sliding_attention"} if cache.only_non_sliding else set())
+        cache.offloading = device.type != "cpu" and not kept.issuperset(config.layer_types)
+
+
+def refuse_sharded_tokens() -> None:
+    """Refuse to run inside torch's context_parallel: it gives each process a part of the tokens, and replaces torch's
+    softmax attention. Nothing hands on a state, or the tokens that a convolution or a window needs.
+
+    Raises:
+        ValueError: torch's attention has been replaced so.
+    """
+    if torch.compiler.is_compiling():
+        return
+    origin = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if origin.startswith("torch.distributed.tensor.experimental"):
+        raise ValueError(
+            "context_parallel shards the tokens of a sequence over processes, and no layer but full softmax attention "
+            "passes on what it has read: shard the batch (DDP) or the weights (FSDP) instead."
         )
 
 
@@ -63,7 +90,7 @@ def current_mask(attention_mask: torch.Tensor | dict | None, batch: int, length:
             f"attention_mask must be [batch, tokens] with 1 for real tokens, got shape {tuple(attention_mask.shape)}: "
             "linear attention cannot mask pairs of tokens."
         )
-    if not torch.compiler.is_compiling():
+    if not hides_values():
         expected = (batch, int(seen) + length)
         if tuple(attention_mask.shape) != expected:
             past = f" ({int(seen)} cached and {length} new tokens)" if int(seen) else ""
@@ -98,12 +125,12 @@ def build_layout(
     elif cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, *shape, name="cu_seq_lens_q")
         segments = _documents(segments_of(cu_seqlens, shape[1]), mask, step=0)
-    elif position_ids is not None and fresh and shape[1] > 1:
+    elif position_ids is not None and fresh and (has_open_length() or shape[1] > 1):
         segments = _documents(position_ids.expand(shape), mask, step=1)
-    if segments is not None and not torch.compiler.is_compiling() and not bool(segments.any()):
+    if segments is not None and not hides_values() and not bool(segments.any()):
         segments = None
     order = None
-    if mask is not None and (torch.compiler.is_compiling() or _must_move(mask, reorder)):
+    if mask is not None and (hides_values() or _must_move(mask, reorder)):
         order = mask.int().argsort(dim=1, stable=True)
     return SequenceLayout(mask, segments, order)
 
@@ -189,22 +216,45 @@ def softmax_masks(
         make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
         mask, segments = attention_mask, layout.segments
         if kind == "sliding_attention" and mask is not None:
-            if cache is not None and not torch.compiler.is_compiling():
-                _refuse_gap_in_static_window(
-                    cache.layers[config.layer_types.index(kind)], cache.get_seq_length(), mask
-                )
-            mask, segments = (mask != 0).long().sort(dim=1).values, layout.segments_pads_first()
-        same_document = (
-            None if segments is None else _same_document(segments, 0 if cache is None else cache.get_seq_length())
-        )
+            mask, segments = _window_padding(config, mask, cache), layout.segments_pads_first()
+        also = None
+        if segments is not None:
+            also = _same_document(segments, 0 if cache is None else cache.get_seq_length())
+        elif is_transformed():
+            also = _anywhere  # with a function to combine, transformers does not look at the mask
         masks[kind] = make(
             config=config,
             inputs_embeds=hidden_states,
             attention_mask=mask,
             past_key_values=cache,
-            and_mask_function=same_document,
+            and_mask_function=also,
         )
     return masks
+
+
+def masks_ahead(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    **kwargs,
+) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+    """The dict of masks by layer type that generate() makes before a compiled step, as `softmax_masks` makes them."""
+    given: dict[str, Any] = {"config": config, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+    masks = create_masks_for_generate(attention_mask=attention_mask, **given, **kwargs)
+    if "sliding_attention" in config.layer_types and attention_mask is not None and attention_mask.ndim == 2:
+        padding = _window_padding(config, attention_mask, past_key_values)
+        masks["sliding_attention"] = create_sliding_window_causal_mask(attention_mask=padding, **given)
+    return masks
+
+
+def _window_padding(config: PreTrainedConfig, mask: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """`mask [B, S + T]` of the tokens in the order in which a sliding layer keeps them: each row's padding first."""
+    if cache is not None and not hides_values():
+        _refuse_gap_in_static_window(
+            cache.layers[config.layer_types.index("sliding_attention")], cache.get_seq_length(), mask
+        )
+    return (mask != 0).long().sort(dim=1).values
 
 
 def _refuse_gap_in_static_window(cached, seen, mask: torch.Tensor) -> None:
@@ -217,6 +267,10 @@ def _refuse_gap_in_static_window(cached, seen, mask: torch.Tensor) -> None:
             "attention_mask has padding after real tokens that are already in a StaticCache, and this model has "
             "sliding_attention_layers: use DynamicCache(config=model.config), or pad on the left."
         )
+
+
+def _anywhere(batch, head, query, key):
+    return query >= 0
 
 
 def _same_document(segments: torch.Tensor, seen):

@@ -32,15 +32,15 @@ def bidirectional_diagonal(core: Callable) -> Callable:
     def read(q, k, v, g, scale, state, layout):
         layout = layout or SequenceLayout()
         dtype = compute_dtype(q, k, v, g)
+        q, k, v, g = layout.freeze(q, k, v, g)
         if g is None and layout.segments is None:  # every token reads the same sum
-            k, _ = layout.freeze(k, None)
             state = torch.einsum("bthk,bthv->bhkv", k.to(dtype), v.to(dtype))
-            return torch.einsum("bthk,bhkv->bthv", q.to(dtype) * scale, state), state
+            return layout.zero_padding(torch.einsum("bthk,bhkv->bthv", q.to(dtype) * scale, state)), state
         batch = q.shape[0]
         doubled = [both_ways(x) for x in (q, k, v, g)]
         o, state = core(*doubled, scale, None, layout_both_ways(layout))
         own = (q.to(dtype) * k.to(dtype)).sum(-1, keepdim=True) * scale
-        return o[:batch] + o[batch:].flip(1) - own * v.to(dtype), state
+        return layout.zero_padding(o[:batch] + o[batch:].flip(1) - own * v.to(dtype)), state
 
     return read
 

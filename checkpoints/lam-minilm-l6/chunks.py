@@ -6,10 +6,13 @@ Shape suffixes: B batch, T time, H heads, N chunks, C tokens of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from .transforms import has_open_length
 
 
 def to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -20,9 +23,16 @@ def to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Ten
 
 def fill_up(x: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """`[B, T, H, *]` with zeros after the last token, up to a whole number of chunks."""
-    missing = -x.shape[1] % chunk_size
+    missing = missing_tokens(x.shape[1], chunk_size)
     # Eagerly, padding with nothing is a copy; a compiled graph must not depend on the remainder.
     return F.pad(x, (0, 0, 0, 0, 0, missing)) if torch.compiler.is_compiling() or missing else x
+
+
+def missing_tokens(length: int, chunk_size: int) -> int:
+    """How many tokens make whole chunks of `length` tokens."""
+    if has_open_length():  # whose chunks must never be a single one, which torch.export would take for a special case
+        return (length // chunk_size + 2) * chunk_size - length
+    return -length % chunk_size
 
 
 def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
@@ -43,7 +53,7 @@ def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.d
     """The masks of documents `segments [B, T]` cut into chunks; None for one document a row."""
     if segments is None:
         return None
-    pad = -segments.shape[1] % chunk_size
+    pad = missing_tokens(segments.shape[1], chunk_size)
     segments = torch.cat([segments, segments[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, chunk_size))[:, None]
     last = segments[..., -1:]
     entering = torch.cat([segments[:, :, :1, :1], last[:, :, :-1]], dim=2)
@@ -59,3 +69,46 @@ def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.d
 def suffix_sums(x: torch.Tensor) -> torch.Tensor:
     """`[..., C, D]`: the sum over this and all later tokens of the chunk."""
     return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def running_sums(changes: torch.Tensor, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """What stands before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as
+    the chunk begins and ends, `[..., D]`. Each token takes the side with the smaller numbers to
+    add up, for behind one with large numbers they are taken away again, and leave their rounding."""
+    sizes = changes.abs().sum(-1, keepdim=True).cumsum(-2)
+    fewer = 2 * sizes[..., :-1, :] < sizes[..., -1:, :] + _size(leaving) - _size(entering)
+    found = suffix_sums(changes).add_(leaving[..., None, :])
+    before = torch.sub(entering[..., None, :], changes.cumsum(-2)[..., :-1, :])
+    found[..., 1:, :] = torch.where(fewer, before, found[..., 1:, :])
+    found[..., 0, :] = entering
+    return found
+
+
+def _size(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().sum(-1)[..., None, None]
+
+
+def scan(
+    step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S <- step(S, x_n, ...) over the chunks of all x `[B, H, N, ...]`; returns S before each step `[B, H, N, ...]`
+    and after the last."""
+    if has_open_length():
+        return scan_exported(step, xs, state)
+    before = state.new_empty(*xs[0].shape[:3], *state.shape[2:])
+    order = range(xs[0].shape[2])
+    for n in reversed(order) if reverse else order:
+        before[:, :, n] = state
+        state = step(state, *(x[:, :, n] for x in xs))
+    return before, state
+
+
+def scan_exported(
+    step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, dim: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scan` along the axis `dim` as one operation, whose loop has no length until it runs."""
+    from torch._higher_order_ops.scan import scan as loop  # it has no public name, and no other loop is exported
+
+    xs = [x.movedim(dim, 0).contiguous() for x in xs]
+    state, before = loop(lambda state, xs: (step(state, *xs), state.clone()), state.contiguous(), xs)
+    return before.movedim(0, dim), state

@@ -2,6 +2,7 @@
 """The configuration fields that every variant shares."""
 
 import difflib
+import math
 import os
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,8 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
+
+from .peft_defaults import tell_peft
 
 # Under transformers' own logger, so that its verbosity settings hold.
 logger = logging.get_logger("transformers.lalm")
@@ -19,6 +22,14 @@ _STOCK_KEYS = {
     "experts_implementation", "auto_map", "custom_pipelines", "quantization_config", "per_layer_config",
     "tie_last_hidden_states",
 }  # fmt: skip
+
+# The max_position_embeddings of a model without a position table. generate(),
+# sentence-transformers and evaluation tools compare lengths with it: -1 or None, which one knows, stops another.
+NO_LIMIT = 2**31 - 1
+# Far beyond any model that was trained: with a zero too many, lists of layers alone would fill the memory.
+MOST_LAYERS = 10_000
+# The same for factors of `hidden_size`.
+LARGEST_FACTOR = 1e6
 
 
 @strict
@@ -42,7 +53,8 @@ class LalmConfig(PreTrainedConfig):
         norm_eps: added to the variance in every norm.
         position_embedding_type: "none", "learned" or "sinusoidal" (added to the embeddings), or "rope" (rotates q and
             k of every mixer, before any feature map).
-        max_position_embeddings: size of the learned position table. The other types have no limit.
+        max_position_embeddings: size of the learned position table, -1 for 2048. The other types have no limit, for
+            which -1 stands too; it becomes `NO_LIMIT`.
         rope_theta: base of the rotary and sinusoidal wavelengths.
         use_short_conv: depthwise causal convolution and SiLU on the q, k and v of the linear mixers.
         conv_size: its width in tokens.
@@ -67,6 +79,8 @@ class LalmConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     supports_bidirectional: ClassVar[bool] = False
     implementations: ClassVar[tuple[str, ...]] = ("auto", "chunk", "recurrent", "fla", "cpp")
+    tables: ClassVar[tuple[str, ...]] = ("learned",)  # position_embedding_types that have a table
+    table_size: ClassVar[int] = 2048  # max_position_embeddings of such a type, unless given
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -82,7 +96,7 @@ class LalmConfig(PreTrainedConfig):
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     position_embedding_type: Literal["none", "learned", "sinusoidal", "rope"] = "none"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = -1
     rope_theta: float | int = 10000.0
     use_short_conv: bool = False
     conv_size: int = 4
@@ -101,15 +115,34 @@ class LalmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
+    def __setattr__(self, key, value):
+        """As the base class, and refuses NaN and infinity, so that no field is ever derived from them.
+
+        Raises:
+            ValueError: the field is named.
+        """
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{key} must be finite, got {value}.")
+        if key == "num_hidden_layers" and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{key} must be at most {MOST_LAYERS}, got {value}.")
+        super().__setattr__(key, value)
+
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        if self.max_position_embeddings in (-1, NO_LIMIT):
+            has_table = self.position_embedding_type in self.tables
+            self.max_position_embeddings = self.table_size if has_table else NO_LIMIT
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
-            width = int(self.hidden_ratio * self.hidden_size)
+            width = int(min(self.hidden_ratio, LARGEST_FACTOR) * self.hidden_size)
             self.intermediate_size = width if self.mlp_type == "mlp" else -(-int(2 * width / 3) // 256) * 256
         super().__post_init__(**kwargs)
         # They run again after this method, where `strict` wraps what they raise in an error that is no ValueError.
+        self._run_validators()
+
+    def _run_validators(self) -> None:
         for validator in type(self).__class_validators__:  # type: ignore[attr-defined]
             validator(self)
 
@@ -118,7 +151,7 @@ class LalmConfig(PreTrainedConfig):
         """As the base class; fields of a stored configuration that we do not know are kept, with a warning.
 
         Raises:
-            ValueError: the configuration is of another model type.
+            ValueError: the configuration is of another model type, or a keyword's value does not fit its field.
         """
         stored = config_dict.get("model_type", cls.model_type)
         if stored != cls.model_type:
@@ -133,6 +166,7 @@ class LalmConfig(PreTrainedConfig):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in unknown.items():
             setattr(config, key, value)
+        config._run_validators()  # the base class sets the keywords after those of the stored fields have run
         return loaded
 
     @classmethod
@@ -152,13 +186,19 @@ class LalmConfig(PreTrainedConfig):
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"{type(self).__name__} has no field {key!r}.{hint}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class. PEFT calls it before it looks up the defaults of a model type, so they are told here:
+        `import lalm` need not import PEFT, nor come after it."""
+        tell_peft(self.model_type)
+        return super().to_dict()
+
     @property
     def layer_types(self) -> list[str]:
-        """Per layer "lalm_recurrent", "full_attention" or "sliding_attention". Not stored: transformers refuses to
-        resume from a checkpoint whose configuration holds a layer type it does not know."""
+        """Per layer "lalm_linear_attention", "full_attention" or "sliding_attention". Not stored: transformers does
+        not resume from a checkpoint whose configuration holds a layer type that it does not know."""
         softmax = dict.fromkeys(self.full_attention_layers, "full_attention")
         softmax |= dict.fromkeys(self.sliding_attention_layers, "sliding_attention")
-        return [softmax.get(index, "lalm_recurrent") for index in range(self.num_hidden_layers)]
+        return [softmax.get(index, "lalm_linear_attention") for index in range(self.num_hidden_layers)]
 
     @property
     def head_dim(self) -> int:
@@ -183,11 +223,18 @@ class LalmConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """Replaces the stock check, which knows no recurrent layer of ours; see `validate_softmax_layers`."""
 
+    def validate_factors(self) -> None:
+        for name in ("expand_k", "expand_v", "hidden_ratio"):
+            if not 0 < getattr(self, name) <= LARGEST_FACTOR:
+                raise ValueError(f"{name} must be positive and at most {LARGEST_FACTOR:g}, got {getattr(self, name)}.")
+
     def validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "conv_size", "num_key_value_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1, got {self.sliding_window}.")
         softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
         widths = {" * expand_k": self.expand_k, " * expand_v": self.expand_v} | ({"": 1} if softmax else {})
         for name, factor in widths.items():
@@ -239,7 +286,7 @@ class LalmConfig(PreTrainedConfig):
             )
 
     def validate_positions(self) -> None:
-        if self.position_embedding_type == "learned" and self.max_position_embeddings < 1:
+        if self.max_position_embeddings < 1:
             raise ValueError(
                 "max_position_embeddings, the size of the table of learned positions, must be at least 1, got "
                 f"{self.max_position_embeddings}."

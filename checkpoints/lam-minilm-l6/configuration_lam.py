@@ -17,7 +17,6 @@ class LamConfig(LalmConfig):
     the design has a switch, so that its worth can be measured.
 
     Args:
-        max_position_embeddings: -1 is no limit (as sentence-transformers reads it), with learned positions 512.
         num_memories: memories a head: 2 (fast and slow), or 1 (a gated delta rule).
         decay_init: how much each memory keeps from token to token before training, fast one first; in (0, 1).
         use_adaptive_decay: decays that depend on the token; False leaves one learned constant a head and memory.
@@ -32,6 +31,7 @@ class LamConfig(LalmConfig):
     model_type = "lalm_lam"
     supports_bidirectional = True
     implementations = ("auto", "chunk", "recurrent", "triton", "cpp")
+    table_size = 512
 
     vocab_size: int = 30522
     hidden_size: int = 384
@@ -45,7 +45,6 @@ class LamConfig(LalmConfig):
     is_causal: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
-    max_position_embeddings: int = -1
     num_memories: int = 2
     decay_init: list[float] = field(default_factory=lambda: [0.5, 0.999])
     use_adaptive_decay: bool = True
@@ -54,11 +53,6 @@ class LamConfig(LalmConfig):
     use_delta_rule: bool = True
     use_output_norm: bool = True
     use_output_gate: bool = True
-
-    def __post_init__(self, **kwargs):
-        if self.position_embedding_type == "learned" and self.max_position_embeddings == -1:
-            self.max_position_embeddings = 512
-        super().__post_init__(**kwargs)
 
     def validate_memories(self) -> None:
         if self.num_memories not in (1, 2):

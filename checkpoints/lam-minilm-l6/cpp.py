@@ -7,24 +7,30 @@ Where there is no compiler, or the source is absent (a checkpoint loaded as remo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from transformers.utils import logging
 
 from .diagonal_recurrence import compute_dtype
 from .layout import SequenceLayout
+from .transforms import is_looked_into
 
 logger = logging.get_logger("transformers.lalm")
 
@@ -40,6 +46,10 @@ _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 LANES = 16
 # A head with fewer numbers in its state is not worth a compilation.
 SMALLEST_STATE = 512
+# Seconds that a process waits for a compiler that is not done, once: it takes one to ten.
+_PATIENCE = 60.0
+# Bytes of the checksum at the end of a library that is kept.
+_SEAL = 20
 # Multiply-adds of a call that earn the second of waiting for a compiler: some milliseconds in plain torch.
 _EARNS_COMPILING = 1 << 21
 
@@ -98,36 +108,48 @@ def open_kernel(name: str, **sizes: int) -> None:
     load_kernel(name, work=0, **sizes)
 
 
-def is_looked_into() -> bool:
-    """Whether a transform of torch.func, forward-mode differentiation or a tracer is at work."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch.jit.is_tracing()
-
-
 @dataclass
 class _Plan:
     """A kernel of fixed sizes, and where its library lies."""
 
     name: str
-    compiler: str | None  # None for the machine's own
+    compiler: tuple[str, ...]  # words of a command; none for the machine's own
     defines: tuple[str, ...]
     library: str
     is_tried: bool = False
     kernel: ctypes.CDLL | None = None
 
     def load(self) -> None:
-        try:
-            if not os.path.isfile(self.library):
-                _compile(self)
-            kernel = ctypes.CDLL(self.library)
-            for entry in ("forward", "backward"):
-                if hasattr(kernel, entry):
-                    getattr(kernel, entry).restype = None
-            self.kernel = kernel
-        except (OSError, subprocess.SubprocessError) as error:
-            detail = getattr(error, "stderr", None) or error
-            logger.info(f"{self.name}: no C++ kernel, plain torch runs instead ({str(detail).strip()[-300:]}).")
-        self.is_tried = True  # last, for another thread must not take a kernel being made for one that cannot be had
+        with _loading.lock:
+            if self.is_tried:  # by a thread that this one has waited for
+                return
+            try:
+                self.kernel = _open_kept(self.library) or _make(self)
+            except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
+                _say_why(self, error)
+            self.is_tried = (
+                True  # last, for another thread must not take a kernel being made for one that cannot be had
+            )
+
+
+class _NoCompiler(Exception):
+    """There is none, or it has been waited for in vain."""
+
+
+class _Loading:
+    """Who loads: one thread at a time, so that no two wait for a compiler to make the same library."""
+
+    def __init__(self):
+        self.is_hopeless = False  # a compiler was not done in time
+        self.renew()
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+_loading = _Loading()
+if hasattr(os, "register_at_fork"):  # a child has not the thread that may hold the lock
+    os.register_at_fork(after_in_child=_loading.renew)
 
 
 # The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
@@ -136,10 +158,31 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
     if os.environ.get("LALM_CPP") == "0" or name not in _HASHES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
-    compiler, defines = os.environ.get("CXX"), tuple(f"-D{key}={value}" for key, value in sorted(sizes))
+    compiler, defines = (
+        _named_compiler(os.environ.get("CXX")),
+        tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
+    )
     key = _HASHES[name].copy()
-    key.update(" ".join([compiler or "", _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
+    key.update(" ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
+
+
+@cache
+def _named_compiler(name: str | None) -> tuple[str, ...]:
+    """The command that `CXX` holds, a path or words as for a shell ("ccache g++"). Empty, for the machine's own
+    compiler, if it holds nothing or, with a warning, no program of this machine."""
+    if not name or not name.strip():
+        return ()
+    if shutil.which(name):  # a path with spaces
+        return (name,)
+    try:
+        words = tuple(shlex.split(name))
+    except ValueError:  # an open quotation
+        words = ()
+    if words and shutil.which(words[0]):
+        return words
+    logger.warning(f"CXX={name!r} names no program on this machine: C++ kernels are made by its own compiler instead.")
+    return ()
 
 
 class _Unrecorded:
@@ -217,25 +260,119 @@ def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor |
 
 
 def _folder() -> str:
-    kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.environ.get("LALM_CACHE") or os.path.join(kept, "lalm")
+    if given := os.environ.get("LALM_CACHE"):
+        return os.path.abspath(given)
+    kept = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(kept):  # which does not count, says the standard
+        kept = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(kept, "lalm")
 
 
-def _compile(plan: _Plan) -> None:
-    compiler = plan.compiler or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        raise FileNotFoundError("there is no C++ compiler")
-    folder, file = os.path.split(plan.library)
+def _open_kept(path: str) -> ctypes.CDLL | None:
+    """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
+    the process."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        content = _read(path)
+        if content[-_SEAL:] == _seal(content[:-_SEAL]):
+            return _opened(path)
+    except OSError as error:
+        logger.info(f"{path} cannot be loaded ({error}).")
+    logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
+    return None
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_SEAL).digest()
+
+
+def _opened(path: str) -> ctypes.CDLL:
+    kernel = ctypes.CDLL(path)
+    for entry in ("forward", "backward"):
+        if hasattr(kernel, entry):
+            getattr(kernel, entry).restype = None
+    return kernel
+
+
+def _make(plan: _Plan) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(prefix="lalm-") as scratch:
+        made = os.path.join(scratch, os.path.basename(plan.library))
+        _compile(plan, made)
+        try:
+            _keep(made, plan.library)
+            return _opened(plan.library)
+        except OSError as error:
+            folder = os.path.dirname(plan.library)
+            logger.warning_once(
+                f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
+                "again: set LALM_CACHE to a folder that can be written to."
+            )
+            return _opened(made)
+
+
+def _keep(made: str, library: str) -> None:
+    """Put a library where later processes look, whole or not at all, even if the machine stops."""
+    folder, content = os.path.dirname(library), _read(made)
+    if not os.path.isabs(folder):  # no home folder
+        raise NotADirectoryError(f"{folder} is no absolute path")
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = os.path.join(scratch, file)
-        for index, optional in enumerate(_OPTIONAL):
-            flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
-            command = [compiler, *flags, _source(plan.name), "-o", made]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-                break
-            except subprocess.CalledProcessError:
-                if index == len(_OPTIONAL) - 1:
-                    raise
-        os.replace(made, plan.library)  # at once, so that another process never loads half a file
+    scratch = f"{library}.{uuid.uuid4().hex}"
+    try:
+        with open(scratch, "xb") as file:
+            file.write(content + _seal(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, library)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(scratch)
+        raise
+
+
+def _compile(plan: _Plan, made: str) -> None:
+    if _loading.is_hopeless:
+        raise _NoCompiler("the compiler was not done in time before")
+    own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = plan.compiler or ((own,) if own else ())
+    if not compiler:
+        raise _NoCompiler("there is no C++ compiler")
+    end = time.monotonic() + _PATIENCE
+    for index, optional in enumerate(_OPTIONAL):
+        flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
+        try:
+            _run([*compiler, *flags, _source(plan.name), "-o", made], end)
+            break
+        except subprocess.CalledProcessError:
+            if index == len(_OPTIONAL) - 1:
+                raise
+
+
+def _run(command: list[str], end: float) -> None:
+    """Run a command, which with all that it starts is stopped at `end`.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be started, fails, or is not done in time.
+    """
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **streams) as process:
+        try:
+            _, problem = process.communicate(timeout=max(0.0, end - time.monotonic()))
+        except BaseException:  # an interrupt, too
+            with contextlib.suppress(OSError, AttributeError):  # Windows has no groups
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=problem)
+
+
+def _say_why(plan: _Plan, error: Exception) -> None:
+    """Log why there is no kernel; a warning where the machine has a compiler."""
+    detail = str(getattr(error, "stderr", None) or error).strip()[-300:]
+    if isinstance(error, subprocess.TimeoutExpired):
+        _loading.is_hopeless = True
+        detail = f"the compiler was not done in {_PATIENCE:g} seconds and is not asked again in this process"
+    given = f" by CXX={shlex.join(plan.compiler)!r}" if plan.compiler else ""
+    say = logger.info if isinstance(error, _NoCompiler) else logger.warning
+    say(f"{plan.name}: no C++ kernel{given}, plain torch runs instead ({detail}).")

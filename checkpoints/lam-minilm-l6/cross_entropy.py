@@ -9,19 +9,29 @@ The pieces' gradients are taken as the pieces are made, so the head costs the th
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
+from .diagonal_recurrence import compute_dtype
 from .linear import linear, weight_gradient
 from .products import product_dtype
+from .second_order import differentiable_by
+from .transforms import is_transformed
 
 # Logits that exist at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24
 
 
+def _plain(ctx, hidden, weight, bias, targets, *_) -> torch.Tensor:
+    dtype = ctx.dtype
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return F.cross_entropy(logits.to(compute_dtype(logits)), targets, reduction="sum")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype):
+    def forward(ctx, dtype, hidden, weight, bias, targets):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         matrix = weight.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs[0] else None
@@ -43,19 +53,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[start : start + size] = linear(d_logits, matrix.t())
             if d_weight is not None:
                 d_weight += weight_gradient(d_logits, rows)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(hidden, weight, bias, targets, d_hidden, d_weight, d_bias)
+        ctx.dtype, ctx.dtypes = dtype, (weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=1)
     def backward(ctx, d_loss):
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors[4:]
         return (
+            None,
             None if d_hidden is None else (d_hidden * d_loss).to(d_hidden.dtype),
             None if d_weight is None else (d_weight * d_loss).to(ctx.dtypes[0]),
             None if d_bias is None else (d_bias * d_loss).to(ctx.dtypes[1]),
-            None,
             None,
         )
 
@@ -82,11 +92,16 @@ def linear_cross_entropy(
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if is_transformed():  # where the number of targets that count must not be known
+        logits = F.linear(hidden, weight, bias)
+        loss = F.cross_entropy(logits.to(compute_dtype(logits)), targets, ignore_index=ignore_index, reduction="sum")
+        items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / items
     counted = targets != ignore_index
     hidden, targets = hidden[counted], targets[counted]
     dtype = product_dtype(hidden, dtype)
     with torch.autocast(kind, enabled=False):
-        loss = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)
+        loss = _LinearCrossEntropy.apply(dtype, hidden, weight, bias, targets)
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
     return loss / (items.to(loss.device) if isinstance(items, torch.Tensor) else items)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from .cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from .dual_recurrence import run_dual
 from .layout import SequenceLayout
+from .second_order import differentiable_by
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
 _SEGMENT = 256
@@ -34,13 +37,33 @@ class _Gradients(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
 
 
+def _plain(ctx, q, k, v, decay, beta, read, coupling, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
+    decay, read = (torch.ones_like(beta) if x is None else x for x in (decay, read))
+    eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
+    coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
+    if skip is not None:
+        padding = skip[..., None, None]
+        q, k, v, beta = (x.masked_fill(padding, 0) for x in (q, k, v, beta))
+        decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
+    gates, outputs, final = (decay, beta, read, coupling), [], state
+    for direction in range(beta.shape[0]):
+        tensors = [q * ctx.scale, k, v, *(x[direction] for x in gates)]
+        tensors.append(None if starts is None else starts[direction])
+        if direction:
+            tensors = [None if x is None else x.flip(1) for x in tensors]
+        arguments: Any = (*tensors[:-1], state, tensors[-1], ctx.delta)
+        o, final = run_dual(*arguments)
+        outputs.append(o.flip(1) if direction else o)
+    return sum(outputs[1:], outputs[0]), final
+
+
 class _CppDeltaRule(torch.autograd.Function):
     """The kernels of delta_rule.cpp, once for every direction; gates and starts have a first axis for it."""
 
     @staticmethod
-    def forward(ctx, kernel, scale, wants_state, *tensors):
+    def forward(ctx, kernel, scale, delta, wants_state, *tensors):
         q, _, v, _, beta, *_, skip, _ = tensors
-        ctx.kernel, ctx.scale = kernel, scale
+        ctx.kernel, ctx.scale, ctx.delta = kernel, scale, delta
         ctx.set_materialize_grads(False)
         o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
         batch, length, heads, key_size = q.shape
@@ -56,7 +79,7 @@ class _CppDeltaRule(torch.autograd.Function):
         return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=4)
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[7], saved[8]
@@ -72,7 +95,7 @@ class _CppDeltaRule(torch.autograd.Function):
             gates = (None if x is None else x[direction] for x in found[3:])
             gradients = _Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
             ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
-        return None, None, None, *found, None if state is None else d_state, None, None
+        return None, None, None, None, *found, None if state is None else d_state, None, None
 
 
 def _directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts):
@@ -131,6 +154,8 @@ def cpp_dual(
     )
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
+    if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
+        g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
     tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]
@@ -138,7 +163,7 @@ def cpp_dual(
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    o, final = call(_CppDeltaRule, kernel, scale, wants_state and causal, *tensors, skip, starts)
+    o, final = call(_CppDeltaRule, kernel, scale, use_delta_rule, wants_state and causal, *tensors, skip, starts)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final

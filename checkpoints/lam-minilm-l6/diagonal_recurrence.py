@@ -17,13 +17,15 @@ backward pass keeps the inputs only and recomputes the chunk states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
 
-from .chunks import chunk_borders, fill_up, from_chunks, suffix_sums, to_chunks
-from .layout import SequenceLayout
+from .chunks import chunk_borders, fill_up, from_chunks, running_sums, scan, suffix_sums, to_chunks
+from .layout import SequenceLayout, document_by_document, must_part
+from .second_order import differentiable_by
+from .transforms import has_open_length, hides_values, is_transformed
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
 _MAX_DECAY = 60.0
@@ -50,7 +52,7 @@ def recurrent_diagonal(
     layout = layout or SequenceLayout()
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    k, g = layout.freeze(k, None if g is None else g.to(dtype))
+    q, k, v, g = layout.freeze(q, k, v, None if g is None else g.to(dtype))
     starts_BT = layout.starts()
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
@@ -63,7 +65,7 @@ def recurrent_diagonal(
             state_BHKV = state_BHKV * g[:, t, :, :, None].exp()
         state_BHKV = state_BHKV + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
-    return torch.stack(outputs, dim=1), state_BHKV
+    return layout.zero_padding(torch.stack(outputs, dim=1)), state_BHKV
 
 
 def chunk_diagonal(
@@ -80,9 +82,53 @@ def chunk_diagonal(
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}.")
     layout = layout or SequenceLayout()
-    k, g = layout.freeze(k, g)
-    chunk_size, factored = _plan(g, min(chunk_size, 1 << (q.shape[1] - 1).bit_length()))
-    return _ChunkDiagonal.apply(q, k, v, g, scale, state, layout.document_ids(), chunk_size, factored)
+    if is_transformed():
+        return recurrent_diagonal(q, k, v, g, scale, state, layout)
+    q, k, v, g = layout.freeze(q, k, v, g)
+    if must_part(layout, q, k, v, g):
+
+        def alone(q, k, v, g, state, layout):
+            return chunk_diagonal(q, k, v, g, scale, state, layout, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g), state, layout)
+    if not has_open_length():
+        chunk_size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
+    chunk_size, factored = _plan(g, chunk_size)
+    o, state = _ChunkDiagonal.apply(scale, chunk_size, factored, q, k, v, g, state, layout.document_ids())
+    return layout.zero_padding(o), state
+
+
+def normalized(core: Callable, eps: float) -> Callable:
+    """A core whose outputs are divided by z . q + eps, where z, one more column of the state, sums the keys."""
+
+    def read(q, k, v, g, scale, state, layout):
+        o, state = core(q, k, F.pad(v, (0, 1), value=1.0), g, scale, state, layout)
+        if is_transformed():
+            return o[..., :-1] / (o[..., -1:] + eps), state
+        return _Quotient.apply(o, eps)[0], state
+
+    return read
+
+
+class _Quotient(torch.autograd.Function):
+    """`sums [..., V + 1]` -> all but the last by the last plus eps `[..., V]`; two passes over memory each way.
+    What it divides by is an output too: what is kept of outputs can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, sums, eps):
+        size = sums[..., -1:] + eps
+        o = sums[..., :-1] / size
+        ctx.save_for_backward(o, size)
+        ctx.set_materialize_grads(False)
+        return o, size
+
+    @staticmethod
+    def backward(ctx, do, d_size):
+        o, size = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        along = (do[..., None, :] @ o[..., None]).squeeze(-1)
+        d_sums = torch.cat([do, -along], dim=-1) / size
+        return d_sums if d_size is None else d_sums + F.pad(d_size, (o.shape[-1], 0)), None
 
 
 @torch.no_grad()
@@ -91,9 +137,9 @@ def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
 
     One look at the data. While compiling, which allows none, the bounded form serves every gate.
     """
-    if g is None:
+    if g is None or g.numel() == 0:
         return chunk_size, True
-    if not torch.compiler.is_compiling():
+    if not hides_values():
         for size in (chunk_size, chunk_size // 4):
             if size and _strongest_decay(g, size) <= _MAX_DECAY:
                 return size, True
@@ -114,13 +160,10 @@ def _scan(
     updates: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor | None, reverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S <- decay_n S + updates_n over the chunks; returns S before each step `[B, H, N, K, V]` and after the last."""
-    before = torch.empty_like(updates)
     state = torch.zeros_like(updates[:, :, 0]) if state is None else state.to(updates.dtype)
-    order = range(updates.shape[2])
-    for n in reversed(order) if reverse else order:
-        before[:, :, n] = state
-        state = updates[:, :, n] + (state if decay is None else state * decay[:, :, n, :, None])
-    return before, state
+    if decay is None:
+        return scan(lambda state, update: update + state, [updates], state, reverse)
+    return scan(lambda state, update, kept: update + state * kept[..., None], [updates, decay], state, reverse)
 
 
 def _bounded_levels(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> Iterator[tuple]:
@@ -236,9 +279,13 @@ def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
     return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
 
 
+def _plain(ctx, q, k, v, g, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
+    return recurrent_diagonal(q, k, v, g, ctx.scale, state, SequenceLayout(segments=segments))
+
+
 class _ChunkDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, state, segments, chunk_size, factored):
+    def forward(ctx, scale, chunk_size, factored, q, k, v, g, state, segments):
         ctx.save_for_backward(q, k, v, g, state, segments)
         ctx.scale, ctx.plan = scale, (chunk_size, factored)
         _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
@@ -247,7 +294,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         return from_chunks(o, q.shape[1]), chunks.final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=3)
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
         q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
@@ -257,26 +304,35 @@ class _ChunkDiagonal(torch.autograd.Function):
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        dq, dk = chunks.scores_backward(chunks.mask(do @ v_c.transpose(-1, -2)))
         d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
+        d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
+        if g is not None and ctx.needs_input_grad[6]:
+            # No gate stands between a token and itself. That share would be in q dq and in k dk, and leave its
+            # rounding, perhaps all there is of dg, in their difference: it comes in last.
+            d_own = d_scores.diagonal(dim1=-2, dim2=-1).clone()[..., None]
+            d_scores.diagonal(dim1=-2, dim2=-1).zero_()
+        dq, dk = chunks.scores_backward(d_scores)
         dq += d_reads
         dk += d_writes
-        dg = None
-        if g is not None and ctx.needs_input_grad[3]:
-            dg = _gate_gradient(q_c * dq - k_c * dk, k_c * d_writes, chunks, d_leaving, g)
+        if d_own is not None:
+            ends = (q_c * d_reads).sum(-2), (k_c * d_writes).sum(-2)
+            dg = _gate_gradient(q_c * dq - k_c * dk, *ends, chunks, d_leaving, g)
+            dq.addcmul_(d_own, k_c)
+            dk.addcmul_(d_own, q_c)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
         dq, dk, dv = (from_chunks(x, length).to(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, dg, None, None if state is None else d_state.to(state.dtype), None, None, None
+        return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _gate_gradient(per_token, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
-    """dL/dg. q_i enters by exp(G_i), k_j by exp(-G_j): dL/dG = q dq - k dk, token by token. What a chunk keeps of its
-    entering state and writes to its leaving one also depends on E = G of its last token."""
-    at_end = written.sum(-2) + chunks.decay * (chunks.states * d_leaving).sum(-1)
-    per_token[..., -1, :] += at_end
+def _gate_gradient(changes, read, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
+    """dL/dg, which is <dL/dS, S> before a token, key by key. A token changes that by q dq - k dk. As a chunk begins it
+    is what the chunk reads of its entering state, as it ends what it has written to the leaving one, and both times
+    what the one hands to the other."""
+    through = chunks.decay * (chunks.states * d_leaving).sum(-1)
+    begin, end = read + through, written + through
     if g.shape[-1] == 1:
-        per_token = per_token.sum(-1, keepdim=True)
-    return from_chunks(suffix_sums(per_token), g.shape[1]).to(g.dtype)
+        changes, begin, end = (x.sum(-1, keepdim=True) for x in (changes, begin, end))
+    return from_chunks(running_sums(changes, begin, end), g.shape[1]).to(g.dtype)

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from .layout import SequenceLayout
+from .transforms import has_open_length
 
 # Under transformers' own logger, so that its verbosity settings hold.
 logger = logging.get_logger("transformers.lalm")
@@ -47,7 +48,8 @@ def choose(
     """
     name = implementation
     if name == "auto":
-        name = "cpp" if cpp else "recurrent" if v.shape[1] < _SHORT else "chunk"
+        is_short = not has_open_length() and v.shape[1] < _SHORT
+        name = "cpp" if cpp else "recurrent" if is_short else "chunk"
         if name == "chunk" and fla not in (None, chunk) and _is_for_fla(v):
             name = "fla"
     if name in ("fla", "triton") and v.device.type == "cpu":
@@ -103,7 +105,7 @@ def fla_diagonal(
     except ImportError as error:
         raise ImportError(_NEEDS_FLA) from error
     layout = layout or SequenceLayout()
-    k, g = layout.freeze(k, g)
+    q, k, v, g = layout.freeze(q, k, v, g)
     if g is None:
         return _run_fla(chunk_simple_gla, (q, k, v), {}, scale, state, layout)
     if g.shape[-1] == 1:
@@ -162,4 +164,4 @@ def _run_fla(
     o, final = kernel(*qkv, **gates, **common)
     if last is not None:
         o, final = o.view(batch, length, *o.shape[2:]), final[last]
-    return o, final
+    return layout.zero_padding(o), final

@@ -27,46 +27,26 @@ from functools import partial, reduce
 import torch
 
 from .bidirectional import both_ways, layout_both_ways, refuse_states
-from .chunks import from_chunks, to_chunks
+from .chunks import from_chunks, scan, to_chunks
 from .delta_rule_cpp import cpp_dual
 from .diagonal_recurrence import compute_dtype
+from .dual_recurrence import recurrent_dual
 from .layout import (
     SequenceLayout,
     check_cu_seqlens,
     check_shapes,
     check_state,
+    document_by_document,
+    must_part,
     per_document,
     segments_of,
 )
 from .products import without_autocast
+from .second_order import differentiable_by
+from .transforms import has_open_length, is_transformed
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
-
-
-def recurrent_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Definition, by tokens; `leak [B, T, H, M, M]` is C - I."""
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
-    q, k, v, beta, read = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype), read.to(dtype)
-    decay = g.to(dtype).exp()
-    coupling = leak.to(dtype) + torch.eye(g.shape[-1], dtype=dtype, device=q.device)
-    starts_BT = layout.starts()
-    if state is None:
-        state = q.new_zeros(*q.shape[:1], q.shape[2], g.shape[-1], q.shape[3], v.shape[3])
-    state_BHMKV = state.to(dtype)
-    outputs = []
-    for t in range(q.shape[1]):
-        k_BH1K1 = k[:, t, :, None, :, None]
-        if starts_BT is not None:
-            state_BHMKV = state_BHMKV.masked_fill(starts_BT[:, t, None, None, None, None], 0)
-        state_BHMKV = state_BHMKV * decay[:, t, :, :, None, None]
-        error_BHMV = v[:, t, :, None] - (state_BHMKV * k_BH1K1).sum(-2) * use_delta_rule
-        state_BHMKV = state_BHMKV + k_BH1K1 * (beta[:, t, :, :, None] * error_BHMV)[..., None, :]
-        state_BHMKV = torch.einsum("bhac,bhckv->bhakv", coupling[:, t], state_BHMKV)
-        outputs.append(torch.einsum("bhk,bha,bhakv->bhv", q[:, t], read[:, t], state_BHMKV))
-    return torch.stack(outputs, dim=1), state_BHMKV
 
 
 def chunk_dual(
@@ -75,8 +55,16 @@ def chunk_dual(
     """`recurrent_dual` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if is_transformed():
+        return recurrent_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    if must_part(layout, q, k, v, g, beta, read, leak):
+
+        def alone(q, k, v, g, beta, read, leak, state, layout):
+            return chunk_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule, chunk_size)
+
+        return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
     length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
-    chunk_size = min(chunk_size, -(-length // 8) * 8)
+    chunk_size = chunk_size if has_open_length() else min(chunk_size, -(-length // 8) * 8)
     dtype = compute_dtype(q, k, v, g, beta, read, leak)
     inputs = [to_chunks(x, chunk_size, dtype) for x in (q, k, v, g, beta, read, leak.flatten(-2))]
     inputs[0] = inputs[0] * scale
@@ -84,10 +72,11 @@ def chunk_dual(
     if starts is not None:
         starts = to_chunks(starts[..., None, None], chunk_size, torch.bool)
     pairs = batch * heads * (chunk_size * memories) ** 2
-    run = _one_slab if pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 else _Slabs.apply
+    one = has_open_length() or pairs * inputs[0].shape[2] <= _PAIRS_AT_ONCE or inputs[0].shape[2] == 1 or not pairs
+    run = _one_slab if one else _Slabs.apply
     if state is not None:
         state = state.to(dtype).flatten(2, 3)
-    o, state = run(max(1, _PAIRS_AT_ONCE // pairs), use_delta_rule, starts, state, *inputs)
+    o, state = run(0 if one else max(1, _PAIRS_AT_ONCE // pairs), use_delta_rule, starts, state, *inputs)
     return from_chunks(o, length), state.unflatten(2, (memories, -1))
 
 
@@ -95,24 +84,35 @@ def _one_slab(size, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _advance(*arguments)
 
 
+def _by_slabs(size, delta, starts, state, *inputs) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """`_advance` over slabs of `size` chunks; also returns the states that enter them."""
+    entering, outputs = [], []
+    for n in range(0, inputs[0].shape[2], size):
+        entering.append(state)
+        o, state = _advance(delta, _cut(starts, n, size), state, *(_cut(x, n, size) for x in inputs))
+        outputs.append(o)
+    return torch.cat(outputs, dim=2), state, entering
+
+
+def _plain(ctx, starts, state, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    return _by_slabs(ctx.size, ctx.delta, starts, state, *rest[:7])[:2]
+
+
 class _Slabs(torch.autograd.Function):
-    """`_advance` over slabs of `size` chunks, of which only the entering states are kept."""
+    """`_by_slabs`, of which only the inputs and the entering states are kept."""
 
     @staticmethod
     def forward(ctx, size, delta, starts, state, *inputs):
-        ctx.size, ctx.delta, entering, outputs = size, delta, [], []
-        for n in range(0, inputs[0].shape[2], size):
-            entering.append(state)
-            o, state = _advance(delta, _cut(starts, n, size), state, *(_cut(x, n, size) for x in inputs))
-            outputs.append(o)
-        ctx.save_for_backward(starts, *entering, *inputs)
-        return torch.cat(outputs, dim=2), state
+        ctx.size, ctx.delta = size, delta
+        o, final, entering = _by_slabs(size, delta, starts, state, *inputs)
+        ctx.save_for_backward(starts, state, *inputs, *entering[1:])
+        return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=2)
     def backward(ctx, do, d_state):
-        starts, *rest = ctx.saved_tensors
-        entering, inputs = rest[:-7], rest[-7:]
+        starts, state, *rest = ctx.saved_tensors
+        inputs, entering = rest[:7], [state, *rest[7:]]
         found = [
             torch.empty_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)
         ]
@@ -158,7 +158,7 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     system = (strong @ key.transpose(-1, -2)) * between  # its diagonal is taken for 1
     scores = _weigh(rho, between) * (q @ key.transpose(-1, -2))  # [..., C, C M]
     right = v.repeat_interleave(memories, dim=-2) * beta.flatten(-2)[..., None]
-    through = chunks > 1 or state is not None  # whether an entering state matters
+    through = has_open_length() or chunks > 1 or state is not None  # whether an entering state matters
     if through:
         right = torch.cat([right, _times_each(strong * delta, since)], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True) if delta else right
@@ -176,6 +176,9 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     inside, writes = inside[..., :value_size], writes[..., :value_size]
     if state is None:
         state = torch.zeros_like(writes[:, :, 0])
+    if has_open_length():
+        before, state = scan(lambda state, passed, written: written + passed @ state, [passes, writes], state)
+        return inside + reads @ before, state
     entering = []
     for n in range(chunks):
         entering.append(state)
@@ -225,9 +228,10 @@ def _inert_padding(core, q, k, v, g, beta, read, coupling, scale, state, layout,
         leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
     if layout.mask is not None:
         padding = ~layout.mask[:, :, None, None]
-        k, g, beta = (x.masked_fill(padding, 0) for x in (k, g, beta))
+        q, k, v, g, beta, read = (x.masked_fill(padding, 0) for x in (q, k, v, g, beta, read))
         leak = leak.masked_fill(padding[..., None], 0)
-    return core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    o, state = core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    return layout.zero_padding(o), state
 
 
 def _both_ways(

@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 
 from .diagonal_recurrence import compute_dtype
+from .dual_recurrence import recurrent_dual
 from .dual_state_gradients import gate_gradients, pair_gradients, state_gradients
 from .dual_state_kernels import interpreted, prepare, read_out, scan, scan_back
+from .layout import SequenceLayout
+from .second_order import differentiable_by
 
 # Rows of a chunk, its tokens times their memories: four warps of 16.
 _ROWS = 64
@@ -96,6 +99,11 @@ class _Launch:
         return d_q, d_k, d_v, d_g, d_beta, d_read, d_leak
 
 
+def _plain(ctx, q, k, v, g, beta, read, leak, state, starts) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = SequenceLayout(segments=None if starts is None else starts.cumsum(1))
+    return recurrent_dual(q, k, v, g, beta, read, leak, ctx.launch.scale, state, layout, ctx.launch.delta)
+
+
 class _TritonDual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale, delta, chunk_size, q, k, v, g, beta, read, leak, state, starts):
@@ -109,7 +117,7 @@ class _TritonDual(torch.autograd.Function):
         return o, final.view(q.shape[0], q.shape[2], *final.shape[1:])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=3)
     def backward(ctx, d_o, d_final):
         *inputs, state, starts = ctx.saved_tensors
         (q, k, v, g, beta, read, leak), launch = inputs, ctx.launch

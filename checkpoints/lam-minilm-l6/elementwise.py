@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .cpp import call, load_kernel, open_kernel, pointer
 from .diagonal_recurrence import compute_dtype
+from .second_order import differentiable_by
 
 # For fewer numbers than this torch's silu and product cost no more than the call of a kernel, and threads more than
 # they save.
@@ -25,6 +26,10 @@ class _NormInputs(ctypes.Structure):
     ]
 
 
+def _plain_rms_norm(ctx, x, weight, *_) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, ctx.eps)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, eps, x, weight):
@@ -35,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain_rms_norm, constants=2)
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
@@ -57,22 +62,26 @@ class _ActivationInputs(ctypes.Structure):
     ]
 
 
+def _plain_activation(ctx, x, factor) -> torch.Tensor:
+    return ctx.function(x) if factor is None else ctx.function(x) * factor
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, x, factor):
+    def forward(ctx, kernel, function, x, factor):
         y = torch.empty_like(x)
         kernel.forward(_Activation.inputs(x, factor), pointer(y))
-        ctx.kernel = kernel
+        ctx.kernel, ctx.function = kernel, function
         ctx.save_for_backward(x, factor)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain_activation, constants=2)
     def backward(ctx, dy):
         x, factor = ctx.saved_tensors
         dx, d_factor, dy = torch.empty_like(x), None if factor is None else torch.empty_like(x), dy.contiguous()
         ctx.kernel.backward(_Activation.inputs(x, factor), pointer(dy), pointer(dx), pointer(d_factor))
-        return None, dx, d_factor
+        return None, None, dx, d_factor
 
     @staticmethod
     def inputs(x, factor):
@@ -143,4 +152,4 @@ def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = Non
         return function(x) if factor is None else function(x) * factor
     dtype = x.dtype if factor is None else torch.result_type(x, factor)
     factor = None if factor is None else factor.float().contiguous()
-    return call(_Activation, kernel, x.float().contiguous(), factor).to(dtype)
+    return call(_Activation, kernel, function, x.float().contiguous(), factor).to(dtype)

@@ -1,17 +1,23 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The gates of LAM's two memories by a C++ kernel: one pass over what their projection gives."""
+"""The gates of LAM's memories: in plain torch, and for two memories by a C++ kernel, in one pass over what their
+projection gives."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .cpp import call, load_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 from .products import without_autocast
+from .second_order import differentiable_by
 
-# Where in the projected numbers of a head the decays stand.
+# The projected numbers of a head that the kernel knows, and where the decays stand among them.
+COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
 # Fewer numbers than these are not worth another thread.
 _FEWEST = 1 << 14
@@ -29,6 +35,42 @@ class _Gates(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("g", "beta", "read", "coupling")]
 
 
+def plain_lam_gates(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    flux_weight: torch.Tensor | None,
+    decay_bias: torch.Tensor,
+    flux_bias: torch.Tensor | None,
+    leak_max: float,
+    sizes: Mapping[str, int] = COMPLETE,
+) -> tuple[torch.Tensor | None, ...]:
+    """As `cpp_lam_gates`, of M memories and of those gates that `sizes` gives numbers: without flux every memory takes
+    all of a write, without decays `decay_bias` decides alone, without read weights they are 1, without leak there is
+    no coupling."""
+    x = x.to(compute_dtype(x)).unflatten(-1, (*decay_bias.shape[:2], -1)).movedim(2, 0)
+    parts = dict(zip(sizes, x.split(list(sizes.values()), dim=-1), strict=True))
+    decay = decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
+    g = F.logsigmoid(decay + parts["decay"] if sizes["decay"] else decay)
+    beta = parts["beta"].sigmoid()
+    if flux_weight is not None and flux_bias is not None:
+        written = torch.einsum("bthk,hkv->bthv", k.to(x.dtype), flux_weight.to(x.dtype))
+        psi = ((written * v).sum(-1) + flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
+        beta = beta * torch.cat([psi, 1 - psi], dim=-1)
+    beta = beta.expand_as(g)
+    read = parts["read"] if sizes["read"] else torch.ones_like(g)
+    coupling = None
+    if sizes["leak"]:
+        fast, slow = (parts["leak"].sigmoid() * leak_max).unbind(-1)
+        coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
+    return g, beta, read, coupling
+
+
+def _plain(ctx, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
+    arguments: Any = (*tensors, ctx.leak_max)
+    return plain_lam_gates(*arguments)
+
+
 class _LamGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, leak_max, x, k, v, flux_weight, decay_bias, flux_bias):
@@ -43,7 +85,7 @@ class _LamGates(torch.autograd.Function):
         return g, beta, read, coupling
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=2)
     def backward(ctx, *gradients):
         tensors = ctx.saved_tensors
         x, k, v, flux_weight, _, flux_bias = tensors

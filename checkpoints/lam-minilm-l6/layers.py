@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -17,32 +18,50 @@ from .elementwise import activate, has_kernel, open_activation, rms_norm
 from .layout import SequenceLayout
 from .linear import linear, open_linear
 from .products import product_dtype
-from .short_conv import cpp_short_conv, open_short_conv
+from .short_conv import cpp_short_conv, open_short_conv, plain_short_conv
 
 
-class Linear(nn.Linear):
-    """torch's Linear by what is fastest (ops/linear.py), in float32 where a processor has no arithmetic for the 16-bit
-    type asked for (ops/products.py)."""
+def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """An nn.Linear that multiplies by `product`. Its class is torch's own, which is what quantisers and adapters look
+    for; whatever they put in its place is called as it is."""
+    return speed_up(nn.Linear(in_features, out_features, bias=bias))
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        open_linear()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
-            return linear(x, self.weight, self.bias)
-        asked, kinds = x.dtype, {x.dtype, self.weight.dtype}
-        if autocast and torch.float64 not in kinds:  # which autocast leaves alone
-            asked = torch.get_autocast_dtype("cpu")
-        elif len(kinds) > 1:  # torch has the words for that
-            return super().forward(x)
-        dtype = product_dtype(x, asked)
-        if dtype == asked:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast("cpu", enabled=False):
-            return linear(x.to(dtype), self.weight.to(dtype), bias).to(asked)
+def speed_up(layer: nn.Linear) -> nn.Linear:
+    """Give a stock layer the forward of `make_linear`, on the instance, where accelerate puts its hooks too."""
+    open_linear()
+    layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # a partial is copied and pickled with it
+    return layer
+
+
+def _forward(layer: nn.Linear, x: torch.Tensor, apply: Callable | None = None) -> Any:
+    return (apply or product)(x, layer.weight, layer.bias)
+
+
+def takes_apply(layer: nn.Module) -> bool:
+    """Whether `layer(x, apply=f)` gives `f(x, weight, bias)`, inside the layer's own call, where offloaded or sharded
+    weights are in place. Not where a tool has replaced the layer, or hooks wait for its plain output."""
+    forward = getattr(layer, "_old_forward", layer.forward)  # where accelerate keeps what its hooks surround
+    ours = isinstance(forward, partial) and forward.func is _forward
+    return ours and (not layer._forward_hooks or any(base.__name__ == "FSDPModule" for base in type(layer).__mro__))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest product (ops/linear.py), in float32
+    where a processor has no arithmetic for the 16-bit type asked for (ops/products.py)."""
+    autocast = torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
+        return linear(x, weight, bias)
+    asked, kinds = x.dtype, {x.dtype, weight.dtype}
+    if autocast and torch.float64 not in kinds:  # which autocast leaves alone
+        asked = torch.get_autocast_dtype("cpu")
+    elif len(kinds) > 1:
+        return nn.functional.linear(x, weight, bias)  # let torch raise its own dtype error
+    dtype = product_dtype(x, asked)
+    if dtype == asked:
+        return nn.functional.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(asked)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -93,9 +112,9 @@ class MLP(nn.Module):
         width = config.intermediate_size
         assert width is not None  # the configuration derives it
         gated = config.mlp_type == "gated"
-        self.gate_proj = Linear(config.hidden_size, width, bias=self.bias) if gated else None
-        self.up_proj = Linear(config.hidden_size, width, bias=self.bias)
-        self.down_proj = Linear(width, config.hidden_size, bias=self.bias)
+        self.gate_proj = make_linear(config.hidden_size, width, bias=self.bias) if gated else None
+        self.up_proj = make_linear(config.hidden_size, width, bias=self.bias)
+        self.down_proj = make_linear(width, config.hidden_size, bias=self.bias)
         self.act_fn = Activation(config.hidden_act, gated)
         self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
@@ -154,30 +173,7 @@ class ShortConvolution(nn.Module):
             if outputs is not None:
                 return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        length = x.shape[1]
-        x = layout.pads_first(x if layout.mask is None else x * layout.mask[..., None])
-        if state is None:
-            window = nn.functional.pad(x, (0, 0, before, self.after))
-        else:
-            window = layout.slide_over_padding(state.to(x.dtype), x)
-        segments = layout.segments_pads_first()
-        if segments is not None:
-            segments = torch.cat(
-                [segments[:, :1].expand(-1, before), segments, segments[:, -1:].expand(-1, self.after)], 1
-            )
-            own = segments[:, before : before + length]
-        y = window[:, before : before + length] * self.weight[:, before]
-        for offset in range(width):
-            if offset == before:
-                continue
-            neighbour = window[:, offset : offset + length]
-            if segments is not None:
-                neighbour = neighbour * (own == segments[:, offset : offset + length])[..., None]
-            y = torch.addcmul(y, neighbour, self.weight[:, offset])
-        state = window[:, length:]
-        if segments is not None:
-            state = state * (segments[:, length:] == segments[:, -1:])[..., None]
-        y = layout.restore(nn.functional.silu(y) if self.activation else y)
+        y, state = plain_short_conv(x, self.weight, before, self.activation, layout, state)
         return y.split(sizes, dim=-1), state
 
 

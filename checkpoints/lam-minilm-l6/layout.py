@@ -6,9 +6,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
+
+from .transforms import hides_values
 
 
 @dataclass
@@ -32,6 +35,12 @@ class SequenceLayout:
         """Every tensor by `Tensor.to`; accelerate calls this when the layers of a model lie on several devices."""
         tensors = (self.mask, self.segments, self.order)
         return SequenceLayout(*(None if tensor is None else tensor.to(*args, **kwargs) for tensor in tensors))
+
+    def first(self, length: int) -> SequenceLayout:
+        """The layout of the first `length` tokens."""
+        mask, segments = (None if x is None else x[:, :length] for x in (self.mask, self.segments))
+        order = None if mask is None or self.order is None else mask.int().argsort(dim=1, stable=True)
+        return SequenceLayout(mask, segments, order)
 
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
         """Apply `order` along the time axis of `x [B, T, ...]`."""
@@ -64,22 +73,24 @@ class SequenceLayout:
         last = [x[:, recent] if index is None else _gather_time(x, index) for x in parts]
         x = torch.cat(last, dim=-1)
         if self.mask is not None:
-            x = x * self.pads_first(self.mask)[:, recent, None]
+            x = x.masked_fill(~self.pads_first(self.mask)[:, recent, None], 0)
         segments = self.segments_pads_first()
         if segments is not None:
-            x = x * (segments[:, recent] == segments[:, -1:])[..., None]
+            x = x.masked_fill((segments[:, recent] != segments[:, -1:])[..., None], 0)
         return F.pad(x, (0, 0, count - x.shape[1], 0)) if x.shape[1] < count else x
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `pads_first`."""
         return x if self.order is None else _gather_time(x, self.order.argsort(1))
 
-    def freeze(self, k: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Zero `k [B, T, H, K]` and log decay `g [B, T, H, *]` on padding, so that it neither writes nor forgets."""
-        if self.mask is None:
-            return k, g
-        padding_BT11 = ~self.mask[:, :, None, None]
-        return k.masked_fill(padding_BT11, 0), None if g is None else g.masked_fill(padding_BT11, 0)
+    def zero_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [B, T, ...]` with 0 at padded tokens: selected, for 0 times NaN is NaN, in a gradient too."""
+        return x if self.mask is None else x.masked_fill(~_broadcast(self.mask, x.ndim), 0)
+
+    def freeze(self, *tensors: Any) -> tuple[Any, ...]:
+        """Zero what an op takes (`[B, T, ...]` each, or None) on padding, log decays too: it neither writes nor
+        forgets, and whatever stands there reaches nothing."""
+        return tuple(None if x is None else self.zero_padding(x) for x in tensors)
 
     def document_ids(self) -> torch.Tensor | None:
         """`segments` renumbered 0, 1, ... along each row, so that an id which comes back is a new document."""
@@ -94,7 +105,49 @@ class SequenceLayout:
 
 
 def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+    return x.gather(1, _broadcast(index, x.ndim).expand(-1, -1, *x.shape[2:]))
+
+
+def _broadcast(x: torch.Tensor, ndim: int) -> torch.Tensor:
+    return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
+
+
+@torch.no_grad()
+def must_part(layout: SequenceLayout, *tensors: torch.Tensor | None) -> bool:
+    """Whether documents must not meet in one product, where those of others get the weight 0: NaN and infinity would
+    reach them. One look at the data, where documents are packed and a look is allowed."""
+    if layout.segments is None or hides_values():
+        return False
+    # A sum is finite if all numbers are (or overflows, which costs time only); float32 holds more of 16-bit numbers.
+    sums = [x.sum(dtype=None if x.dtype == torch.float64 else torch.float32) for x in tensors if x is not None]
+    return not all(bool(total.isfinite()) for total in sums)
+
+
+def document_by_document(
+    op: Callable, tensors: Sequence[torch.Tensor | None], state: Any, layout: SequenceLayout
+) -> tuple[torch.Tensor, Any]:
+    """`op(*tensors, state, layout)`, which gives outputs `[B, T, ...]` and the next state, one document after another:
+    slower, but nothing passes between them. A state is None, a tensor or a tuple of these, by rows."""
+    starts, rows, states = cast(torch.Tensor, layout.starts()), [], []
+    for b in range(len(starts)):
+        outputs, after = [], _each(lambda x, b=b: x[b : b + 1], state)
+        cuts = [0, *starts[b].nonzero().flatten().tolist(), starts.shape[1]]
+        for start, stop in itertools.pairwise(cuts):
+            here = slice(b, b + 1), slice(start, stop)
+            mask = None if layout.mask is None else layout.mask[here]
+            own = SequenceLayout(mask, None, None if mask is None else mask.int().argsort(dim=1, stable=True))
+            o, after = op(*(None if x is None else x[here] for x in tensors), None if start else after, own)
+            outputs.append(o)
+        rows.append(torch.cat(outputs, dim=1))
+        states.append(after)
+    return torch.cat(rows), _each(lambda *x: torch.cat(x), *states)
+
+
+def _each(function: Callable, *states: Any) -> Any:
+    """`function` of corresponding tensors of states."""
+    if isinstance(states[0], tuple):
+        return type(states[0])(*(_each(function, *parts) for parts in zip(*states, strict=True)))
+    return None if states[0] is None else function(*states)
 
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout | None = None) -> None:
@@ -137,7 +190,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: st
         raise ValueError(f"{name} must be a vector [N + 1] with N >= 1, got shape {tuple(cu_seqlens.shape)}.")
     if cu_seqlens.dtype.is_floating_point or cu_seqlens.dtype is torch.bool:
         raise ValueError(f"{name} must hold integers, got {cu_seqlens.dtype}.")
-    if torch.compiler.is_compiling():
+    if hides_values():
         return
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):

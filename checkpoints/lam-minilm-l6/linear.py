@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from .cpp import call, is_looked_into, load_kernel, open_kernel, pointer
+from .cpp import call, load_kernel, open_kernel, pointer
+from .transforms import is_looked_into
 
 # With fewer rows than these our kernel streams the weights: a text's next tokens; where MKL is slow, a short text too.
 _FEW_ROWS, _SHORT_TEXT = 16, 64

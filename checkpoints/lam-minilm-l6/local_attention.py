@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .chunks import missing_tokens
 from .diagonal_recurrence import compute_dtype
 from .document_positions import document_positions
-from .layout import SequenceLayout, check_shapes
+from .layout import SequenceLayout, check_shapes, document_by_document, must_part
+from .transforms import has_open_length, hides_values
 
 # Label of what is no token: no neighbour of any window, which are numbered from 0.
 _NONE = -4
@@ -68,10 +70,18 @@ def local_attention(
     layout = layout or SequenceLayout()
     _check(q, k, v, window_size, initial_state, output_final_state, causal, layout)
     plain = layout.mask is None and layout.segments is None
-    if plain and initial_state is None and q.shape[1] <= window_size:
+    if plain and initial_state is None and not has_open_length() and q.shape[1] <= window_size:
         return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
     if plain and initial_state is not None and q.shape[1] == 1:
         return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
+    q, k, v = layout.freeze(q, k, v)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, state, layout):
+            options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
+            return local_attention(q, k, v, window_size, state, output_final_state, **options)
+
+        return document_by_document(alone, (q, k, v), initial_state, layout)
     documents, positions, totals = document_positions(
         layout, q, None if initial_state is None else initial_state.filled
     )
@@ -88,7 +98,7 @@ def local_attention(
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
     aligned = plain and initial_state is None
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
-    o = layout.restore(_attend(blocks, q.shape[1], scale, dropout))
+    o = layout.zero_padding(layout.restore(_attend(blocks, q.shape[1], scale, dropout)))
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
 
 
@@ -116,7 +126,7 @@ def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
         return o, None
     # With a window full, the one before it is of no further use.
     ends = filled == size
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or bool(ends.any()):
+    if hides_values() or q.device.type != "cpu" or bool(ends.any()):
         forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
         window = window.masked_fill(forgotten[..., None, None], 0)
         filled = torch.where(ends, window_size, filled)
@@ -157,20 +167,29 @@ def sliding_attention(
     """
     layout = layout or SequenceLayout()
     _check(q, k, v, window_size, None, False, causal, layout)
+    q, k, v = layout.freeze(q, k, v)
+    if must_part(layout, q, k, v):
+
+        def alone(q, k, v, _, layout):
+            options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
+            return sliding_attention(q, k, v, window_size, **options), None
+
+        return document_by_document(alone, (q, k, v), None, layout)[0]
     documents, length = layout.document_ids(), q.shape[1]
     labels = q.new_zeros((1, length), dtype=torch.int64) if documents is None else documents
     if layout.mask is not None:
         labels = labels.masked_fill(~layout.mask, _NONE)
     q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
-    size = min(window_size, length)
-    reach = size if length > size else 0
+    size = _block_size(window_size, length)
+    reach = size if has_open_length() or length > size else 0
     ahead = 0 if causal else reach
     q, k, v, q_labels, k_labels = _cut(q, k, v, labels, labels, size, reach, ahead)
     # Key c of a block stands c - reach tokens after the first query.
     nearest, farthest = (0, window_size - 1) if causal else (window_size, window_size)
     visible = q_labels[..., :, None] == k_labels[..., None, :]
     visible = visible.tril(reach + nearest).triu(reach - farthest)
-    return layout.restore(_attend(_Blocks(q, k, v, visible, False), length, scale, dropout))
+    o = _attend(_Blocks(q, k, v, visible, False), length, scale, dropout)
+    return layout.zero_padding(layout.restore(o))
 
 
 def _check(q, k, v, window_size, state, output_final_state, causal, layout):
@@ -206,6 +225,10 @@ def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
     return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
 
 
+def _block_size(window_size: int, length: int) -> int:
+    return window_size if has_open_length() else min(window_size, length)
+
+
 class _Blocks(NamedTuple):
     q: torch.Tensor  # [B, N, S, H, K]: N blocks of S queries
     k: torch.Tensor  # [B, N, C, G, K]: all keys that a block could see
@@ -217,10 +240,8 @@ class _Blocks(NamedTuple):
 def _blocks(q, k, v, q_labels, k_labels, window_size: int, aligned: bool, causal: bool) -> _Blocks:
     """Cut into blocks of a window. Blocks that are windows look one window back (and ahead), others two; the keys of
     a past, 2 w of them, stand in front already."""
-    length, past = q.shape[1], k.shape[1] - q.shape[1]
-    size = min(window_size, length)
-    number = -(-length // size)
-    reach = (1 if aligned else 2) * size if number > 1 else 0
+    past, size = k.shape[1] - q.shape[1], _block_size(window_size, q.shape[1])
+    reach = (1 if aligned else 2) * size if has_open_length() or q.shape[1] > size else 0
     back, ahead = max(past, reach), 0 if causal else reach
     q, k, v, q_labels, k_labels = _cut(q, k, v, q_labels, k_labels, size, back - past, ahead)
     visible = (q_labels[..., :, None] - k_labels[..., None, :]).abs() <= 1
@@ -230,8 +251,8 @@ def _blocks(q, k, v, q_labels, k_labels, window_size: int, aligned: bool, causal
 def _cut(q, k, v, q_labels, k_labels, size: int, front: int, ahead: int):
     """Blocks of `size` queries, and for each the keys around it, of which `front` are missing before the first and
     `ahead` after the last. What fills up has the label of no token."""
-    number = -(-q.shape[1] // size)
-    tail = number * size - q.shape[1]
+    tail = missing_tokens(q.shape[1], size)
+    number = (q.shape[1] + tail) // size
     q, q_labels = _pad(q, 0, tail), _pad(q_labels, 0, tail, _NONE)
     k, v = _pad(k, front, tail + ahead), _pad(v, front, tail + ahead)
     k_labels = _pad(k_labels, front, tail + ahead, _NONE)
@@ -242,12 +263,12 @@ def _cut(q, k, v, q_labels, k_labels, size: int, front: int, ahead: int):
 
 def _pad(x: torch.Tensor, front: int, end: int, value: int = 0) -> torch.Tensor:
     """Lengthen the time axis of `[B, T, ...]`."""
-    return F.pad(x, (*[0, 0] * (x.ndim - 2), front, end), value=value) if front or end else x
+    return F.pad(x, (*[0, 0] * (x.ndim - 2), front, end), value=value) if has_open_length() or front or end else x
 
 
 def _spans(x: torch.Tensor, number: int, size: int) -> torch.Tensor:
     """`[B, T, ...] -> [B, N, C, ...]`: block n has what starts at n S and leaves N - 1 - n blocks behind it."""
-    if number == 1:
+    if not has_open_length() and number == 1:
         return x[:, None]
     cut = x.unflatten(1, (-1, size))
     return torch.cat([cut[:, i : i + number] for i in range(cut.shape[1] - number + 1)], dim=2)

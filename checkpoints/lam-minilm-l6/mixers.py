@@ -2,7 +2,7 @@
 """What mixes tokens: the base of every linear mixer, and the softmax attention of hybrid models."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_base import LalmConfig
-from .cache import RecurrentLayer, previous_state
-from .layers import Linear, RMSNorm, ShortConvolution, rotate, unit_length
+from .cache import RecurrentLayer, previous_state, record
+from .layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
 from .elementwise import activate
-from .layout import SequenceLayout
+from .layout import SequenceLayout, must_part
 from .local_attention import sliding_attention
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -44,10 +44,10 @@ class Mixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.v_proj = Linear(config.hidden_size, value_size, bias=self.projection_bias)
-        self.o_proj = Linear(value_size, config.hidden_size, bias=self.projection_bias)
+        self.q_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
+        self.v_proj = make_linear(config.hidden_size, value_size, bias=self.projection_bias)
+        self.o_proj = make_linear(value_size, config.hidden_size, bias=self.projection_bias)
         self.conv, self.o_norm, self.g_proj = None, None, None
         if config.use_short_conv:
             channels = 2 * key_size + value_size
@@ -66,9 +66,18 @@ class Mixer(nn.Module):
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         cache: Any = past_key_values
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.conv is not None:
-            state = previous_state(cache, self.layer_idx, "conv_states")
-            (q, k, v), state = self.conv((q, k, v), state, layout, keeps_state=cache is not None)
+        conv, attend = self.conv, cast(Callable, self.attend)
+        if conv is not None:
+            window = previous_state(cache, self.layer_idx, "conv_states")
+            record(
+                cache,
+                self.layer_idx,
+                [("conv_states", 0)],
+                (q, k, v),
+                layout,
+                lambda parts, layout: [conv(parts, window, layout)[1]],
+            )
+            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
@@ -81,8 +90,16 @@ class Mixer(nn.Module):
         if self.unit_length_qk:
             q = unit_length(q)
             k = unit_length(k)
-        state = previous_state(cache, self.layer_idx, "recurrent_states")
-        o, state = self.attend(hidden_states, q, k, v, state, cache is not None, layout)
+        memory = previous_state(cache, self.layer_idx, "recurrent_states")
+        record(
+            cache,
+            self.layer_idx,
+            [("recurrent_states", 0)],
+            (hidden_states, q, k, v),
+            layout,
+            lambda inputs, layout: [attend(*inputs, memory, True, layout)[1]],
+        )
+        o, state = attend(hidden_states, q, k, v, memory, cache is not None, layout)
         if cache is not None:
             tokens = hidden_states.shape[1]
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
@@ -105,13 +122,17 @@ class Mixer(nn.Module):
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
-        self.g_proj = Linear(hidden_size, value_size, bias=False) if gated else None
+        self.g_proj = make_linear(hidden_size, value_size, bias=False) if gated else None
         self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
 
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`norm(o) * act(x W)`, as far as there are such: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
         o = o if self.o_norm is None else self.o_norm(o)
         return o if self.g_proj is None else activate(self.output_gate, self.g_proj(hidden_states).view_as(o), o)
+
+
+def _is_fresh(cache: Cache | None, layer_idx: int) -> bool:
+    return cache is None or int(cache.get_seq_length(layer_idx)) == 0
 
 
 class SoftmaxAttention(nn.Module):
@@ -126,10 +147,10 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // key_heads
         self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
         key_size = key_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = make_linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -152,7 +173,8 @@ class SoftmaxAttention(nn.Module):
         if rotary:
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
         dropout = self.config.attention_dropout if self.training else 0.0
-        if self.sliding_window is not None and self.layer_type not in masks:
+        in_blocks = self.sliding_window is not None and self.layer_type not in masks
+        if in_blocks or (must_part(layout, q, k, v) and _is_fresh(past_key_values, self.layer_idx)):
             o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
             return self.o_proj(o.flatten(-2)), None
         if self.sliding_window is not None:
@@ -162,6 +184,8 @@ class SoftmaxAttention(nn.Module):
             if self.sliding_window is not None and layout.mask is not None:
                 k, v = self._slide_cache(past_key_values.layers[self.layer_idx], k, v, layout)
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if len(hidden_states) == 0:  # an empty batch, which the stock interface cannot reshape
+            return self.o_proj(q.transpose(1, 2).flatten(-2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -176,8 +200,10 @@ class SoftmaxAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        o = o.flatten(-2)
-        return self.o_proj(o if self.sliding_window is None else layout.restore(o)), weights
+        if self.sliding_window is not None:
+            # A padded token has an empty window; what the backends make of that depends on the padding beside it.
+            o = layout.zero_padding(layout.restore(o))
+        return self.o_proj(o.flatten(-2)), weights
 
     def _attend_in_blocks(
         self,
@@ -190,9 +216,9 @@ class SoftmaxAttention(nn.Module):
     ) -> torch.Tensor:
         """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
         if cache is not None:
-            past_k, past_v = (layout.pads_first(x).transpose(1, 2) for x in (k, v))
-            cache.update(past_k, past_v, self.layer_idx)
-        window: Any = self.sliding_window
+            past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
+            cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)
+        window = self.sliding_window or q.shape[1]
         return sliding_attention(
             q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
         )

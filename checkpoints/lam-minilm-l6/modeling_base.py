@@ -2,7 +2,9 @@
 """The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
 import os
-from typing import ClassVar, cast
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -16,12 +18,35 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_base import LalmConfig
-from .batch_layout import adopt_cache, build_layout, current_mask, is_fresh, positions, softmax_masks
-from .layers import MLP, NORMS, Linear, PositionEmbedding, ShortConvolution, look_up, rotary_tables
+from .batch_layout import (
+    adopt_cache,
+    build_layout,
+    current_mask,
+    is_fresh,
+    positions,
+    refuse_sharded_tokens,
+    softmax_masks,
+)
+from .layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
 from .mixers import Mixer, SoftmaxAttention, Tables
 
 
-class Block(GradientCheckpointingLayer):
+class _Checkpointed:
+    """Activation checkpointing that is on only while gradients are recorded. Without them it would save nothing, and
+    the stock layer then drops the cache: generate() in train mode would forget every token but the last."""
+
+    _is_checkpointed = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._is_checkpointed and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._is_checkpointed = value
+
+
+class Block(_Checkpointed, GradientCheckpointingLayer):
     """Pre-norm residual block: `x + mixer(norm x)`, then `x + mlp(norm x)`."""
 
     mlp_class: ClassVar[type[nn.Module]] = MLP
@@ -47,15 +72,12 @@ class LalmPreTrainedModel(PreTrainedModel):
     config: LalmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "LocalGlobalBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": Block, "attentions": OutputRecorder(SoftmaxAttention, index=1)}
-    _is_stateful = True
     _can_compile_fullgraph = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,14 +88,20 @@ class LalmPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As the base class, which puts torch's own Linear in the place of a head; here it stays one of ours."""
+        """As the base class, which makes a new head; it gets the fast product of the old one."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         head = self.get_output_embeddings()
-        if type(head) is nn.Linear:
-            ours = Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-            ours.weight, ours.bias = head.weight, head.bias
-            self.set_output_embeddings(ours.train(head.training))
+        if type(head) is nn.Linear and "forward" not in vars(head):
+            speed_up(head)
         return embeddings
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
+        """As torch's, but weights that are tied and therefore stored once are not missing at their second place."""
+        state_dict = copy(state_dict)
+        for target, source in self.all_tied_weights_keys.items():
+            if target not in state_dict and source in state_dict:
+                state_dict[target] = state_dict[source]  # type: ignore[index]
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with
@@ -98,11 +126,16 @@ class LalmPreTrainedModel(PreTrainedModel):
             save(staging, *args, **kwargs)
 
 
-class LalmModel(LalmPreTrainedModel):
+class LalmModel(_Checkpointed, LalmPreTrainedModel):
     """Embeddings, blocks and final norm. A variant names its configuration and its mixer."""
 
     mixer_class: ClassVar[type[Mixer]]
     block_class: ClassVar[type[nn.Module]] = Block
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Its own block only: accelerate looks for every class named here. Heads take theirs from the backbone.
+        cls._no_split_modules = [cls.block_class.__name__]
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
@@ -144,13 +177,14 @@ class LalmModel(LalmPreTrainedModel):
         Args:
             attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
             position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
-            past_key_values: a DynamicCache or StaticCache made from this model's configuration. Fill it with one
+            past_key_values: a DynamicCache or StaticCache made from this model's configuration; with `use_cache`
+                (the configuration's default) a forward makes one, except while it trains. Fill it with one
                 document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
             seq_idx: `[B, T]`, packed documents by number.
             cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
 
         Raises:
-            ValueError: an input does not fit; the message names it.
+            ValueError: an input does not fit; the message names it. Also inside torch's context_parallel.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -158,19 +192,25 @@ class LalmModel(LalmPreTrainedModel):
             hidden_states: torch.Tensor = cast(torch.Tensor, inputs_embeds)
         else:
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
+        if hidden_states.shape[1] == 0:
+            raise ValueError("input_ids (or inputs_embeds) hold no token (T = 0): pass at least one.")
         is_causal, kinds = self.config.is_causal, set(self.config.layer_types)
+        if kinds != {"full_attention"}:
+            refuse_sharded_tokens()
         fresh, seen = True, 0
         if past_key_values is not None:
             if not is_causal:
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
-            adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
-        elif use_cache and is_causal and self.makes_cache():
+        elif use_cache and is_causal and not (self.training and torch.is_grad_enabled()):
+            # Nobody reads it in training, and what torch.utils.checkpoint runs again would read what it wrote itself.
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         mask = current_mask(attention_mask, batch, length, seen)
         reorder = is_causal or self.mixer_class.is_windowed or "sliding_attention" in kinds
         layout = build_layout(mask, position_ids, seq_idx, cu_seq_lens_q, (batch, length), fresh, reorder)
+        hidden_states = layout.zero_padding(hidden_states)  # whatever stands there, NaN too, is met by no layer
         kind, has_softmax = self.config.position_embedding_type, kinds != {Mixer.layer_type}
         if position_ids is None and (kind != "none" or has_softmax):
             position_ids = cast(torch.LongTensor, positions(layout, attention_mask, seen, hidden_states))
@@ -189,10 +229,6 @@ class LalmModel(LalmPreTrainedModel):
         )
         return BaseModelOutputWithPast(last_hidden_state=self.readout(hidden_states), past_key_values=past_key_values)
 
-    def makes_cache(self) -> bool:
-        """Whether a forward with `use_cache` makes a cache where none is given."""
-        return True
-
     def add_positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first block, from embeddings `[B, T, D]` and positions `[B, T]`."""
         if self.embed_positions is None:
@@ -201,7 +237,7 @@ class LalmModel(LalmPreTrainedModel):
 
     def run_layers(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]` through all blocks, each of which gets `kwargs`."""
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while generate() drafts by an early exit
             hidden_states = layer(hidden_states, **kwargs)
         return hidden_states
 

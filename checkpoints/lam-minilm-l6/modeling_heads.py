@@ -1,31 +1,60 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """The heads of every variant, written once; a variant names the backbone."""
 
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_base import LalmConfig
-from .layers import Linear
+from .batch_layout import masks_ahead
+from .layers import make_linear, product, takes_apply
+from .mixers import Mixer
 from .modeling_base import LalmModel, LalmPreTrainedModel
 from .cross_entropy import causal_lm_loss
 
+# Under transformers' own logger, so that its verbosity settings hold.
+logger = logging.get_logger("transformers.lalm")
 
-class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
+
+class _Head(LalmPreTrainedModel):
+    """A model for a task: its class stands among those that transformers knows by name. The Trainer shifts the labels
+    of a smoothed loss for such only, model cards name their task, and the Auto classes' own registry is not asked."""
+
+    model_class: ClassVar[type[LalmModel]]
+    names: ClassVar[dict[str, str]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "model_class"):
+            return
+        kind = cast(type[LalmConfig], cls.config_class).model_type
+        # A second class of one type (a user's subclass) stands under its own name: it is values that are looked up.
+        is_taken = cls.names.get(kind, cls.__name__) != cls.__name__
+        cls.names[cls.__name__ if is_taken else kind] = cls.__name__
+
+
+class LalmForCausalLM(_Head, GenerationMixin):
     """Language model: backbone and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
@@ -36,7 +65,7 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = make_linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -65,17 +94,8 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        in_pieces = not isinstance(logits_to_keep, int) or logits_to_keep > 0
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        is_stock = type(self.lm_head) is Linear and self.loss_function is ForCausalLMLoss
-        if labels is not None and in_pieces and is_stock:
-            loss = causal_lm_loss(hidden_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
-        elif labels is not None:
-            every = self.lm_head(hidden_states) if in_pieces else logits
-            loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = self._logits_and_loss(outputs.last_hidden_state, kept, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -84,12 +104,61 @@ class LalmForCausalLM(LalmPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _logits_and_loss(
+        self, hidden_states: torch.Tensor, kept: slice | torch.Tensor, labels: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the positions `kept`, and the loss of all, in one call of the head: offloaded or sharded weights
+        are there only while it runs."""
+        if labels is None:
+            return self.lm_head(hidden_states[:, kept]), None
+        wants_all = isinstance(kept, slice) and kept == slice(0, None)
+        if not wants_all and self.loss_function is ForCausalLMLoss and takes_apply(self.lm_head):
+            both = partial(_kept_logits_and_loss, kept=kept, labels=labels, **kwargs)
+            return self.lm_head(hidden_states, apply=both)
+        logits = self.lm_head(hidden_states)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return logits[:, kept], loss
 
-class LalmForMaskedLM(LalmPreTrainedModel):
+    @staticmethod
+    def create_masks_for_generate(
+        *, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs
+    ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+        """What generate() makes of a mask `[B, S + T]` beforehand: nothing where it does not compile, since whoever
+        puts tokens before the text (PEFT's prompt tuning) has to find the mask of all tokens."""
+        if isinstance(past_key_values, DynamicCache):
+            return attention_mask
+        if kwargs["inputs_embeds"].device.type != "cpu":
+            logger.warning_once(
+                "generate() compiles the model for a static cache, which takes minutes at the first call: pass "
+                "disable_compile=True if few tokens are wanted."
+            )
+        return masks_ahead(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the stock one, of models without a recurrent layer.
+
+        Raises:
+            ValueError: a layer is recurrent.
+        """
+        if Mixer.layer_type in self.config.layer_types:
+            raise ValueError(
+                "Continuous batching (generate_batch) pages keys and values, and a recurrent state has none: use "
+                "generate() with a padded batch, or python -m lalm.serve."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+
+def _kept_logits_and_loss(hidden_states, weight, bias, kept, labels, **kwargs):
+    """The loss in pieces: logits of all positions never exist at once."""
+    loss = causal_lm_loss(hidden_states, weight, bias, labels, **kwargs)
+    return product(hidden_states[:, kept], weight, bias), loss
+
+
+class LalmForMaskedLM(_Head):
     """Masked language model: a backbone that reads both sides, and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_MASKED_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
     def __init__(self, config: LalmConfig):
@@ -97,7 +166,7 @@ class LalmForMaskedLM(LalmPreTrainedModel):
             raise ValueError("A masked language model reads both sides: set is_causal=False in the configuration.")
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = Linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = make_linear(config.embedding_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -120,16 +189,16 @@ class LalmForMaskedLM(LalmPreTrainedModel):
         )
 
 
-class LalmForSequenceClassification(LalmPreTrainedModel):
+class LalmForSequenceClassification(_Head):
     """One label (or regression target) a sequence, read at the last real token; of an encoder, at the mean of all."""
 
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
-        self.score = Linear(config.embedding_size, self.num_labels, bias=False)
+        self.score = make_linear(config.embedding_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -142,7 +211,8 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """As `LalmModel.forward`. The last real token is the last with `attention_mask` 1; without a mask the last
-        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded.
+        that is not `config.pad_token_id`; with neither, a batch of one counts as unpadded. The loss is the mean over
+        the labels; with `num_items_in_batch` their sum over that many.
 
         Raises:
             ValueError: a batch without `attention_mask` and without `pad_token_id`, where padding cannot be told.
@@ -159,9 +229,7 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         pooled_logits = self.score(pooled)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=pooled_logits, labels=labels, pooled_logits=pooled_logits, config=self.config, **kwargs
-            )
+            loss = self._loss(pooled_logits, labels, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
@@ -169,6 +237,20 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """The loss of `config.problem_type`, which the stock function finds out and sets if it is None."""
+        arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
+        is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        is_single = is_single and labels.dtype in (torch.long, torch.int)
+        if num_items_in_batch is None:
+            return self.loss_function(**arguments)
+        if is_single or self.loss_function is not ForSequenceClassificationLoss:
+            return self.loss_function(**arguments, num_items_in_batch=num_items_in_batch)
+        # the stock losses of the other problems are means over one batch, whatever the count, and the Trainer divides
+        # by the number of accumulated batches only where it has not passed a count
+        items = torch.as_tensor(num_items_in_batch, device=logits.device)
+        return self.loss_function(**arguments) * labels.numel() / items
 
     def _real_tokens(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
         """bool `[B, T]`, False on padding."""
@@ -184,17 +266,17 @@ class LalmForSequenceClassification(LalmPreTrainedModel):
         return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
 
 
-class LalmForTokenClassification(LalmPreTrainedModel):
+class LalmForTokenClassification(_Head):
     """One label a token."""
 
-    model_class: ClassVar[type[LalmModel]]
+    names = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
     def __init__(self, config: LalmConfig):
         super().__init__(config)
         self.num_labels = len(config.id2label or ())
         self.model = self.model_class(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = Linear(config.embedding_size, self.num_labels)
+        self.score = make_linear(config.embedding_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -7,15 +7,15 @@ its own document only and has no SiLU; the leak cannot make the memories grow (o
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_lam import LamConfig
-from .layers import MLP, NORMS, Linear, RMSNorm
+from .layers import MLP, NORMS, RMSNorm, make_linear
 from .linearize import copy_weights, student_config
 from .mixers import Mixer
 from .modeling_base import Block, LalmModel
@@ -27,7 +27,6 @@ from .modeling_heads import (
 )
 from .cpp import open_kernel
 from .delta_rule_cpp import compiled_delta
-from .diagonal_recurrence import compute_dtype
 from .dispatch import choose
 from .dual_state import (
     chunk_dual_state_delta,
@@ -35,7 +34,7 @@ from .dual_state import (
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
-from .lam_gates import cpp_lam_gates
+from .lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -58,13 +57,13 @@ class LamGates(nn.Module):
             "decay": memories * config.use_adaptive_decay,
         }
         self.sizes |= {"leak": memories * config.use_leak}
-        self.proj = Linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
+        self.proj = make_linear(config.hidden_size, self.directions * self.heads * sum(self.sizes.values()))
         self.decay_bias = nn.Parameter(torch.empty(self.directions, self.heads, memories))
         self.flux_weight, self.flux_bias = None, None
         if config.use_flux:
             self.flux_weight = nn.Parameter(torch.empty(self.heads, config.linear_key_dim, config.linear_value_dim))
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
-        self.is_complete = config.use_flux and list(self.sizes.values()) == [1, 2, 2, 2]
+        self.is_complete = config.use_flux and self.sizes == COMPLETE
         if self.is_complete:
             open_kernel("lam_gates")
 
@@ -84,34 +83,14 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        gates = self._by_kernel(x, k, v) or self._plain(x, k, v)
+        inputs: Any = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+        gates: tuple[torch.Tensor | None, ...] | None = cpp_lam_gates(*inputs) if self.is_complete else None
+        if gates is None:
+            inputs += (self.sizes,)
+            gates = plain_lam_gates(*inputs)
         if self.config.is_causal:
             gates = tuple(None if gate is None else gate[0] for gate in gates)
         return dict(zip(("g", "beta", "read", "coupling"), gates, strict=True))
-
-    def _by_kernel(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
-        if not self.is_complete or self.flux_weight is None or self.flux_bias is None:
-            return None
-        return cpp_lam_gates(x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
-
-    def _plain(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = x.to(compute_dtype(x)).unflatten(-1, (self.directions, self.heads, -1)).movedim(2, 0)
-        parts = dict(zip(self.sizes, x.split(list(self.sizes.values()), dim=-1), strict=True))
-        decay = self.decay_bias[:, None, None].to(x.dtype).expand(*x.shape[:-1], -1)
-        g = F.logsigmoid(decay + parts["decay"] if self.sizes["decay"] else decay)
-        beta = parts["beta"].sigmoid()
-        if self.flux_weight is not None and self.flux_bias is not None:
-            written = torch.einsum("bthk,hkv->bthv", k.to(x.dtype), self.flux_weight.to(x.dtype))
-            psi = ((written * v).sum(-1) + self.flux_bias[:, None, None].to(x.dtype)).sigmoid()[..., None]
-            beta = beta * torch.cat([psi, 1 - psi], dim=-1)
-        beta = beta.expand_as(g)
-        read = parts["read"] if self.sizes["read"] else torch.ones_like(g)
-        coupling = None
-        if self.sizes["leak"]:
-            taken = parts["leak"].sigmoid() * _LEAK_MAX
-            fast, slow = taken.unbind(-1)
-            coupling = torch.stack([1 - fast, fast, slow, 1 - slow], dim=-1).unflatten(-1, (2, 2))
-        return g, beta, read, coupling
 
 
 class LamMixer(Mixer):
@@ -125,7 +104,7 @@ class LamMixer(Mixer):
         self.gates = LamGates(config)
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
-        self.g_proj = Linear(config.hidden_size, value_size) if config.use_output_gate else None
+        self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
         sizes = (self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule)
         self.compiled = compiled_delta(cpp_dual_state_delta, *sizes)
 
@@ -205,7 +184,7 @@ class LamModel(LalmModel):
         return student
 
 
-class LamForCausalLM(LalmForCausalLM):
+class LamForCausalLM(LalmForCausalLM, GenerationMixin):
     config: LamConfig
     model_class = LamModel
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The short convolution of whole texts by a C++ kernel: one pass over the tokens, wherever padding stands."""
+"""The short convolution: in plain torch, and of whole texts by a C++ kernel, in one pass over the tokens, wherever
+padding stands."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
 from .cpp import call, load_kernel, open_kernel, pointer
 from .diagonal_recurrence import compute_dtype
 from .layout import SequenceLayout
 from .products import without_autocast
+from .second_order import differentiable_by
 
 
 class _Inputs(ctypes.Structure):
@@ -21,10 +24,50 @@ class _Inputs(ctypes.Structure):
     ]
 
 
+def plain_short_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    before: int,
+    activation: bool,
+    layout: SequenceLayout,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolve `x [B, T, D]` after `state [B, before, D]`, or after nothing; the other arguments are those of
+    `cpp_short_conv`. Returns `[B, T, D]`, 0 on padding, and the next state of a causal convolution."""
+    length, width = x.shape[1], weight.shape[1]
+    after = width - 1 - before
+    x = layout.pads_first(layout.zero_padding(x))
+    window = F.pad(x, (0, 0, before, after)) if state is None else layout.slide_over_padding(state.to(x.dtype), x)
+    segments = layout.segments_pads_first()
+    if segments is not None:
+        around = [segments[:, :1].expand(-1, before), segments, segments[:, -1:].expand(-1, after)]
+        segments, own = torch.cat(around, 1), segments
+    y = window[:, before : before + length] * weight[:, before]
+    for offset in range(width):
+        if offset == before:
+            continue
+        neighbour = window[:, offset : offset + length]
+        if segments is not None:
+            neighbour = neighbour.masked_fill((own != segments[:, offset : offset + length])[..., None], 0)
+        y = torch.addcmul(y, neighbour, weight[:, offset])
+    state = window[:, length:]
+    if segments is not None:
+        state = state.masked_fill((segments[:, length:] != segments[:, -1:])[..., None], 0)
+    return layout.zero_padding(layout.restore(F.silu(y) if activation else y)), state
+
+
+def _plain(ctx, weight, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
+    mask = None if skip is None else ~skip
+    order = None if mask is None else mask.int().argsort(dim=1, stable=True)
+    where = SequenceLayout(mask, documents, order)
+    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where)
+    return y.split([x.shape[-1] for x in parts], dim=-1)
+
+
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, weight, skip, documents, *parts):
-        ctx.kernel = kernel
+    def forward(ctx, kernel, before, activation, weight, skip, documents, *parts):
+        ctx.kernel, ctx.before, ctx.activation = kernel, before, activation
         ctx.save_for_backward(weight, skip, documents, *parts)
         outputs = tuple(torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts)
         for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, skip, documents, parts), strict=True):
@@ -32,7 +75,7 @@ class _ShortConv(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_by(_plain, constants=3)
     def backward(ctx, *gradients):
         weight, skip, documents, *parts = ctx.saved_tensors
         found = [torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts]
@@ -40,7 +83,7 @@ class _ShortConv(torch.autograd.Function):
         for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
             dy = dy.contiguous()  # under a name, which keeps it alive
             ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]))
-        return None, d_weight, None, None, *found
+        return None, None, None, d_weight, None, None, *found
 
     @staticmethod
     def inputs(weight, skip, documents, parts):
@@ -82,5 +125,6 @@ def cpp_short_conv(
     documents = layout.document_ids()
     with without_autocast(device):
         given = [x.float().contiguous() for x in parts]
-        outputs = call(_ShortConv, kernel, weight.float().contiguous(), skip, documents, *given)
+        tensors = (weight.float().contiguous(), skip, documents, *given)
+        outputs = call(_ShortConv, kernel, before, activation, *tensors)
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]

@@ -1,0 +1,44 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The definition of the dual-state delta rule, by tokens; what it computes stands in dual_state.py.
+
+Shape suffixes: B batch, T time, H heads, M memories, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .diagonal_recurrence import compute_dtype
+from .layout import SequenceLayout
+
+
+def recurrent_dual(
+    q, k, v, g, beta, read, leak, scale, state, layout: SequenceLayout, use_delta_rule=True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, g, beta, read `[B, T, H, M]`, `leak [B, T, H, M, M]` (C - I) -> o and Z
+    `[B, H, M, K, V]`."""
+    dtype = compute_dtype(q, k, v, g, beta, read, leak)
+    coupling = leak.to(dtype) + torch.eye(g.shape[-1], dtype=dtype, device=q.device)
+    gates = (g.to(dtype).exp(), beta.to(dtype), read.to(dtype), coupling)
+    state = None if state is None else state.to(dtype)
+    return run_dual(q.to(dtype) * scale, k.to(dtype), v.to(dtype), *gates, state, layout.starts(), use_delta_rule)
+
+
+def run_dual(
+    q, k, v, decay, beta, read, coupling, state, starts_BT, use_delta_rule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrent_dual` of tensors of one type, after the scale, with exp(g) and C in the place of g and `leak`."""
+    if state is None:
+        state = q.new_zeros(q.shape[0], q.shape[2], beta.shape[-1], q.shape[3], v.shape[3])
+    state_BHMKV = state
+    outputs = []
+    for t in range(q.shape[1]):
+        k_BH1K1 = k[:, t, :, None, :, None]
+        if starts_BT is not None:
+            state_BHMKV = state_BHMKV.masked_fill(starts_BT[:, t, None, None, None, None], 0)
+        state_BHMKV = state_BHMKV * decay[:, t, :, :, None, None]
+        error_BHMV = v[:, t, :, None] - (state_BHMKV * k_BH1K1).sum(-2) * use_delta_rule
+        state_BHMKV = state_BHMKV + k_BH1K1 * (beta[:, t, :, :, None] * error_BHMV)[..., None, :]
+        state_BHMKV = torch.einsum("bhac,bhckv->bhakv", coupling[:, t], state_BHMKV)
+        outputs.append(torch.einsum("bhk,bha,bhakv->bhv", q[:, t], read[:, t], state_BHMKV))
+    return torch.stack(outputs, dim=1), state_BHMKV

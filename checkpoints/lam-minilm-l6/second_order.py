@@ -1,0 +1,65 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Gradients that can be differentiated again, of functions whose backward pass is written by hand.
+
+Such a pass is fast because autograd does not record it, and so its result would count as a constant. (torch's own
+`once_differentiable` means to refuse that, but `torch.autograd.grad` of some inputs walks past its error.) Where a
+gradient is to be differentiated again, autograd makes it from the plain form of the function, however slow that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from .products import without_autocast
+from .transforms import is_transformed
+
+
+def differentiable_by(plain: Callable, constants: int) -> Callable:
+    """Decorator of the backward pass of an autograd function, in the place of `once_differentiable`.
+
+    Args:
+        plain: `plain(ctx, *saved)` gives what the forward pass gives, in operations that autograd knows.
+        constants: how many arguments of the forward pass come before its tensors. Those, all the others, must be the
+            first that it saves, in the same order.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def either(ctx: Any, *gradients: torch.Tensor | None):
+            # While the engine runs, gradients are recorded only under create_graph=True.
+            recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if recorded or is_transformed():
+                return (None,) * constants + _gradients(plain, ctx, ctx.needs_input_grad[constants:], gradients)
+            with torch.no_grad():
+                return backward(ctx, *gradients)
+
+        return either
+
+    return decorate
+
+
+def _gradients(plain: Callable, ctx: Any, needed: tuple[bool, ...], gradients) -> tuple[torch.Tensor | None, ...]:
+    saved, create_graph = list(ctx.saved_tensors), torch.is_grad_enabled()
+    device = next(dy.device for dy in gradients if dy is not None)
+    with torch.enable_grad(), without_autocast(device):
+        # Siblings: inputs may be one tensor, or made from each other, and only their own uses here count.
+        for index, needs in enumerate(needed):
+            if needs:
+                saved[index] = saved[index].view_as(saved[index])
+        inputs = [x for x, needs in zip(saved, needed, strict=False) if needs]
+        outputs = plain(ctx, *saved)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    ends = [
+        (y, dy)
+        for y, dy in zip(outputs, gradients, strict=True)
+        if dy is not None and y is not None and y.requires_grad
+    ]
+    if not ends:
+        return (None,) * len(needed)
+    ys, dys = zip(*ends, strict=True)
+    found = iter(torch.autograd.grad(ys, inputs, dys, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if needs else None for needs in needed)
