@@ -244,27 +244,30 @@ inline double size_of(const float* x) {
 }
 
 // d.g holds q dq - k dk of every token, by which <D, S> changes; the gradient of a log decay is <D, S> before its token.
-// Between two places where that is known, an anchor (`ends` [anchor][head][WIDTH]) or the edge of a document, it is a
+// Between two places where that is known, an anchor (`ends` [anchor][head][WIDTH]) or an edge of a document, it is a
 // running sum from either. Each token takes the side with the smaller numbers to add up: behind one with large numbers
 // they are taken away again, and leave their rounding.
 void decay_gradient(const Task& task, const Gradients& d, const std::vector<double>& ends, int64_t head) {
+  std::vector<double> opening(WIDTH), nothing(WIDTH), running(WIDTH);  // opening: <D, S> of a given state
+  const int64_t place = task.place(task.group.begin + head);
+  for (int64_t i = 0; task.x.state && i < KEY * COLUMNS; ++i)
+    opening[i / COLUMNS % WIDTH] += double(d.state[place + i]) * task.x.state[place + i];
   constexpr int64_t SPAN = ANCHOR * TOKENS;
   const Tokens& tokens = task.tokens;
   const auto at = [&](int64_t s) { return d.g + (tokens.at[s] * task.x.heads + task.group.begin + head) * WIDTH; };
   const auto known = [&](int64_t s) { return &ends[(s / SPAN * task.heads() + head) * WIDTH]; };
-  const std::vector<double> nothing(WIDTH);
-  double running[WIDTH], sizes[SPAN + 1];  // sums of the sizes before a token
+  double sizes[SPAN + 1];  // sums of the sizes before a token
   for (int64_t first = 0, end; first < tokens.count(); first = end) {
     for (end = first + 1; end < tokens.count() && end % SPAN && !tokens.begins[end];) ++end;
     const bool empty = tokens.begins[first] || (first == 0 && !task.x.state);
-    const double* const left = empty ? nothing.data() : first ? known(first - 1) : nullptr;
+    const double* const left = empty ? nothing.data() : first ? known(first - 1) : opening.data();
     const double* const right = end == tokens.count() || end % SPAN == 0 ? known(end - 1) : nothing.data();
-    sizes[0] = left ? size_of(left) : 0;
+    sizes[0] = size_of(left);
     for (int64_t s = first; s < end; ++s) sizes[s - first + 1] = sizes[s - first] + size_of(at(s));
     const double all = sizes[end - first] + size_of(right);
     int64_t middle = first;
-    while (left && middle < end && 2 * sizes[middle - first] <= all) ++middle;
-    std::copy_n(left ? left : right, WIDTH, running);
+    while (middle < end && 2 * sizes[middle - first] <= all) ++middle;
+    std::copy_n(left, WIDTH, running.begin());
     for (int64_t s = first; s < middle; ++s) {
       float* const g = at(s);
       for (int64_t i = 0; i < WIDTH; ++i) {
@@ -273,7 +276,7 @@ void decay_gradient(const Task& task, const Gradients& d, const std::vector<doub
         g[i] = float(before);
       }
     }
-    std::copy_n(right, WIDTH, running);
+    std::copy_n(right, WIDTH, running.begin());
     for (int64_t s = end - 1; s >= middle; --s) {
       float* const g = at(s);
       for (int64_t i = 0; i < WIDTH; ++i) g[i] = float(running[i] += g[i]);

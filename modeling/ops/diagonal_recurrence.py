@@ -316,8 +316,8 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = (q_c * d_reads).sum(-2), (k_c * d_writes).sum(-2)
-            dg = _gate_gradient(q_c * dq - k_c * dk, *ends, chunks, d_leaving, g)
+            ends = _at_borders(chunks, d_state, d_leaving, d_final)
+            dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
             dq.addcmul_(d_own, k_c)
             dk.addcmul_(d_own, q_c)
         if ctx.scale != 1:
@@ -327,12 +327,16 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _gate_gradient(changes, read, written, chunks: _Chunks, d_leaving, g) -> torch.Tensor:
-    """dL/dg, which is <dL/dS, S> before a token, key by key. A token changes that by q dq - k dk. As a chunk begins it
-    is what the chunk reads of its entering state, as it ends what it has written to the leaving one, and both times
-    what the one hands to the other."""
-    through = chunks.decay * (chunks.states * d_leaving).sum(-1)
-    begin, end = read + through, written + through
+def _at_borders(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+    """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
+    first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
+    between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
+    return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
+
+
+def _gate_gradient(changes, borders, g) -> torch.Tensor:
+    """dL/dg, which is <dL/dS, S> before a token; the token takes q dq - k dk away."""
     if g.shape[-1] == 1:
-        changes, begin, end = (x.sum(-1, keepdim=True) for x in (changes, begin, end))
-    return from_chunks(running_sums(changes, begin, end), g.shape[1]).to(g.dtype)
+        changes, borders = changes.sum(-1, keepdim=True), borders.sum(-1, keepdim=True)
+    sums = running_sums(changes, borders[:, :, :-1], borders[:, :, 1:])
+    return from_chunks(sums, g.shape[1]).to(g.dtype)

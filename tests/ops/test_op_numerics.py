@@ -56,6 +56,23 @@ def test_strong_gates_in_float32(case, form, kind):
         assert relative_error(actual[2][name], grads[name], floor=1.0) < 2e-5, name
 
 
+@gated_cases
+@pytest.mark.parametrize("place", [0, 15, 40, 79, 80])
+def test_gates_beside_a_large_token(case, place):
+    """A gate's gradient has the precision of its own size: a hundredfold token leaves no rounding in the others."""
+    x = make_inputs(case, 81, dtype=torch.float32, key=16, value=16)
+    x["g"] = 0.05 * x["g"]
+    for name in ("q", "k", "v") if case.strongest_write is None else ("q", "v"):
+        x[name][:, place] *= 100
+    weights = torch.randn(x["v"].shape).double(), torch.zeros(x["initial_state"].shape).double()
+    exact = {n: None if t is None else t.double() for n, t in x.items()}
+    _, _, right = gradients(lambda x: call(case.recurrent, case, x), exact, *weights)
+    for form in ("recurrent", "chunk"):
+        _, _, found = gradients(lambda x, form=form: call(getattr(case, form), case, x), x, *weights)
+        for t in range(81):
+            assert relative_error(found["g"][:, t], right["g"][:, t], floor=1e-3) < 5e-5, (form, t)
+
+
 def numpy_recurrence(case, x):
     """float64, one head, one step at a time: nothing shared with the ops but the definition."""
     q, k, v = (x[n][0, :, 0].double().numpy() for n in ("q", "k", "v"))

@@ -114,6 +114,23 @@ def test_values_and_gradients(kind, sizes):
     compare(make(kind, *sizes, length=37))
 
 
+@pytest.mark.parametrize("kind", ["retention", "gla", "gated delta"])
+@pytest.mark.parametrize(("length", "place"), [(37, 0), (37, 20), (37, 36), (300, 200), (300, 255)])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "fresh"])
+def test_gates_beside_a_large_token(kind, length, place, state):
+    """A gate's gradient has the precision of its own size: a hundredfold token leaves no rounding in the others."""
+    case = make(kind, 32, 32, length, state, decay=0.05)
+    for x in (case.q, case.v) if "delta" in kind else (case.q, case.k, case.v):
+        x[:, place] *= 100
+    weights = torch.randn_like(case.v), torch.zeros(())
+    exact, found = (
+        case.run(form, dtype, SequenceLayout(), weights)[5].flatten(2).transpose(0, 1).flatten(1)
+        for form, dtype in (("recurrent", torch.float64), ("cpp", torch.float32))
+    )
+    error = (found - exact).abs().amax(1) / exact.abs().amax(1).clamp(min=1e-3)
+    assert error.max() < 5e-5, int(error.argmax())
+
+
 @pytest.mark.parametrize("sizes", [(8, 32), (15, 33), (16, 64), (17, 16), (33, 40)], ids=lambda sizes: f"{sizes[0]}")
 def test_taylor_features_of_a_block(sizes):
     compare(make("taylor", *sizes, length=37))

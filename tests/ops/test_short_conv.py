@@ -89,3 +89,20 @@ def test_threads_give_the_same():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_more_channels_than_a_task_takes():
+    """One goes through 512 of them; the weights of all the others have gradients, too."""
+    torch.manual_seed(0)
+    conv, parts, where = (
+        ShortConvolution(1300, 3),
+        [torch.randn(3, LENGTH, 1200), torch.randn(3, LENGTH, 100)],
+        layouts(),
+    )
+    torch.nn.init.normal_(conv.weight)
+    found = run(conv, parts, where["both"], keeps_state=False)
+    exact = run(conv.double(), [part.double() for part in parts], where["both"], keeps_state=True)
+    for actual, expected in zip(found, exact, strict=True):
+        assert relative_error(actual, expected) < 1e-6
+    for first in range(0, 1300, 100):
+        assert relative_error(found[-1][first : first + 100], exact[-1][first : first + 100]) < 1e-5
