@@ -201,7 +201,7 @@ class SoftmaxAttention(nn.Module):
             **kwargs,
         )
         if self.sliding_window is not None:
-            # A padded token has an empty window; what the backends make of that depends on the padding beside it.
+            # A padded token has an empty window, for which each attention backend returns something else.
             o = layout.zero_padding(layout.restore(o))
         return self.o_proj(o.flatten(-2)), weights
 

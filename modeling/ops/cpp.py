@@ -127,9 +127,7 @@ class _Plan:
                 self.kernel = _open_kept(self.library) or _make(self)
             except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
                 _say_why(self, error)
-            self.is_tried = (
-                True  # last, for another thread must not take a kernel being made for one that cannot be had
-            )
+            self.is_tried = True  # set last: a thread that reads it takes the kernel as it then is
 
 
 class _NoCompiler(Exception):

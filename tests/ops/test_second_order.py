@@ -52,7 +52,7 @@ def third_order(function, x, layout=None):
     returns at real tokens: for every input by name."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in x.items() if value is not None}
     outputs = function(**(x | leaves))
-    loss = sum(value.pow(3).sum() for value in leaves.values())  # a path beside the function
+    loss = sum(value.pow(3).sum() for value in leaves.values())  # gradients that bypass the function
     for number, y in enumerate(outputs if isinstance(outputs, (tuple, list)) else (outputs,)):
         if layout is not None and layout.mask is not None and y.shape[:2] == layout.mask.shape:
             y = y * layout.mask[..., None, None]
