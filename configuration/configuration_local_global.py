@@ -105,9 +105,10 @@ class LocalGlobalConfig(LalmConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As the base class; a stored `sliding_window` has no effect, and is taken for one that a tool has set."""
-        if config_dict.get("sliding_window") is not None:
+        if type(config_dict.get("sliding_window")) is int:
             logger.warning_once(f"{cls.__name__} does not use the stored sliding_window, but local_attn_window_size.")
-        return super().from_dict(config_dict | {"sliding_window": None}, **kwargs)
+            config_dict = config_dict | {"sliding_window": None}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def _is_known(cls, key: str) -> bool:

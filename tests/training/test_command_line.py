@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -121,7 +122,11 @@ def test_a_run_that_is_interrupted_resumes(texts, tmp_path):
     argv += ["--tokenizer_vocab_size", "300", "--max_steps", "100000", "--output_dir", "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LALM_DEBUG": "0"}
     command = [sys.executable, str(ROOT / "run_clm.py"), *argv]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    # A test run in the background ignores Ctrl-C, and so would what it starts.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hears
+    )
     deadline = time.monotonic() + 200
     while not any((tmp_path / "out").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.2)
