@@ -13,7 +13,6 @@ NAMES = (
     "linear_conv_qk_norm_rope",
     "gla_plain",
     "delta_net_gated",
-    "retnet_plain",
     "based_plain",
     "lam_plain",
     "local_global_plain",
