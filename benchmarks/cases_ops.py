@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from benchmarks import gates
 from benchmarks.registry import Contest, Contestant, Ratio, register
-from lalm.modeling.ops import delta_rule, dual_state, gla, linear_attention, retention
+from lalm.modeling.ops.delta import delta_rule, dual_state
+from lalm.modeling.ops.diagonal import gla, linear_attention, retention
 from lalm.modeling.ops.dispatch import choose
 
 HEADS, SIZE = 8, 64

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lalm.modeling.ops.linear import linear
+from lalm.modeling.ops.dense.matrix_product import linear
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "transformers", "numpy", "linear-attention-transformer", "flash-linear-attention", "triton")

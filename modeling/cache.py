@@ -19,8 +19,8 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.transforms import hides_values
+from lalm.modeling.ops.autograd import hides_values
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _KINDS = ("conv_states", "recurrent_states")
 # Tokens that can still be taken back after a `crop`: a draft model with another tokenizer goes back further than it

@@ -2,7 +2,7 @@
 """Feature maps of linear attention: phi(q) . phi(k) stands in for softmax's exp(q . k).
 
 All take and return `[B, T, H, *]`, compute in float32 (float64 for float64) and never return less, so that the small
-values of a float32 feature survive a bfloat16 model. `FeatureMixer` is the mixer that has one.
+values of a float32 feature survive a bfloat16 model.
 """
 
 from __future__ import annotations
@@ -13,20 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.mixers import Mixer
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.linear_attention import (
-    chunk_linear_attention,
-    cpp_linear_attention,
-    cpp_taylor_attention,
-    fla_linear_attention,
-    recurrent_linear_attention,
-)
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
@@ -138,54 +126,3 @@ _FIXED = {
     "taylor": taylor_features,
     "identity": lambda x: x,
 }
-
-
-class FeatureMixer(Mixer):
-    """phi(q), phi(k), v -> linear attention -> output.
-
-    Args:
-        q_map, k_map: phi of queries and of keys; None for that of queries.
-        normalize, eps: whether an output is divided by the sum of its weights, and what is added to the sum.
-    """
-
-    def __init__(
-        self,
-        config: LalmConfig,
-        layer_idx: int,
-        q_map: FeatureMap,
-        k_map: FeatureMap | None = None,
-        normalize: bool = True,
-        eps: float = 1e-6,
-    ):
-        super().__init__(config, layer_idx)
-        self.q_map, self.k_map, self.normalize, self.eps = q_map, k_map, normalize, eps
-        is_taylor = q_map.name == "taylor"  # whose kernel makes the features itself
-        form, size = (cpp_taylor_attention, self.key_dim) if is_taylor else (cpp_linear_attention, q_map.num_features)
-        self.compiled = compiled_diagonal(form, size, self.value_dim, normalized=normalize, taylor=is_taylor)
-
-    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "linear_attention",
-            implementation,
-            v,
-            recurrent=recurrent_linear_attention,
-            chunk=chunk_linear_attention,
-            fla=fla_linear_attention,
-            cpp=self.compiled.where_had(implementation, q),
-        )
-        if op is not cpp_taylor_attention:
-            q, k = self.q_map(q), (self.k_map or self.q_map)(k)
-        return op(
-            q,
-            k,
-            v,
-            # The papers have no scale. Without a normaliser the field's 1 / sqrt(K) keeps the output's size in check.
-            scale=1.0 if self.normalize else None,
-            initial_state=state,
-            output_final_state=output_final_state,
-            normalize=self.normalize,
-            eps=self.eps,
-            layout=layout,
-            causal=self.config.is_causal,
-        )

@@ -12,13 +12,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.ops.cpp import open_kernel
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.elementwise import activate, has_kernel, open_activation, rms_norm
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear import linear, open_linear
-from lalm.modeling.ops.products import product_dtype
-from lalm.modeling.ops.short_conv import cpp_short_conv, open_short_conv, plain_short_conv
+from lalm.modeling.ops.cpp_kernels import open_kernel
+from lalm.modeling.ops.dense.elementwise import activate, has_kernel, open_activation, rms_norm
+from lalm.modeling.ops.dense.matrix_product import linear, open_linear
+from lalm.modeling.ops.dense.short_conv import cpp_short_conv, open_short_conv, plain_short_conv
+from lalm.modeling.ops.dtypes import compute_dtype, product_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
@@ -47,8 +46,8 @@ def takes_apply(layer: nn.Module) -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest product (ops/linear.py), in float32
-    where a processor has no arithmetic for the 16-bit type asked for (ops/products.py)."""
+    """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest matrix product (ops/dense/matrix_product.py).
+    On CPUs without instructions for the 16-bit type asked for, it computes in float32 (ops/dtypes.py)."""
     autocast = torch.is_autocast_enabled("cpu")
     if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
         return linear(x, weight, bias)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lalm.configuration.configuration_lam import LamConfig
-from lalm.modeling.batch_layout import build_layout
+from lalm.modeling.model_inputs import build_layout
 
 # What both configurations have under one name and must agree on.
 _SHARED = (

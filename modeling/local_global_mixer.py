@@ -17,14 +17,17 @@ from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.efficient_attention import (
+from lalm.modeling.ops.local_global.efficient_attention import (
     EfficientState,
     chunk_efficient_attention,
     recurrent_efficient_attention,
 )
-from lalm.modeling.ops.efficient_bidirectional import bidirectional_efficient_attention, cross_efficient_attention
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.local_attention import LocalState, local_attention
+from lalm.modeling.ops.local_global.efficient_bidirectional import (
+    bidirectional_efficient_attention,
+    cross_efficient_attention,
+)
+from lalm.modeling.ops.local_global.local_attention import LocalState, local_attention
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 # Numbers of the recurrent states. The window of the local heads is convolution state 0.
 _GLOBAL = (0, 1, 2)  # published and pending memory, tokens pending

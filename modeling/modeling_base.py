@@ -18,7 +18,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.batch_layout import (
+from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
+from lalm.modeling.mixers import Mixer, Tables
+from lalm.modeling.model_inputs import (
     adopt_cache,
     build_layout,
     current_mask,
@@ -27,8 +29,7 @@ from lalm.modeling.batch_layout import (
     refuse_sharded_tokens,
     softmax_masks,
 )
-from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
-from lalm.modeling.mixers import Mixer, SoftmaxAttention, Tables
+from lalm.modeling.softmax_attention import SoftmaxAttention
 
 
 class _Checkpointed:

@@ -15,16 +15,16 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.modeling.cache import previous_state, record
-from lalm.modeling.feature_maps import FeatureMap, FeatureMixer
+from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import ShortConvolution, make_linear
-from lalm.modeling.mixers import Mixer
+from lalm.modeling.mixers import FeatureMixer, Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 class BasedMixer(FeatureMixer):

@@ -23,7 +23,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.delta_rule import (
+from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
     cpp_delta_rule,
@@ -33,10 +33,9 @@ from lalm.modeling.ops.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.delta_rule_cpp import compiled_delta
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.delta.delta_rule_cpp import compiled_delta
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
 _TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0

@@ -19,10 +19,10 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
+from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
+from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
+from lalm.modeling.ops.dtypes import compute_dtype
 
 
 class GLAMixer(Mixer):

@@ -23,11 +23,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import can_return_tuple, logging
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.batch_layout import masks_ahead
 from lalm.modeling.layers import make_linear, product, takes_apply
 from lalm.modeling.mixers import Mixer
+from lalm.modeling.model_inputs import masks_ahead
 from lalm.modeling.modeling_base import LalmModel, LalmPreTrainedModel
-from lalm.modeling.ops.cross_entropy import causal_lm_loss
+from lalm.modeling.ops.dense.cross_entropy import causal_lm_loss
 
 # Under transformers' own logger, so that its verbosity settings hold.
 logger = logging.get_logger("transformers.lalm")

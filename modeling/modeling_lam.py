@@ -3,7 +3,7 @@
 
 Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
 than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of
-its own document only and has no SiLU; the leak cannot make the memories grow (ops/dual_state.py states the bound).
+its own document only and has no SiLU; the leak cannot make the memories grow (the bound is in dual_state.py).
 """
 
 import math
@@ -25,16 +25,16 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp import open_kernel
-from lalm.modeling.ops.delta_rule_cpp import compiled_delta
-from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.dual_state import (
+from lalm.modeling.ops.cpp_kernels import open_kernel
+from lalm.modeling.ops.delta.delta_rule_cpp import compiled_delta
+from lalm.modeling.ops.delta.dual_state import (
     chunk_dual_state_delta,
     cpp_dual_state_delta,
     recurrent_dual_state_delta,
     triton_dual_state_delta,
 )
-from lalm.modeling.ops.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
+from lalm.modeling.ops.delta.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
+from lalm.modeling.ops.dispatch import choose
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5

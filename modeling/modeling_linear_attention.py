@@ -9,13 +9,8 @@ from torch import nn
 from transformers import GenerationMixin
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
-from lalm.modeling.feature_maps import (
-    ElementwiseProductFeatures,
-    FavorFeatures,
-    FeatureMap,
-    FeatureMixer,
-    HedgehogFeatures,
-)
+from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
+from lalm.modeling.mixers import FeatureMixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,

@@ -27,8 +27,8 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.transforms import has_open_length, hides_values
+from lalm.modeling.ops.autograd import has_open_length, hides_values
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from lalm.modeling.reversible import run_reversible
 
 # Numbers of the convolution states that hold a shifted token. The mixer has 0 and 1.

@@ -16,9 +16,9 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
+from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
+from lalm.modeling.ops.diagonal.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
 from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
 
 
 class RetNetMixer(Mixer):

@@ -34,7 +34,7 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
     transformers.logging.disable_progress_bar()
     # Short texts too get the C++ kernels, whatever happens to be compiled on this machine.
-    from lalm.modeling.ops import cpp
+    from lalm.modeling.ops import cpp_kernels as cpp
 
     cpp._EARNS_COMPILING = 0
 

@@ -19,7 +19,7 @@ from lalm import hub
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_gla import GLAForCausalLM
-from lalm.modeling.ops import cpp
+from lalm.modeling.ops import cpp_kernels as cpp
 
 SCRIPT = Path(__file__).with_name("load_without_lalm.py")
 INPUT_IDS = torch.arange(6)[None]
@@ -245,7 +245,7 @@ def test_weights_of_an_older_save_do_not_shadow_the_new_ones(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1; from lalm.modeling.ops.gla import chunk_gla", "awkward.py:1: cannot rewrite"),
+        ("x = 1; from lalm.modeling.ops.diagonal.gla import chunk_gla", "awkward.py:1: cannot rewrite"),
         ("from lalm.modeling import ops", "lalm.modeling is not a module with a source file"),
     ],
 )

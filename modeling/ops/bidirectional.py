@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 def both_ways(x: torch.Tensor | None) -> torch.Tensor | None:

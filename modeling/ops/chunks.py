@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.transforms import has_open_length, hides_values
+from lalm.modeling.ops.autograd import has_open_length, hides_values
 
 # A token whose numbers are so many times those of the others is large among them.
 _LARGE = 8.0

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from lalm.configuration.configuration_based import BasedConfig
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import rotary_tables, rotate
-from lalm.modeling.mixers import SoftmaxAttention
 from lalm.modeling.modeling_based import BasedForCausalLM, BasedMixer, GatedConvolution
-from lalm.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from lalm.modeling.softmax_attention import SoftmaxAttention
 from tests.modeling.exact import assert_close, run, run_in_pieces, tokens
 from tests.ops.test_op_golden import assert_golden, inputs
 from tests.ops.test_op_golden import taylor as full_taylor

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lalm import BasedConfig, DeltaNetConfig, GLAConfig, LamConfig, LinearAttentionConfig, RetNetConfig
-from lalm.modeling.ops.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from tests.variants import Row
 
 SIZES = {"hidden_size": 64, "intermediate_size": 48}

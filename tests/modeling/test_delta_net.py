@@ -11,7 +11,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 from lalm.configuration.configuration_delta_net import DeltaNetConfig
 from lalm.modeling.layers import unit_length
 from lalm.modeling.modeling_delta_net import DecayGate, DeltaNetForCausalLM, DeltaNetModel
-from lalm.modeling.ops.delta_rule import chunk_delta_rule, chunk_gated_delta_rule
+from lalm.modeling.ops.delta.delta_rule import chunk_delta_rule, chunk_gated_delta_rule
 from tests.modeling.exact import assert_close, tokens
 from tests.ops.cases import CASES, make_inputs, relative_error
 from tests.variants import TINY

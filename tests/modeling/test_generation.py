@@ -7,7 +7,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerFast, StaticCache, 
 from transformers.masking_utils import create_masks_for_generate
 
 from lalm.configuration.configuration_gla import GLAConfig
-from lalm.modeling.batch_layout import adopt_cache
+from lalm.modeling.model_inputs import adopt_cache
 from tests.modeling.exact import assert_close, run, tokens
 from tests.variants import ROWS, TINY, each_variant, every_row, few_rows
 

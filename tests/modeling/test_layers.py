@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lalm import GLAConfig, LamConfig
 from lalm.modeling.layers import MLP, make_linear
 from lalm.modeling.modeling_lam import LamMLP
-from lalm.modeling.ops import products
+from lalm.modeling.ops import dtypes as products
 from tests.modeling.exact import tokens
 from tests.variants import every_row
 

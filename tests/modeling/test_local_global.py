@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_local_global import LocalGlobalForCausalLM, LocalGlobalMLP, shift_tokens
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.modeling.exact import assert_close, run_in_pieces, tokens
 from tests.variants import Row, _local_global
 

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.layers import rotary_tables
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.modeling.exact import assert_close
 from tests.ops.efficient_oracle import efficient
 from tests.ops.test_local_attention import pairs

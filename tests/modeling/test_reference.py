@@ -9,7 +9,7 @@ from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import ShortConvolution
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.modeling.exact import assert_close, run, tokens
 from tests.variants import Row
 

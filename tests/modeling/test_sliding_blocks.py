@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from lalm.modeling import batch_layout
-from lalm.modeling.batch_layout import attends_in_blocks
+from lalm.modeling import model_inputs
+from lalm.modeling.model_inputs import attends_in_blocks
 from tests.modeling.exact import assert_close, assert_same_gradients, backward, run, tokens, weights_like
 from tests.modeling.test_packing import borders
 from tests.variants import ENCODERS, ROWS
@@ -31,9 +31,9 @@ def path(monkeypatch):
     def take(name):
         monkeypatch.undo()
         if name == "stock":
-            monkeypatch.setattr(batch_layout, "attends_in_blocks", lambda *args: False)
+            monkeypatch.setattr(model_inputs, "attends_in_blocks", lambda *args: False)
         else:
-            monkeypatch.setattr(batch_layout, "create_sliding_window_causal_mask", refuse)
+            monkeypatch.setattr(model_inputs, "create_sliding_window_causal_mask", refuse)
 
     return take
 

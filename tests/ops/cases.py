@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lalm.modeling.ops.delta_rule import (
+from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.gla import chunk_gla, recurrent_gla
-from lalm.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
-from lalm.modeling.ops.retention import chunk_retention, recurrent_retention
+from lalm.modeling.ops.diagonal.gla import chunk_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention
 
 EPS = 1e-6
 

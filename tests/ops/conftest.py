@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from lalm.modeling.ops import cpp
+from lalm.modeling.ops import cpp_kernels as cpp
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ the ops. Positions and visibility are counted token by token in Python."""
 
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 LENGTH = 37
 

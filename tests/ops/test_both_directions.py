@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASES, EPS, call, make_inputs, quadratic, relative_error, tensors
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

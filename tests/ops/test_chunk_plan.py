@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.diagonal_recurrence import _plan
-from lalm.modeling.ops.gla import chunk_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.diagonal_recurrence import _plan
+from lalm.modeling.ops.diagonal.gla import chunk_gla, recurrent_gla
 
 # Log decay a step -> size of the chunks, and whether they are factored.
 PLANS = {

@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModel
 
 import lalm
-from lalm.modeling.ops import cpp
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.gla import cpp_gla
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear import linear
-from lalm.modeling.ops.short_conv import cpp_short_conv
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.dense.matrix_product import linear
+from lalm.modeling.ops.dense.short_conv import cpp_short_conv
+from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
+from lalm.modeling.ops.diagonal.gla import cpp_gla
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 MUCH = 1 << 40
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)

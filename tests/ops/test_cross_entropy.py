@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import cross_entropy, products
-from lalm.modeling.ops.cross_entropy import linear_cross_entropy
+from lalm.modeling.ops import dtypes as products
+from lalm.modeling.ops.dense import cross_entropy
+from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
 from tests.variants import ROWS
 
 ROW = next(row for row in ROWS if row.name == "gla_plain")

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from lalm.modeling.ops import cpp, dispatch
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dispatch import choose
 from tests.variants import recurrent_rows
 

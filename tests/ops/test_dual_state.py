@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import dual_state
-from lalm.modeling.ops.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
-from lalm.modeling.ops.delta_rule_cpp import delta_kernel
-from lalm.modeling.ops.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.delta import dual_state
+from lalm.modeling.ops.delta.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
+from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import relative_error
 
 NAMES = ("q", "k", "v", "g", "beta", "read", "coupling")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lalm.modeling.ops.dual_state import recurrent_dual_state_delta, triton_dual_state_delta
+from lalm.modeling.ops.delta.dual_state import recurrent_dual_state_delta, triton_dual_state_delta
 from tests.ops.test_dual_state import assert_same, hard_layout, make, run, with_state
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,7 +46,7 @@ def test_in_the_interpreter():
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks of 16 tokens for two memories."""
-    from lalm.modeling.ops import dual_state_triton
+    from lalm.modeling.ops.delta import dual_state_triton
 
     monkeypatch.setattr(dual_state_triton, "_ROWS", 32)
 
@@ -184,7 +184,7 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from lalm.modeling.ops import dual_state_gradients, dual_state_kernels
+    from lalm.modeling.ops.delta import dual_state_gradients, dual_state_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = {"M": 2, "C": 32, "BK": 64, "BV": 32, "DELTA": True, "PRECISION": "tf32"}

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
-from lalm.modeling.ops.efficient_bidirectional import bidirectional_efficient_attention, cross_efficient_attention
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
+from lalm.modeling.ops.local_global.efficient_bidirectional import (
+    bidirectional_efficient_attention,
+    cross_efficient_attention,
+)
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.efficient_oracle import LENGTH, efficient, error, gradients, make, make_layout
 
 FORMS = {"recurrent": recurrent_efficient_attention, "chunk": chunk_efficient_attention}

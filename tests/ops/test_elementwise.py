@@ -6,8 +6,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lalm.modeling.ops import cpp, elementwise
-from lalm.modeling.ops.elementwise import activate, rms_norm
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.dense import elementwise
+from lalm.modeling.ops.dense.elementwise import activate, rms_norm
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="this machine has no C++ compiler")

@@ -11,17 +11,18 @@ import types
 import pytest
 import torch
 
-from lalm.modeling.ops.delta_rule import (
+from lalm.modeling.ops.delta.delta_rule import (
     fla_delta_rule,
     fla_gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.dispatch import fla_diagonal, has_fla
-from lalm.modeling.ops.gla import fla_gla, recurrent_gla
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear_attention import fla_linear_attention, recurrent_linear_attention
-from lalm.modeling.ops.retention import fla_retention, recurrent_retention
+from lalm.modeling.ops.diagonal.gla import fla_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import fla_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.retention import fla_retention, recurrent_retention
+from lalm.modeling.ops.dispatch import has_fla
+from lalm.modeling.ops.fla_kernels import fla_diagonal
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, make_inputs, relative_error
 
 FORMS = {

@@ -9,8 +9,8 @@ import torch
 from lalm import LamConfig
 from lalm.modeling import modeling_lam
 from lalm.modeling.modeling_lam import LamGates
-from lalm.modeling.ops import cpp
-from lalm.modeling.ops.lam_gates import cpp_lam_gates, plain_lam_gates
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.delta.lam_gates import cpp_lam_gates, plain_lam_gates
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("lam_gates") is None, reason="this machine has no C++ compiler")

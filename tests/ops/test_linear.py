@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.layers import make_linear
-from lalm.modeling.ops import cpp
-from lalm.modeling.ops import linear as module
-from lalm.modeling.ops.cross_entropy import linear_cross_entropy
-from lalm.modeling.ops.linear import linear, mkl_is_slow, weight_gradient
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.dense import matrix_product as module
+from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
+from lalm.modeling.ops.dense.matrix_product import linear, mkl_is_slow, weight_gradient
 from tests.ops.cases import relative_error
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.local_attention import local_attention
+from lalm.modeling.ops.local_global.local_attention import local_attention
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.efficient_oracle import LENGTH, error, gradients, make, make_layout, visible
 from tests.ops.test_efficient_attention import check, every_layout, real
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lalm.modeling.layers import ShortConvolution
-from lalm.modeling.ops.delta_rule import (
+from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
     cpp_delta_rule,
@@ -13,19 +13,27 @@ from lalm.modeling.ops.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.diagonal_cpp import diagonal_kernel
-from lalm.modeling.ops.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
-from lalm.modeling.ops.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
-from lalm.modeling.ops.efficient_bidirectional import bidirectional_efficient_attention, cross_efficient_attention
-from lalm.modeling.ops.gla import chunk_gla, cpp_gla, recurrent_gla
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear_attention import (
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import (
     chunk_linear_attention,
     cpp_linear_attention,
     recurrent_linear_attention,
 )
-from lalm.modeling.ops.local_attention import local_attention, sliding_attention
-from lalm.modeling.ops.retention import chunk_retention, cpp_retention, parallel_retention, recurrent_retention
+from lalm.modeling.ops.diagonal.retention import (
+    chunk_retention,
+    cpp_retention,
+    parallel_retention,
+    recurrent_retention,
+)
+from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
+from lalm.modeling.ops.local_global.efficient_bidirectional import (
+    bidirectional_efficient_attention,
+    cross_efficient_attention,
+)
+from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 SIZE, HEADS, LENGTH = 32, 2, 37  # large enough for the kernels
 HAS_KERNELS = diagonal_kernel(torch.zeros(1, 1, 1, SIZE), SIZE, 0) is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, make_inputs
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)

@@ -5,9 +5,9 @@ gated linear attention by Yang et al. (arXiv 2312.06635)."""
 import pytest
 import torch
 
-from lalm.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
-from lalm.modeling.ops.gla import chunk_gla, recurrent_gla
-from lalm.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.delta.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from lalm.modeling.ops.diagonal.gla import chunk_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import chunk_linear_attention, recurrent_linear_attention
 
 GOLDEN = {
     "delta": [

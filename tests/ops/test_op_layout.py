@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, gradients, make_inputs, quadratic, relative_error
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)

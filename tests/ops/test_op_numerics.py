@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, EPS, call, gradients, make_inputs, quadratic, relative_error
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from lalm.modeling.ops import cpp
-from lalm.modeling.ops.delta_rule import cpp_gated_delta_rule, recurrent_delta
-from lalm.modeling.ops.delta_rule_cpp import cpp_delta
-from lalm.modeling.ops.diagonal_cpp import compiled_diagonal, cpp_diagonal, diagonal_kernel
-from lalm.modeling.ops.diagonal_recurrence import recurrent_diagonal
-from lalm.modeling.ops.gla import cpp_gla, recurrent_gla
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.delta.delta_rule import cpp_gated_delta_rule, recurrent_delta
+from lalm.modeling.ops.delta.delta_rule_cpp import cpp_delta
+from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal, cpp_diagonal, diagonal_kernel
+from lalm.modeling.ops.diagonal.diagonal_recurrence import recurrent_diagonal
+from lalm.modeling.ops.diagonal.gla import cpp_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "taylor", "delta", "gated delta")
 EPS = 0.1  # of a normaliser; far smaller ones leave the only token of a text a gradient of rounding errors

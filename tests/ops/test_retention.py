@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.retention import (
+from lalm.modeling.ops.diagonal.retention import (
     chunk_retention,
     parallel_retention,
     recurrent_retention,
     retention_log_decay,
 )
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASES, relative_error, tensors
 from tests.ops.cases import make_inputs as make_case_inputs
 

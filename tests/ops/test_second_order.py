@@ -9,22 +9,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import cpp, dual_state
-from lalm.modeling.ops.cross_entropy import linear_cross_entropy
-from lalm.modeling.ops.delta_rule import cpp_delta_rule, cpp_gated_delta_rule
-from lalm.modeling.ops.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
-from lalm.modeling.ops.elementwise import activate, rms_norm
-from lalm.modeling.ops.gla import chunk_gla, cpp_gla, recurrent_gla
-from lalm.modeling.ops.lam_gates import cpp_lam_gates, plain_lam_gates
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.linear_attention import (
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops.delta import dual_state
+from lalm.modeling.ops.delta.delta_rule import cpp_delta_rule, cpp_gated_delta_rule
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.delta.lam_gates import cpp_lam_gates, plain_lam_gates
+from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
+from lalm.modeling.ops.dense.elementwise import activate, rms_norm
+from lalm.modeling.ops.dense.short_conv import cpp_short_conv, plain_short_conv
+from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import (
     cpp_linear_attention,
     cpp_taylor_attention,
     recurrent_linear_attention,
 )
-from lalm.modeling.ops.retention import cpp_retention
-from lalm.modeling.ops.short_conv import cpp_short_conv, plain_short_conv
-from lalm.modeling.ops.taylor import taylor_features
+from lalm.modeling.ops.diagonal.retention import cpp_retention
+from lalm.modeling.ops.diagonal.taylor import taylor_features
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, make_inputs, relative_error
 from tests.ops.test_dual_state import make, with_state
 
@@ -197,7 +198,7 @@ def test_cpp_dual_state(kind, causal):
 
 @needs_compiler
 def test_elementwise(monkeypatch):
-    monkeypatch.setattr("lalm.modeling.ops.elementwise._FEWEST", 1)
+    monkeypatch.setattr("lalm.modeling.ops.dense.elementwise._FEWEST", 1)
     x = {"x": torch.randn(3, 40), "weight": torch.randn(40)}
     found = third_order(lambda x, weight: rms_norm(x, weight, 1e-5), x)
     assert_same(found, third_order(lambda x, weight: rms_norm(x, weight, 1e-5), double(x)), 1e-4)

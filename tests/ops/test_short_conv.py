@@ -4,9 +4,10 @@
 import pytest
 import torch
 
-from lalm.modeling.batch_layout import build_layout
 from lalm.modeling.layers import ShortConvolution
-from lalm.modeling.ops import cpp, layout
+from lalm.modeling.model_inputs import build_layout
+from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import sequence_layout as layout
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(

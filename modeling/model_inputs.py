@@ -20,8 +20,8 @@ from transformers.masking_utils import (
 )
 
 from lalm.modeling.cache import RecurrentLayer
-from lalm.modeling.ops.layout import SequenceLayout, check_cu_seqlens, segments_of
-from lalm.modeling.ops.transforms import has_open_length, hides_values, is_transformed
+from lalm.modeling.ops.autograd import has_open_length, hides_values, is_transformed
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, segments_of
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:

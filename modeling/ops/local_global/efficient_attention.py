@@ -20,12 +20,17 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.autograd import has_open_length, hides_values
 from lalm.modeling.ops.chunks import from_chunks, scan_exported, to_chunks
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
-from lalm.modeling.ops.document_positions import document_positions
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.transforms import has_open_length, hides_values
+from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.sequence_layout import (
+    SequenceLayout,
+    check_shapes,
+    document_by_document,
+    document_positions,
+    must_part,
+)
 
 _SEMANTICS = ("0.19", "v0.2.1")
 _SMALLEST_SUM = 1e-3  # of "0.19"

@@ -6,12 +6,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.transforms import hides_values
+from lalm.modeling.ops.autograd import hides_values
 
 
 @dataclass
@@ -102,6 +102,32 @@ class SequenceLayout:
         if self.segments is None:
             return None
         return torch.diff(self.segments, dim=1, prepend=self.segments[:, :1]) != 0
+
+
+class DocumentPositions(NamedTuple):
+    """`[B, T]`, or `[1, T]` where all rows are alike."""
+
+    documents: torch.Tensor  # int64, 0, 1, ... along each row
+    positions: torch.Tensor  # int64, real tokens of the document before this one
+    totals: torch.Tensor  # int64 [B], real tokens of each row's last document up to the end of the row
+
+
+def document_positions(
+    layout: SequenceLayout | None, like: torch.Tensor, offset: torch.Tensor | None = None
+) -> DocumentPositions:
+    """Positions of the tokens of `like [B, T, ...]`; `offset [B]` tokens of each row's first document came before."""
+    layout = layout or SequenceLayout()
+    length, device = like.shape[1], like.device
+    real = torch.ones(1, length, dtype=torch.int64, device=device) if layout.mask is None else layout.mask.long()
+    before = real.cumsum(1) - real
+    documents, starts = layout.document_ids(), layout.starts()
+    if documents is None or starts is None:
+        documents = torch.zeros_like(real)
+    else:
+        before = before - torch.where(starts, before, 0).cummax(1).values
+    if offset is not None:
+        before = before + torch.where(documents == 0, offset.long()[:, None], 0)
+    return DocumentPositions(documents, before, before[:, -1] + real[:, -1])
 
 
 def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

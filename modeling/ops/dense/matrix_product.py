@@ -15,8 +15,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import call, load_kernel, open_kernel, pointer
-from lalm.modeling.ops.transforms import is_looked_into
+from lalm.modeling.ops.autograd import is_looked_into
+from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
 
 # With fewer rows than these our kernel streams the weights: a text's next tokens; where MKL is slow, a short text too.
 _FEW_ROWS, _SHORT_TEXT = 16, 64

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
-from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
-from lalm.modeling.ops.dispatch import fla_diagonal
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
-from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal
+from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
+from lalm.modeling.ops.dtypes import without_autocast
+from lalm.modeling.ops.fla_kernels import fla_diagonal
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, check_state, per_document
 
 
 def _gla(core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
@@ -133,5 +133,5 @@ def cpp_gla(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_gla` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_gla` by the C++ kernel of `ops/diagonal/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return _gla(cpp_diagonal, *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, layout, causal))

@@ -22,21 +22,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.autograd import differentiable_by, has_open_length, hides_values, is_transformed
 from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, running_sums, scan, suffix_sums, to_chunks
-from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
-from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import has_open_length, hides_values, is_transformed
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, must_part
 
 # exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
 _MAX_DECAY = 60.0
-
-
-def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any input is float64, else float32: the type of all arithmetic, states and accumulated gradients."""
-    for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
 
 
 def recurrent_diagonal(

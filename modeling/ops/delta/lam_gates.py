@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import call, load_kernel, pointer
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.cpp_kernels import call, load_kernel, pointer
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 # The projected numbers of a head that the kernel knows, and where the decays stand among them.
 COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, layout_both_ways
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype
-from lalm.modeling.ops.efficient_attention import check_semantics, features_of, running_max
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
-from lalm.modeling.ops.products import without_autocast
+from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.local_global.efficient_attention import check_semantics, features_of, running_max
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, document_by_document, must_part
 
 
 def bidirectional_efficient_attention(

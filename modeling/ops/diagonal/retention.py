@@ -13,11 +13,12 @@ from functools import partial
 
 import torch
 
-from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, compute_dtype, recurrent_diagonal
-from lalm.modeling.ops.dispatch import fla_diagonal
-from lalm.modeling.ops.layout import SequenceLayout, document_by_document, must_part
-from lalm.modeling.ops.linear_attention import apply_linear_attention
+from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal
+from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
+from lalm.modeling.ops.diagonal.linear_attention import apply_linear_attention
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.fla_kernels import fla_diagonal
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, must_part
 
 
 def retention_log_decay(
@@ -141,7 +142,7 @@ def cpp_retention(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_retention` by the C++ kernel of `ops/diagonal/diagonal_cpp.py`; same arguments, float32 on a CPU."""
     return _retention(cpp_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
 
 

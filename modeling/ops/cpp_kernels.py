@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.transforms import is_looked_into
+from lalm.modeling.ops.autograd import is_looked_into
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 logger = logging.get_logger("transformers.lalm")
 
-_SOURCES = os.path.dirname(os.path.abspath(__file__))
+_SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
 # Made sooner, they are as fast.
 _LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")

@@ -1,9 +1,9 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Gradients that can be differentiated again, of functions whose backward pass is written by hand.
+"""What autograd, torch.func, tracing and torch.export ask of an op, and gradients that can be differentiated again.
 
-Such a pass is fast because autograd does not record it, and so its result would count as a constant. (torch's own
-`once_differentiable` means to refuse that, but `torch.autograd.grad` of some inputs walks past its error.) Where a
-gradient is to be differentiated again, autograd makes it from the plain form of the function, however slow that is.
+A backward pass written by hand is fast because autograd does not record it, so its result would count as a constant.
+(`torch.autograd.grad` of some inputs walks past the error that torch's own `once_differentiable` raises.)
+Where a gradient is to be differentiated again, autograd makes it from the plain form of the function, however slow.
 """
 
 from __future__ import annotations
@@ -13,9 +13,30 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.transforms import is_transformed
+from lalm.modeling.ops.dtypes import without_autocast
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work. Both look into every operation, so
+    that neither a kernel nor a backward pass written by hand serves them: the plain forms run."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_looked_into() -> bool:
+    """Whether a transform or a tracer is at work, to which a kernel is closed."""
+    return is_transformed() or torch.jit.is_tracing()
+
+
+def has_open_length() -> bool:
+    """Whether a program is being exported that is to serve every number of tokens: no decision may depend on it."""
+    return torch.compiler.is_exporting()
+
+
+def hides_values() -> bool:
+    """Whether no decision may depend on the numbers in a tensor, because one computation stands for many."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def differentiable_by(plain: Callable, constants: int) -> Callable:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.linear import linear, weight_gradient
-from lalm.modeling.ops.products import product_dtype
-from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import is_transformed
+from lalm.modeling.ops.autograd import differentiable_by, is_transformed
+from lalm.modeling.ops.dense.matrix_product import linear, weight_gradient
+from lalm.modeling.ops.dtypes import compute_dtype, product_dtype
 
 # Logits that exist at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 1 << 24

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.layout import SequenceLayout
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 def recurrent_dual(

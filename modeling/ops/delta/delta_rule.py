@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
+from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
 from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, running_sums, scan, to_chunks
-from lalm.modeling.ops.delta_rule_cpp import cpp_delta
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.dispatch import fla_delta
-from lalm.modeling.ops.layout import (
+from lalm.modeling.ops.delta.delta_rule_cpp import cpp_delta
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.fla_kernels import fla_delta
+from lalm.modeling.ops.sequence_layout import (
     SequenceLayout,
     check_shapes,
     check_state,
@@ -35,9 +36,6 @@ from lalm.modeling.ops.layout import (
     must_part,
     per_document,
 )
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import has_open_length, is_transformed
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -350,7 +348,7 @@ def cpp_delta_rule(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta_rule` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_delta_rule` by the C++ kernel (delta_rule_cpp.py); same arguments, float32 on a CPU."""
     return _delta_rule(
         cpp_delta, q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
     )
@@ -439,7 +437,7 @@ def cpp_gated_delta_rule(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_gated_delta_rule` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_gated_delta_rule` by the C++ kernel (delta_rule_cpp.py); same arguments, float32 on a CPU."""
     return _delta_rule(
         cpp_delta, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, layout, causal
     )

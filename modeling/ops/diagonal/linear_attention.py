@@ -16,12 +16,12 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.bidirectional import bidirectional_diagonal, refuse_states
-from lalm.modeling.ops.diagonal_cpp import cpp_diagonal
-from lalm.modeling.ops.diagonal_recurrence import chunk_diagonal, normalized, recurrent_diagonal
-from lalm.modeling.ops.dispatch import fla_diagonal
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, check_state, per_document
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal
+from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal, normalized, recurrent_diagonal
+from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.dtypes import without_autocast
+from lalm.modeling.ops.fla_kernels import fla_diagonal
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, check_state, per_document
 
 _cpp_taylor = partial(cpp_diagonal, taylor=True)
 
@@ -164,7 +164,7 @@ def cpp_linear_attention(
     layout: SequenceLayout | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_linear_attention` by the C++ kernel of `ops/diagonal_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_linear_attention` by the C++ kernel (diagonal_cpp.py); same arguments, float32 on a CPU."""
     return apply_linear_attention(
         cpp_diagonal,
         *(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, normalize, eps, layout, causal),

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
-from lalm.modeling.ops.dual_recurrence import run_dual
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.cpp_kernels import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.delta.dual_recurrence import run_dual
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
 _SEGMENT = 256

@@ -26,12 +26,13 @@ from functools import partial, reduce
 
 import torch
 
+from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
 from lalm.modeling.ops.bidirectional import both_ways, layout_both_ways, refuse_states
 from lalm.modeling.ops.chunks import from_chunks, scan, to_chunks
-from lalm.modeling.ops.delta_rule_cpp import cpp_dual
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.dual_recurrence import recurrent_dual
-from lalm.modeling.ops.layout import (
+from lalm.modeling.ops.delta.delta_rule_cpp import cpp_dual
+from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.sequence_layout import (
     SequenceLayout,
     check_cu_seqlens,
     check_shapes,
@@ -41,9 +42,6 @@ from lalm.modeling.ops.layout import (
     per_document,
     segments_of,
 )
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.transforms import has_open_length, is_transformed
 
 # Numbers of one set of pairwise matrices `[B, H, N, C M, C M]` to work on at once: about what a core's cache holds.
 _PAIRS_AT_ONCE = 1 << 19
@@ -377,7 +375,7 @@ def cpp_dual_state_delta(
     causal: bool = True,
     use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual_state_delta` by the C++ kernel of `ops/delta_rule_cpp.py`; same arguments, float32 on a CPU."""
+    """`recurrent_dual_state_delta` by the C++ kernel (delta_rule_cpp.py); same arguments, float32 on a CPU."""
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(cpp_dual, q, k, v, g, beta, read, coupling, *rest)
 
@@ -400,7 +398,7 @@ def triton_dual_state_delta(
     use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_dual_state_delta` by Triton kernels on a GPU, which need Triton; not float64, 1, 2 or 4 memories."""
-    from lalm.modeling.ops.dual_state_triton import triton_dual
+    from lalm.modeling.ops.delta.dual_state_triton import triton_dual
 
     rest = (scale, initial_state, output_final_state, cu_seqlens, layout, causal, use_delta_rule)
     return _dual_state(triton_dual, q, k, v, g, beta, read, coupling, *rest)

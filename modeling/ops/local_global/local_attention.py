@@ -17,11 +17,16 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from lalm.modeling.ops.autograd import has_open_length, hides_values
 from lalm.modeling.ops.chunks import missing_tokens
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.document_positions import document_positions
-from lalm.modeling.ops.layout import SequenceLayout, check_shapes, document_by_document, must_part
-from lalm.modeling.ops.transforms import has_open_length, hides_values
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import (
+    SequenceLayout,
+    check_shapes,
+    document_by_document,
+    document_positions,
+    must_part,
+)
 
 # Label of what is no token: no neighbour of any window, which are numbered from 0.
 _NONE = -4

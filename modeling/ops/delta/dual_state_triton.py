@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.dual_recurrence import recurrent_dual
-from lalm.modeling.ops.dual_state_gradients import gate_gradients, pair_gradients, state_gradients
-from lalm.modeling.ops.dual_state_kernels import interpreted, prepare, read_out, scan, scan_back
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
+from lalm.modeling.ops.delta.dual_state_gradients import gate_gradients, pair_gradients, state_gradients
+from lalm.modeling.ops.delta.dual_state_kernels import interpreted, prepare, read_out, scan, scan_back
+from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 # Rows of a chunk, its tokens times their memories: four warps of 16.
 _ROWS = 64

@@ -17,6 +17,14 @@ _INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("a
 _LEAST_ROWS = 16
 
 
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: the type of all arithmetic, states and accumulated gradients."""
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Inside, products have the types of their factors. Costs nothing where they have them anyway."""
     enabled = torch.is_autocast_enabled(device.type)

@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
-from lalm.modeling.ops.diagonal_recurrence import normalized, recurrent_diagonal
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.second_order import differentiable_by
-from lalm.modeling.ops.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.cpp_kernels import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.diagonal.diagonal_recurrence import normalized, recurrent_diagonal
+from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 class _Inputs(ctypes.Structure):

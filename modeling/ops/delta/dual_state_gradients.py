@@ -11,7 +11,7 @@ Between them go `d_between [R, R]`, the gradient of N, and `shares [2 M + 4, R]`
 
 from __future__ import annotations
 
-from lalm.modeling.ops.dual_state_kernels import place, put, square, tile, tl, triton
+from lalm.modeling.ops.delta.dual_state_kernels import place, put, square, tile, tl, triton
 
 
 @triton.jit

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import call, load_kernel, open_kernel, pointer
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.layout import SequenceLayout
-from lalm.modeling.ops.products import without_autocast
-from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
+from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 class _Inputs(ctypes.Structure):

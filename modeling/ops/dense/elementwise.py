@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp import call, load_kernel, open_kernel, pointer
-from lalm.modeling.ops.diagonal_recurrence import compute_dtype
-from lalm.modeling.ops.second_order import differentiable_by
+from lalm.modeling.ops.autograd import differentiable_by
+from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
+from lalm.modeling.ops.dtypes import compute_dtype
 
 # For fewer numbers than this torch's silu and product cost no more than the call of a kernel, and threads more than
 # they save.
