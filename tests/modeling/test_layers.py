@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lalm import GLAConfig, LamConfig
 from lalm.modeling.layers import MLP, make_linear
 from lalm.modeling.modeling_lam import LamMLP
-from lalm.modeling.ops import dtypes as products
+from lalm.modeling.ops import dispatch
 from tests.modeling.exact import tokens
 from tests.variants import every_row
 
@@ -18,7 +18,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def emulated(monkeypatch):
     """A processor without arithmetic for 16-bit types."""
-    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(dispatch, "has_instructions", lambda dtype: dtype.itemsize > 2)
 
 
 def layer_and_input(dtype, rows=16, bias=True):
@@ -73,7 +73,7 @@ def test_float64_and_mixed_types_are_left_to_torch(emulated):
 )
 def test_stock_product_elsewhere(dtype, rows, native, monkeypatch):
     """Few rows, processors with the arithmetic, and wide types."""
-    monkeypatch.setattr(products, "has_arithmetic", lambda asked: native or asked.itemsize > 2)
+    monkeypatch.setattr(dispatch, "has_instructions", lambda asked: native or asked.itemsize > 2)
     layer, x = layer_and_input(dtype, rows)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
@@ -81,7 +81,7 @@ def test_stock_product_elsewhere(dtype, rows, native, monkeypatch):
 @pytest.mark.parametrize(("found", "known"), [({}, True), ({"architecture": "aarch64"}, True)])
 def test_unknown_processors_are_left_alone(found, known, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert products.has_arithmetic.__wrapped__(torch.bfloat16) is known
+    assert dispatch.has_instructions.__wrapped__(torch.bfloat16) is known
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_fp16", torch.float16)])
@@ -90,8 +90,8 @@ def test_instructions_of_x86_decide(name, dtype, monkeypatch):
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda has=has: {"architecture": "x86_64", name: has}, raising=False
         )
-        assert products.has_arithmetic.__wrapped__(dtype) is has
-    assert products.has_arithmetic.__wrapped__(torch.float32)
+        assert dispatch.has_instructions.__wrapped__(dtype) is has
+    assert dispatch.has_instructions.__wrapped__(torch.float32)
 
 
 @pytest.mark.parametrize(("mlp_class", "config_class"), [(MLP, GLAConfig), (LamMLP, LamConfig)])

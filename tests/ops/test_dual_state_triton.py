@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from lalm.modeling.ops.delta.dual_state import recurrent_dual_state_delta, triton_dual_state_delta
+from lalm.modeling.ops.delta.dual_state import dual_state_delta, recurrent_dual_state_delta
 from tests.ops.test_dual_state import assert_same, hard_layout, make, run, with_state
+
+triton_dual_state_delta = partial(dual_state_delta, implementation="triton")
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,23 +7,30 @@ per-row documents must have been translated.
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 
 from lalm.modeling.ops.delta.delta_rule import (
-    fla_delta_rule,
-    fla_gated_delta_rule,
+    delta_rule,
+    gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.diagonal.gla import fla_gla, recurrent_gla
-from lalm.modeling.ops.diagonal.linear_attention import fla_linear_attention, recurrent_linear_attention
-from lalm.modeling.ops.diagonal.retention import fla_retention, recurrent_retention
+from lalm.modeling.ops.diagonal.gla import gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.retention import recurrent_retention, retention
 from lalm.modeling.ops.dispatch import has_fla
 from lalm.modeling.ops.fla_kernels import fla_diagonal
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, make_inputs, relative_error
+
+fla_delta_rule = partial(delta_rule, implementation="fla")
+fla_gated_delta_rule = partial(gated_delta_rule, implementation="fla")
+fla_gla = partial(gla, implementation="fla")
+fla_linear_attention = partial(linear_attention, implementation="fla")
+fla_retention = partial(retention, implementation="fla")
 
 FORMS = {
     recurrent_gla: fla_gla,

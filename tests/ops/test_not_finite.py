@@ -1,32 +1,29 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """NaN and infinity reach what a token may see, and nothing else: not from padding, not from another document."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from lalm.modeling.layers import ShortConvolution
+from lalm.modeling.ops.cpp_kernels import load_kernel
 from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
-    cpp_delta_rule,
-    cpp_gated_delta_rule,
+    delta_rule,
+    gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
-from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
-from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, recurrent_gla
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.diagonal.gla import chunk_gla, gla, recurrent_gla
 from lalm.modeling.ops.diagonal.linear_attention import (
     chunk_linear_attention,
-    cpp_linear_attention,
+    linear_attention,
     recurrent_linear_attention,
 )
-from lalm.modeling.ops.diagonal.retention import (
-    chunk_retention,
-    cpp_retention,
-    parallel_retention,
-    recurrent_retention,
-)
+from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention, retention
 from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
 from lalm.modeling.ops.local_global.efficient_bidirectional import (
     bidirectional_efficient_attention,
@@ -35,8 +32,16 @@ from lalm.modeling.ops.local_global.efficient_bidirectional import (
 from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
+cpp_delta_rule = partial(delta_rule, implementation="cpp")
+cpp_dual_state_delta = partial(dual_state_delta, implementation="cpp")
+cpp_gated_delta_rule = partial(gated_delta_rule, implementation="cpp")
+cpp_gla = partial(gla, implementation="cpp")
+cpp_linear_attention = partial(linear_attention, implementation="cpp")
+cpp_retention = partial(retention, implementation="cpp")
+parallel_retention = partial(retention, implementation="parallel")
+
 SIZE, HEADS, LENGTH = 32, 2, 37  # large enough for the kernels
-HAS_KERNELS = diagonal_kernel(torch.zeros(1, 1, 1, SIZE), SIZE, 0) is not None
+HAS_KERNELS = load_kernel("rms_norm") is not None
 
 
 def short_conv(q, k, v, layout, causal=True):
