@@ -15,7 +15,6 @@ from benchmarks import gates
 from benchmarks.registry import Contest, Contestant, Ratio, register
 from lalm.modeling.ops.delta import delta_rule, dual_state
 from lalm.modeling.ops.diagonal import gla, linear_attention, retention
-from lalm.modeling.ops.dispatch import choose
 
 HEADS, SIZE = 8, 64
 LENGTHS = (2048, 8192)
@@ -66,8 +65,7 @@ def for_dual_state(length: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A rule, its inputs, and its targets at LENGTHS. Its forms in `module` are called recurrent_<rule> (the
-    specification), chunk_<rule> and perhaps cpp_<rule> and triton_<rule>."""
+    """A rule, its inputs, and its targets at LENGTHS. `module` has the op and recurrent_<rule>, the specification."""
 
     module: ModuleType
     rule: str
@@ -80,17 +78,8 @@ class Op:
 
     def form(self, x: Inputs) -> Callable:
         """What `linear_attn_implementation="auto"` takes here; on a GPU our Triton kernel, if there is one."""
-        triton = getattr(self.module, f"triton_{self.rule}", None)
-        if triton and x["q"].is_cuda:
-            return triton
-        cpp = getattr(self.module, f"cpp_{self.rule}", None)
-        if cpp:
-            try:
-                cpp(**gates.prefix(x, 8))
-            except RuntimeError:  # no compiler, or not for these tensors
-                cpp = None
-        chunk = getattr(self.module, f"chunk_{self.rule}")
-        return choose("a benchmark", "auto", x["q"], recurrent=self.recurrent, chunk=chunk, cpp=cpp)
+        op = getattr(self.module, self.rule)
+        return partial(op, implementation="triton") if x["q"].is_cuda and self.rule == "dual_state_delta" else op
 
 
 OPS = {

@@ -160,8 +160,9 @@ class LocalGlobalMixer(nn.Module):
         shape = (-1, self.num_global, -1, -1)
         return EfficientState(published.expand(shape), None if pending is None else pending.expand(shape), filled)
 
-    def _memories(self, state: EfficientState) -> dict[int, torch.Tensor]:
+    def _memories(self, state: EfficientState | None) -> dict[int, torch.Tensor]:
         """What is stored of a state, by number. Heads that share keys and values share their memory."""
+        assert state is not None
         return {
             number: value[:, : self.global_keys] if value.ndim == 4 else value
             for number, value in zip(_GLOBAL, state, strict=True)

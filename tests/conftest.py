@@ -36,7 +36,7 @@ def pytest_configure(config):
     # Short sequences and small models get the C++ kernels too.
     from lalm.modeling.ops import dispatch
 
-    dispatch.EARNS_COMPILING = dispatch.WORTH_A_CONV_KERNEL = 0
+    dispatch.EARNS_COMPILING = dispatch.WORTH_A_CONV_KERNEL = dispatch.WORTH_A_GATE_KERNEL = 0
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,12 @@ def choose(
     if not torch.compiler.is_compiling():
         _announce(rule, name, implementation, v.device.type)
     if name not in forms or (name == "cpp" and not runs):
-        reason = "no C++ kernel for this model, device or machine" if name == "cpp" else f"no {name} kernel for a GPU"
+        reason = f"no {name} kernel for a GPU"
+        if name == "cpp":
+            reason = (
+                "no C++ kernel here, which needs the CPU, a C++ compiler, float32 or less, and heads with a state of at "
+                f"least {SMALLEST_STATE} numbers"
+            )
         raise ValueError(
             f"linear_attn_implementation={name!r}: {rule} has {reason}; set linear_attn_implementation='auto'."
         )

@@ -329,9 +329,9 @@ def test_cpp_threads_give_the_same():
 
 
 def test_cpp_refuses_what_it_cannot_do():
-    with pytest.raises(RuntimeError, match="float32 or less"):
+    with pytest.raises(ValueError, match="float32 or less"):
         cpp_dual_state_delta(**make(4, key=16, value=16))
-    with pytest.raises(RuntimeError, match="at least 512 numbers"):
+    with pytest.raises(ValueError, match="at least 512 numbers"):
         cpp_dual_state_delta(**make(4, value=7, dtype=torch.float32))
 
 

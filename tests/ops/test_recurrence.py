@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.cpp_kernels import load_kernel
 from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
 from lalm.modeling.ops.delta.delta_rule import gated_delta_rule

@@ -9,6 +9,7 @@ arXiv 2412.06464, eq. 10.) The recurrence itself, step by step and in chunks, is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -92,7 +93,7 @@ def _run(
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
             check_gate(name, x, q.shape[:3], "one value per token and head")
-    forms = {
+    forms: dict[str, Callable] = {
         "recurrent": recurrent_delta,
         "chunk": partial(chunk_delta, chunk_size=chunk_size),
         "fla": fla_delta,

@@ -9,6 +9,7 @@ The recurrence itself, step by step and in chunks, is in diagonal_recurrence.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -64,7 +65,7 @@ def gla(
     """
     check_shapes(q, k, v)
     check_gate("g", g, q.shape, "one log decay per key channel")
-    forms = {
+    forms: dict[str, Callable] = {
         "recurrent": recurrent_diagonal,
         "chunk": partial(chunk_diagonal, chunk_size=chunk_size),
         "fla": fla_diagonal,

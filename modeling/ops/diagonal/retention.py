@@ -9,6 +9,7 @@ The caller rotates q and k. Padding is not counted in n. The recurrence itself i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -70,7 +71,7 @@ def retention(
             argument.
     """
     check_shapes(q, k, v)
-    forms = {
+    forms: dict[str, Callable] = {
         "recurrent": recurrent_diagonal,
         "chunk": partial(chunk_diagonal, chunk_size=chunk_size),
         "parallel": _parallel,
