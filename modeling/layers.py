@@ -107,7 +107,7 @@ class MLP(nn.Module):
         super().__init__()
         width = config.intermediate_size
         assert width is not None  # the configuration derives it
-        gated = config.mlp_type == "gated"
+        self.width, gated = width, config.mlp_type == "gated"
         self.gate_proj = make_linear(config.hidden_size, width, bias=self.bias) if gated else None
         self.up_proj = make_linear(config.hidden_size, width, bias=self.bias)
         self.down_proj = make_linear(width, config.hidden_size, bias=self.bias)
@@ -115,7 +115,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D] -> [B, T, D]`, in pieces where `pieces_of_mlp` says so."""
-        size = pieces_of_mlp(x, self.up_proj.out_features)
+        size = pieces_of_mlp(x, self.width)
         if size is None:
             return self._piece(x)
         rows = x.flatten(0, -2)

@@ -122,8 +122,8 @@ def choose(
         reason = f"no {name} kernel for a GPU"
         if name == "cpp":
             reason = (
-                "no C++ kernel here, which needs the CPU, a C++ compiler, float32 or less, and heads with a state of at "
-                f"least {SMALLEST_STATE} numbers"
+                "no C++ kernel here, which needs the CPU, a C++ compiler, float32 or less, and heads with a state of "
+                f"at least {SMALLEST_STATE} numbers"
             )
         raise ValueError(
             f"linear_attn_implementation={name!r}: {rule} has {reason}; set linear_attn_implementation='auto'."
@@ -310,6 +310,11 @@ def pieces_of_mlp(x: torch.Tensor, width: int) -> int | None:
         return None
     size = max(1, WIDE_AT_ONCE // width) * (WIDER_WITH_GRADIENTS if torch.is_grad_enabled() else 1)
     return size if x.numel() > size * x.shape[-1] else None
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """Tokens whose logits the chunked cross-entropy makes at once."""
+    return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
 # ---- Fused elementwise kernels ----

@@ -96,14 +96,14 @@ def test_instructions_of_x86_decide(name, dtype, monkeypatch):
 
 @pytest.mark.parametrize(("mlp_class", "config_class"), [(MLP, GLAConfig), (LamMLP, LamConfig)])
 @pytest.mark.parametrize("rows", [1, 5, 14, 15])
-def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
+def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows, monkeypatch):
     torch.manual_seed(0)
     mlp = mlp_class(config_class(hidden_size=32, num_attention_heads=2))
     x, weights = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
     inputs, sizes = [x, *mlp.parameters()], []
     whole = mlp(x)
     gradients = torch.autograd.grad(whole, inputs, weights)
-    mlp.rows_at_once = rows
+    monkeypatch.setattr(dispatch, "WIDE_AT_ONCE", rows * mlp.width)
     mlp.up_proj.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     in_pieces = mlp(x)
     assert sum(sizes) == (2 if rows >= 4 else 14)  # with a batch axis of 2, or in pieces without it
@@ -117,11 +117,9 @@ def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
 
 
 @every_row
-def test_model_in_pieces_is_the_model(row):
+def test_model_in_pieces_is_the_model(row, monkeypatch):
     model, ids = row.build(), tokens(2, 33)
     with torch.no_grad():
         whole = model(ids).logits
-        for module in model.modules():
-            if isinstance(module, MLP):
-                module.rows_at_once = 7
+        monkeypatch.setattr(dispatch, "WIDE_AT_ONCE", 7 * model.config.intermediate_size)
         torch.testing.assert_close(model(ids).logits, whole)

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,10 @@ from lalm.modeling.ops.dense.matrix_product import linear
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.gla import gla
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-cpp_gla = partial(gla, implementation="cpp")
+cpp_gla = in_form(gla, "cpp")
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C++ compiler")

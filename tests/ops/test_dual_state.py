@@ -2,7 +2,6 @@
 """The dual-state delta rule: its forms agree, it contains the rules it is made of, and its states stay bounded."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -12,10 +11,11 @@ from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.cpp_kernels import load_kernel
 from lalm.modeling.ops.delta.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
 from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import relative_error
 
-cpp_dual_state_delta = partial(dual_state_delta, implementation="cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
 
 NAMES = ("q", "k", "v", "g", "beta", "read", "coupling")
 needs_compiler = pytest.mark.skipif(

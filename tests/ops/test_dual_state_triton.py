@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 import torch
 
 from lalm.modeling.ops.delta.dual_state import dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.dispatch import in_form
 from tests.ops.test_dual_state import assert_same, hard_layout, make, run, with_state
 
-triton_dual_state_delta = partial(dual_state_delta, implementation="triton")
+triton_dual_state_delta = in_form(dual_state_delta, "triton")
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,7 +3,6 @@
 
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -25,18 +24,23 @@ from lalm.modeling.ops.diagonal.linear_attention import (
     recurrent_linear_attention,
 )
 from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention, retention
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
 from lalm.modeling.ops.local_global.efficient_bidirectional import bidirectional_efficient_attention
 from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-cpp_delta_rule = partial(delta_rule, implementation="cpp")
-cpp_dual_state_delta = partial(dual_state_delta, implementation="cpp")
-cpp_gated_delta_rule = partial(gated_delta_rule, implementation="cpp")
-cpp_gla = partial(gla, implementation="cpp")
-cpp_linear_attention = partial(linear_attention, implementation="cpp")
-cpp_retention = partial(retention, implementation="cpp")
-cpp_taylor_attention = partial(linear_attention, taylor=True, implementation="cpp")
+cpp_delta_rule = in_form(delta_rule, "cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
+cpp_linear_attention = in_form(linear_attention, "cpp")
+cpp_retention = in_form(retention, "cpp")
+
+
+def cpp_taylor_attention(*args, **kwargs):
+    return linear_attention(*args, taylor=True, implementation="cpp", **kwargs)
+
 
 HEADS, SIZE, LENGTH = 2, 32, 9
 

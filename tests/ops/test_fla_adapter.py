@@ -7,7 +7,6 @@ per-row documents must have been translated.
 
 import sys
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -21,16 +20,16 @@ from lalm.modeling.ops.delta.delta_rule import (
 from lalm.modeling.ops.diagonal.gla import gla, recurrent_gla
 from lalm.modeling.ops.diagonal.linear_attention import linear_attention, recurrent_linear_attention
 from lalm.modeling.ops.diagonal.retention import recurrent_retention, retention
-from lalm.modeling.ops.dispatch import has_fla
+from lalm.modeling.ops.dispatch import has_fla, in_form
 from lalm.modeling.ops.fla_kernels import fla_diagonal
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, make_inputs, relative_error
 
-fla_delta_rule = partial(delta_rule, implementation="fla")
-fla_gated_delta_rule = partial(gated_delta_rule, implementation="fla")
-fla_gla = partial(gla, implementation="fla")
-fla_linear_attention = partial(linear_attention, implementation="fla")
-fla_retention = partial(retention, implementation="fla")
+fla_delta_rule = in_form(delta_rule, "fla")
+fla_gated_delta_rule = in_form(gated_delta_rule, "fla")
+fla_gla = in_form(gla, "fla")
+fla_linear_attention = in_form(linear_attention, "fla")
+fla_retention = in_form(retention, "fla")
 
 FORMS = {
     recurrent_gla: fla_gla,

@@ -1,8 +1,6 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """NaN and infinity reach what a token may see, and nothing else: not from padding, not from another document."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -24,6 +22,7 @@ from lalm.modeling.ops.diagonal.linear_attention import (
     recurrent_linear_attention,
 )
 from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention, retention
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
 from lalm.modeling.ops.local_global.efficient_bidirectional import (
     bidirectional_efficient_attention,
@@ -32,13 +31,13 @@ from lalm.modeling.ops.local_global.efficient_bidirectional import (
 from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-cpp_delta_rule = partial(delta_rule, implementation="cpp")
-cpp_dual_state_delta = partial(dual_state_delta, implementation="cpp")
-cpp_gated_delta_rule = partial(gated_delta_rule, implementation="cpp")
-cpp_gla = partial(gla, implementation="cpp")
-cpp_linear_attention = partial(linear_attention, implementation="cpp")
-cpp_retention = partial(retention, implementation="cpp")
-parallel_retention = partial(retention, implementation="parallel")
+cpp_delta_rule = in_form(delta_rule, "cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
+cpp_linear_attention = in_form(linear_attention, "cpp")
+cpp_retention = in_form(retention, "cpp")
+parallel_retention = in_form(retention, "parallel")
 
 SIZE, HEADS, LENGTH = 32, 2, 37  # large enough for the kernels
 HAS_KERNELS = load_kernel("rms_norm") is not None

@@ -1,7 +1,6 @@
 """The C++ forms of the diagonal recurrences and of the delta rule against their definitions in float64."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal, diagonal_kerne
 from lalm.modeling.ops.diagonal.diagonal_recurrence import recurrent_diagonal
 from lalm.modeling.ops.diagonal.gla import gla, recurrent_gla
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.dispatch import choose, in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-cpp_gated_delta_rule = partial(gated_delta_rule, implementation="cpp")
-cpp_gla = partial(gla, implementation="cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
 
 KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "taylor", "delta", "gated delta")
 EPS = 0.1  # of a normaliser; far smaller ones leave the only token of a text a gradient of rounding errors

@@ -5,8 +5,6 @@ They are taken by `torch.autograd.grad` of some inputs: that walks silently past
 where `backward()` would meet an error.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -23,17 +21,22 @@ from lalm.modeling.ops.diagonal.gla import chunk_gla, gla, recurrent_gla
 from lalm.modeling.ops.diagonal.linear_attention import linear_attention, recurrent_linear_attention
 from lalm.modeling.ops.diagonal.retention import retention
 from lalm.modeling.ops.diagonal.taylor import taylor_features
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, make_inputs, relative_error
 from tests.ops.test_dual_state import make, with_state
 
-cpp_delta_rule = partial(delta_rule, implementation="cpp")
-cpp_dual_state_delta = partial(dual_state_delta, implementation="cpp")
-cpp_gated_delta_rule = partial(gated_delta_rule, implementation="cpp")
-cpp_gla = partial(gla, implementation="cpp")
-cpp_linear_attention = partial(linear_attention, implementation="cpp")
-cpp_retention = partial(retention, implementation="cpp")
-cpp_taylor_attention = partial(linear_attention, taylor=True, implementation="cpp")
+cpp_delta_rule = in_form(delta_rule, "cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
+cpp_linear_attention = in_form(linear_attention, "cpp")
+cpp_retention = in_form(retention, "cpp")
+
+
+def cpp_taylor_attention(*args, **kwargs):
+    return linear_attention(*args, taylor=True, implementation="cpp", **kwargs)
+
 
 LENGTH = 7
 KINDS = ("plain", "padding", "documents", "both")
