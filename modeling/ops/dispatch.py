@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
 
@@ -111,7 +112,7 @@ def choose(
         name = "cpp" if runs else "recurrent" if is_short else "chunk"
         if name == "chunk" and "fla" in forms and _is_for_fla(v):
             name = "fla"
-    if name in ("fla", "triton") and v.device.type == "cpu":
+    if name in ("fla", "triton") and not _reaches_gpu(name, v):
         raise ValueError(
             f"linear_attn_implementation={name!r} runs Triton kernels on a GPU, and the input is on the CPU: move the "
             "model to the GPU or set linear_attn_implementation='auto'."
@@ -158,6 +159,11 @@ def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     if must_pay and work < EARNS_COMPILING:
         return False
     return load_kernel(kernel.name, **dict(kernel.sizes)) is not None
+
+
+def _reaches_gpu(name: str, v: torch.Tensor) -> bool:
+    """Whether GPU kernels run for `v`: it is not on the CPU, or Triton interprets its kernels there."""
+    return v.device.type != "cpu" or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @cache

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.delta.delta_rule import (
     delta_rule,
     gated_delta_rule,
@@ -67,6 +68,7 @@ def device(request, monkeypatch):
         module = types.ModuleType(f"fla.ops.{package}")
         setattr(module, attribute, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dispatch, "_reaches_gpu", lambda name, v: True)
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     return "cpu"
