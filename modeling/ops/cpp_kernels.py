@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -33,7 +34,6 @@ from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 logger = logging.get_logger("transformers.lalm")
 
-_SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
 # -O2 compiles these faster, and they run as fast as with -O3.
 _LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -54,6 +54,25 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
+def _read_sources() -> dict[str, str]:
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return {name: _read(os.path.join(folder, name)).decode() for name in names}
+
+
+# By file name. In the code that is saved with a checkpoint the sources themselves stand here (lalm/bundle.py).
+KERNEL_SOURCES: dict[str, str] = _read_sources()
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"', re.MULTILINE)
+
+
+def _files(name: str) -> list[str]:
+    """The file of a kernel and the headers that it includes."""
+    found = [f"{name}.cpp"]
+    for file in found:  # which grows on the way
+        found += [header for header in _INCLUDE.findall(KERNEL_SOURCES[file]) if header not in found]
+    return found
+
+
 def _cpu_flags() -> bytes:
     try:
         with open("/proc/cpuinfo", "rb") as lines:
@@ -62,23 +81,17 @@ def _cpu_flags() -> bytes:
         return b""
 
 
-def _hashes() -> dict[str, Any]:
-    """By kernel, the hash of what its libraries depend on beside their sizes: its source, the headers, and what tells
-    processors apart, for a home folder that several machines share."""
-    files = sorted(os.listdir(_SOURCES)) if os.path.isdir(_SOURCES) else []
-    headers = [_read(os.path.join(_SOURCES, name)) for name in files if name.endswith(".h")]
-    shared = hashlib.blake2b(b"".join([*headers, platform.machine().encode(), _cpu_flags()]), digest_size=10)
-    hashes = {name.removesuffix(".cpp"): shared.copy() for name in files if name.endswith(".cpp")}
-    for name, key in hashes.items():
-        key.update(_read(_source(name)))
-    return hashes
+@cache
+def _processor() -> bytes:
+    """What tells processors apart, for a home folder that several machines share."""
+    return platform.machine().encode() + _cpu_flags()
 
 
-def _source(name: str) -> str:
-    return os.path.join(_SOURCES, f"{name}.cpp")
-
-
-_HASHES = _hashes()
+@cache
+def _hash(name: str) -> bytes:
+    """What the libraries of a kernel depend on, along with their sizes: its source, its headers, the processor."""
+    sources = "".join(KERNEL_SOURCES[file] for file in _files(name))
+    return hashlib.blake2b(sources.encode() + _processor(), digest_size=10).digest()
 
 
 class HeadKernel(NamedTuple):
@@ -168,15 +181,15 @@ if hasattr(os, "register_at_fork"):  # a child has not the thread that may hold 
 # The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
 @cache
 def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
-    if os.environ.get("LALM_CPP") == "0" or name not in _HASHES:
+    if os.environ.get("LALM_CPP") == "0" or f"{name}.cpp" not in KERNEL_SOURCES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
     compiler, defines = (
         _named_compiler(os.environ.get("CXX")),
         tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
     )
-    key = _HASHES[name].copy()
-    key.update(" ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
+    options = " ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines])
+    key = hashlib.blake2b(_hash(name) + options.encode(), digest_size=10)
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
 
 
@@ -323,11 +336,15 @@ def _compile(plan: _Plan, made: str) -> None:
     compiler = plan.compiler or ((own,) if own else ())
     if not compiler:
         raise _NoCompiler("there is no C++ compiler")
+    folder = os.path.dirname(made)
+    for file in _files(plan.name):
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as source:
+            source.write(KERNEL_SOURCES[file])
     end = time.monotonic() + _PATIENCE
     for index, optional in enumerate(_OPTIONAL):
         flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
         try:
-            _run([*compiler, *flags, _source(plan.name), "-o", made], end)
+            _run([*compiler, *flags, os.path.join(folder, f"{plan.name}.cpp"), "-o", made], end)
             break
         except subprocess.CalledProcessError:
             if index == len(_OPTIONAL) - 1:
