@@ -41,7 +41,7 @@ demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(STAMP)
 	@$(LAUNCH) run_clm.py recipes/demo_gla.yaml --output_dir $(DEMO_DIR)
 	@echo "Loading $(DEMO_DIR) in a new process that does not import lalm:"
-	@$(BIN)/python -I recipes/generate_demo.py $(DEMO_DIR)
+	@$(BIN)/python -I experiments/generate_demo.py $(DEMO_DIR)
 
 # One thread a worker: the models of the tests are tiny, and more threads slow them down.
 test: $(STAMP)

@@ -30,8 +30,11 @@ def field_names(classes: Sequence[Any]) -> list[str]:
     return [item.name for cls in classes for item in fields(cls) if item.init]
 
 
-def read_recipe(path: str, known: Sequence[str]) -> dict:
+def read_recipe(path: str, known: Sequence[str], depth: int = 0) -> dict:
     """Read a YAML or JSON recipe; its keys are the names of the flags.
+
+    `based_on` names another recipe, by its path from the folder of this one. What this one says replaces what that one
+    says, key by key, inside of mappings too.
 
     Raises:
         UserError: the file is missing or broken, or a key is no argument (the nearest one is named).
@@ -53,10 +56,25 @@ def read_recipe(path: str, known: Sequence[str]) -> dict:
         raise UserError(f"the recipe {path} must hold 'name: value' lines")
     if is_too_deep(recipe):
         raise UserError(f"the recipe {path} {TOO_DEEP}")
+    base = recipe.pop("based_on", None)
     for key in recipe:
         if key not in known:
             raise UserError(f"the recipe {path} has an unknown field '{key}'{name_hint(str(key), known)}")
-    return recipe
+    if base is None:
+        return recipe
+    if not isinstance(base, str) or depth == DEEPEST:
+        raise UserError(
+            f"the recipe {path}: based_on must be the path of a recipe that is not based on this one"
+        )
+    return _merge(read_recipe(str(Path(path).parent / base), known, depth + 1), recipe)
+
+
+def _merge(base: dict, recipe: dict) -> dict:
+    merged = base | recipe
+    for key in base.keys() & recipe.keys():
+        if isinstance(base[key], dict) and isinstance(recipe[key], dict):
+            merged[key] = base[key] | recipe[key]
+    return merged
 
 
 def is_too_deep(value: Any) -> bool:

@@ -46,6 +46,21 @@ def test_config_overrides_merge_key_by_key(recipe):
     }
 
 
+def test_a_recipe_builds_on_another(recipe):
+    recipe({"block_size": 64, "seed": 7, "config_overrides": {"hidden_size": 64, "num_hidden_layers": 2}}, "base.yaml")
+    recipe({"based_on": "base.yaml", "seed": 8}, "middle.yaml")
+    path = recipe({"based_on": "middle.yaml", "config_overrides": {"hidden_size": 32, "conv_size": 3}})
+    model, data, training = parse_arguments([path])
+    assert (data.block_size, training.seed) == (64, 8)
+    assert model.overrides == {"hidden_size": 32, "num_hidden_layers": 2, "conv_size": 3}
+
+
+@pytest.mark.parametrize("base", ["recipe.yaml", 3, ["base.yaml"]])
+def test_a_recipe_that_builds_on_nothing(recipe, base):
+    with pytest.raises(UserError, match="based_on must be the path of a recipe"):
+        parse_arguments([recipe({"based_on": base})])
+
+
 def test_local_files_replace_the_dataset_of_the_recipe(recipe):
     path = recipe({"dataset_name": "some/set", "dataset_config_name": "v1", "text_column": "body"})
     _, data, _ = parse_arguments([path, "--train_file", "a.txt", "b.txt"])

@@ -1,4 +1,4 @@
-"""recipes/recall.py end to end, resumed, and what it says of a plan that does not fit."""
+"""experiments/recall.py end to end, resumed, and what it says of a plan that does not fit."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import recall
 from lalm.errors import UserError
-from recipes import recall
 
 ROOT = Path(__file__).resolve().parents[2]
 BASED = {"model_type": "lalm_based", "linear_attention_layers": [1], "sliding_attention_layers": []}
@@ -199,7 +199,7 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(changes, message, tmp_p
 def test_script_exit_code_and_stderr(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recall.py", "nowhere.yaml"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "recipes" / "recall.py"), run_name="__main__")
+        runpy.run_module("experiments.recall", run_name="__main__")
     assert caught.value.code == 2
     assert capsys.readouterr().err.strip().startswith("error: cannot read the recipe nowhere.yaml")
 
@@ -213,8 +213,7 @@ def test_the_recipe_of_the_repository_reads():
 @pytest.mark.parametrize("document", ["README.md", "model_cards/based.md"])
 def test_the_command_in_the_documents_names_the_recipe(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    (command,) = re.findall(r"python (recipes/recall\.py .*)$", text, flags=re.MULTILINE)
-    script, plan, *rest = command.split()
-    assert (ROOT / script).is_file()
+    (command,) = re.findall(r"python -m experiments\.recall (.*)$", text, flags=re.MULTILINE)
+    plan, *rest = command.split()
     assert (ROOT / plan).samefile(ROOT / "recipes" / "recall.yaml")
     assert rest == ["--output_dir", "runs/recall"]

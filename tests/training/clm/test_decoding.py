@@ -8,8 +8,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from experiments.recall import Plan
 from lalm.training.clm.decoding import decoding_error, decoding_seconds, read_texts, state_bytes
-from recipes.recall import Plan
 from tests.variants import each_variant
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "recall.yaml"

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Recall against memory and speed: train small models on multi-query associative recall, then ask what each can hold.
 
-    python recipes/recall.py recipes/recall.yaml --output_dir runs/recall
+    python -m experiments.recall recipes/recall.yaml --output_dir runs/recall
 
 Every model of the plan is trained once a learning rate with the stock Trainer; the rate with the best validation
 accuracy is trained with the other seeds too, and only these runs are scored on test. Then the bytes that a cache holds
@@ -18,7 +18,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import typing
 from functools import partial
 from pathlib import Path
@@ -28,18 +27,15 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lalm  # noqa: E402, F401  registers our models
-from benchmarks.machine import describe  # noqa: E402  the folder beside this one
-from benchmarks.timing import alternate, spread  # noqa: E402
-from lalm.errors import UserError, exit_on_user_error, nearest_hint, one_line  # noqa: E402
-from lalm.recall.task import evaluate_recall, multi_query_associative_recall  # noqa: E402
-from lalm.training.clm.decoding import decoding_error, decoding_seconds, read_texts, state_bytes  # noqa: E402
-from lalm.training.clm.model_builder import config_class_of, config_field_names  # noqa: E402
-from lalm.training.recipe import read_recipe  # noqa: E402
-from lalm.training.results import read_json, write_json  # noqa: E402
+import lalm  # noqa: F401  registers our models
+from benchmarks.machine import describe
+from benchmarks.timing import alternate, spread
+from lalm.errors import UserError, exit_on_user_error, nearest_hint, one_line
+from lalm.recall.task import evaluate_recall, multi_query_associative_recall
+from lalm.training.clm.decoding import decoding_error, decoding_seconds, read_texts, state_bytes
+from lalm.training.clm.model_builder import config_class_of, config_field_names
+from lalm.training.recipe import read_recipe
+from lalm.training.results import read_json, write_json
 
 WEIGHT_DECAY = 0.1  # of both papers
 TOLERANCE = 1e-4  # float32, of the logits of decoding against those of one forward

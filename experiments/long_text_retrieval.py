@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Find whole Wikipedia articles by their title, and by a sentence of their second half, at several lengths of reading.
 
-    python recipes/long_text_retrieval.py checkpoints/lam-minilm-l6 sentence-transformers/all-MiniLM-L6-v2 \\
+    python -m experiments.long_text_retrieval checkpoints/lam-minilm-l6 sentence-transformers/all-MiniLM-L6-v2 \\
         --articles data/wikipedia-en/articles.jsonl.gz --tokens 256 4096
 
 Only articles of 1,000 words and more take part. Each model reads as much of an article as --tokens and its own limit

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Load a trained checkpoint as anyone would, without lalm, generate from it, and sum up its run.
 
-python recipes/generate_demo.py runs/demo
+python experiments/generate_demo.py runs/demo
 """
 
 import argparse

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Supervised STS-B without choosing anything: three runs, their weights averaged, the test split scored once.
 
-    python recipes/lam_minilm_l6_soup.py --output_dir runs/lam_minilm_l6_soup [--data_dir ...]
+    python -m experiments.lam_minilm_l6_soup --output_dir runs/lam_minilm_l6_soup [--data_dir ...]
 
 Every run is lam_minilm_l6_supervised.yaml with its own rate and seed, kept as it is after its last step: no early
 stop, no best checkpoint, no test score. Their equal average ("uniform soup", Wortsman et al. 2022, arXiv:2203.05482,
@@ -10,19 +10,15 @@ trained again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import run_sts
+from lalm.errors import exit_on_user_error
 
-import run_sts  # noqa: E402  the script beside this folder
-from lalm.errors import exit_on_user_error  # noqa: E402
-
-RECIPE = str(ROOT / "recipes" / "lam_minilm_l6_supervised.yaml")
+RECIPE = str(Path(run_sts.__file__).with_name("recipes") / "lam_minilm_l6_supervised.yaml")
 RATES = {1: 4e-5, 2: 6e-5, 3: 8e-5}  # by seed: the range of every rate tried before
 UNCHOSEN = ["--max_steps", "540", "--load_best_model_at_end", "false", "--do_test", "false", "--save_dtype", "float32"]
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Train LAM with one part less at a time, each with three seeds, and print what each part is worth on STS-B.
 
-    python recipes/lam_ablations.py --output_dir runs/lam_ablations [--teacher ...]
+    python -m experiments.lam_ablations --output_dir runs/lam_ablations [--teacher ...]
 
 Further flags go to run_sts.py. A run that is there is not repeated. Seeds share data and order: differences to the
 full model are taken seed by seed, and the intervals (Student's t) cover the seeds, not the choice of pairs.
@@ -9,21 +9,17 @@ full model are taken seed by seed, and the intervals (Student's t) cover the see
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 from scipy.stats import t as student_t
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import run_sts  # noqa: E402  the script beside this folder
-from lalm.errors import exit_on_user_error  # noqa: E402
-from lalm.training.results import read_json  # noqa: E402
-from lalm.training.sts.arguments import parse_sts_arguments  # noqa: E402
-from lalm.training.sts.stages import build_student  # noqa: E402
-from lalm.training.sts.teacher import load_teacher  # noqa: E402
+import run_sts
+from lalm.errors import exit_on_user_error
+from lalm.training.results import read_json
+from lalm.training.sts.arguments import parse_sts_arguments
+from lalm.training.sts.stages import build_student
+from lalm.training.sts.teacher import load_teacher
 
 RECIPE = str(Path(__file__).with_suffix(".yaml"))
 SEEDS = (1, 2, 3)
