@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from benchmarks import gates
 from benchmarks.memory import in_rounds
 from benchmarks.models import specification
-from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from benchmarks.registry import Comparison, GateError, Ratio, Run, register
 from lalm.modeling.modeling_lam import LamModel
 
 POSITIONS = 8192
@@ -72,35 +72,35 @@ def encodes_exactly(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
         raise GateError(f"embedding: cosine {cosine:.4f} to that of the recurrent specification")
 
 
-def against_minilm(size: int, length: int, dtype: torch.dtype) -> Contest:
+def against_minilm(size: int, length: int, dtype: torch.dtype) -> Comparison:
     """Embedding a batch of equally long texts."""
     texts = batch(size, length)
-    contestants = {}
+    runs = {}
     for name in ("minilm", "lam"):
         model = encoder(name, dtype)
         facts = {"parameters": model.num_parameters(), "tokens": size * length}
         gate = partial(encodes_exactly, model, *texts) if name == "lam" else None
-        contestants[name] = Contestant(partial(run, model, *texts), gate, facts)
+        runs[name] = Run(partial(run, model, *texts), gate, facts)
     ratio = Ratio("lam", "minilm", f"[{size}, {length}] {str(dtype)[6:]}", SHAPES[size, length])
-    return Contest(contestants, [ratio], str(dtype)[6:])
+    return Comparison(runs, [ratio], str(dtype)[6:])
 
 
 def run(*arguments: Any) -> None:
     encode(*arguments)
 
 
-def peak_memory(lengths: tuple[int, ...]) -> Contest:
+def peak_memory(lengths: tuple[int, ...]) -> Comparison:
     """What encoding one text takes on top of the model and the libraries; each in its own process."""
 
     names = ("minilm", "lam")
-    peak, contestants = in_rounds("encode", names, lengths), {}
+    peak, runs = in_rounds("encode", names, lengths), {}
     for name in names:
         gate = partial(encodes_exactly, encoder(name), *batch(1, 256)) if name == "lam" else None
         for length in lengths:
-            contestants[f"{name} {length}"] = Contestant(partial(peak, name, length), gate, {"tokens": length})
+            runs[f"{name} {length}"] = Run(partial(peak, name, length), gate, {"tokens": length})
     last = lengths[-1]
     ratio = Ratio(f"lam {last}", f"minilm {last}", f"[1, {last}] forward", 1.0, at_most=True)
-    return Contest(contestants, [ratio], unit="MiB")
+    return Comparison(runs, [ratio], unit="MiB")
 
 
 for _size, _length in SHAPES:

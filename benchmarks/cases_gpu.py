@@ -14,7 +14,7 @@ import lalm
 from benchmarks import gates
 from benchmarks.cases_ops import OPS, Inputs, output_of
 from benchmarks.models import LLAMA, facts, train_step
-from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from benchmarks.registry import Comparison, GateError, Ratio, Run, register
 from lalm.convert import config_to_fla, state_dict_to_fla
 from lalm.modeling.ops.delta.dual_state import triton_dual_state_delta
 
@@ -68,22 +68,22 @@ def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
         raise GateError(f"gradient of the embeddings: cosine {cosine:.4f}")
 
 
-def training(length: int, against_llama: float) -> Contest:
+def training(length: int, against_llama: float) -> Comparison:
     """Every variant on fla's kernels, fla's own models, and Llama with flash attention."""
     ids = torch.randint(SIZES["vocab_size"], (TOKENS // length, length), device="cuda")
     softmax = llama(max_position_embeddings=length)
-    contestants = {LLAMA: Contestant(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
+    runs = {LLAMA: Run(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
     ratios, shape = [], f"[{TOKENS // length}, {length}] train step"
     for name in VARIANTS:
         ours, theirs = ours_and_theirs(name)
         gate = partial(same_loss, ours, theirs, ids[:1, :512])
-        contestants[name] = Contestant(train_step(ours, ids), gate, facts(ours, TOKENS))
-        contestants[f"fla {name}"] = Contestant(train_step(theirs, ids), None, facts(theirs, TOKENS))
+        runs[name] = Run(train_step(ours, ids), gate, facts(ours, TOKENS))
+        runs[f"fla {name}"] = Run(train_step(theirs, ids), None, facts(theirs, TOKENS))
         ratios += [Ratio(name, f"fla {name}", shape, 0.97), Ratio(name, LLAMA, shape, against_llama)]
-    return Contest(contestants, ratios, "bfloat16")
+    return Comparison(runs, ratios, "bfloat16")
 
 
-def dual_state(length: int = 4096) -> Contest:
+def dual_state(length: int = 4096) -> Comparison:
     """The dual-state delta rule beside fla's gated delta rule, which does half of its work."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -105,12 +105,12 @@ def dual_state(length: int = 4096) -> Contest:
     ours = partial(output_of, triton_dual_state_delta)
     theirs = partial(output_of, chunk_gated_delta_rule)
     leaves = [{key: tensor.clone().requires_grad_() for key, tensor in inputs.items()} for inputs in (x, y)]
-    contestants = {
-        "fla gated delta": Contestant(partial(step, theirs, leaves[1])),
-        "dual_state": Contestant(partial(step, ours, leaves[0]), partial(right, ours, x)),
+    runs = {
+        "fla gated delta": Run(partial(step, theirs, leaves[1])),
+        "dual_state": Run(partial(step, ours, leaves[0]), partial(right, ours, x)),
     }
     ratio = Ratio("dual_state", "fla gated delta", f"[1, {length}, 8, 64] fwd+bwd", 2.5, at_most=True)
-    return Contest(contestants, [ratio], "bfloat16")
+    return Comparison(runs, [ratio], "bfloat16")
 
 
 for _length, _target in ((2048, 1.0), (16384, 1.5)):

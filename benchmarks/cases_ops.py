@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import gates
-from benchmarks.registry import Contest, Contestant, Ratio, register
+from benchmarks.registry import Comparison, Ratio, Run, register
 from lalm.modeling.ops.delta import delta_rule, dual_state
 from lalm.modeling.ops.diagonal import gla, linear_attention, retention
 from lalm.modeling.ops.dispatch import choose
@@ -132,23 +132,23 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def against_sdpa(length: int) -> Contest:
+def against_sdpa(length: int) -> Comparison:
     """Every rule beside SDPA, which gets its own layout [1, 8, T, 64]."""
     x = {name: tensor.transpose(1, 2).contiguous() for name, tensor in qkv(length).items()}
-    contestants = {"sdpa": Contestant(forward_backward(softmax_attention, x))}
+    runs = {"sdpa": Run(forward_backward(softmax_attention, x))}
     for name, op in OPS.items():
         x = op.inputs(length)
         form = op.form(x)
         function, specification = partial(output_of, form), partial(output_of, op.recurrent)
-        contestants[name] = Contestant(
+        runs[name] = Run(
             forward_backward(function, x), partial(follows, function, specification, x), {"form": form.__name__}
         )
     shape = f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd"
     ratios = [Ratio(name, "sdpa", shape, op.targets[LENGTHS.index(length)]) for name, op in OPS.items()]
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
-def against_transformers(length: int) -> Contest:
+def against_transformers(length: int) -> Comparison:
     """The gated delta rule beside the torch implementation that Qwen3-Next falls back to; both to the recurrence."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
@@ -163,13 +163,13 @@ def against_transformers(length: int) -> Contest:
         with torch.no_grad():
             function(**x)
 
-    contestants, kinds = {}, ("fwd", "fwd+bwd")
+    runs, kinds = {}, ("fwd", "fwd+bwd")
     for who, function in (("ours", ours), ("transformers", theirs)):
         gate = cache(partial(follows, function, partial(output_of, op.recurrent), x))
-        contestants[f"{who} fwd"] = Contestant(partial(forward, function), gate)
-        contestants[f"{who} fwd+bwd"] = Contestant(forward_backward(function, x), gate)
+        runs[f"{who} fwd"] = Run(partial(forward, function), gate)
+        runs[f"{who} fwd+bwd"] = Run(forward_backward(function, x), gate)
     shape = f"[1, {length}, {HEADS}, {SIZE}]"
-    return Contest(contestants, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
+    return Comparison(runs, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
 
 
 def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
@@ -193,17 +193,17 @@ def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
     }
 
 
-def against_fla(length: int) -> Contest:
+def against_fla(length: int) -> Comparison:
     """Every rule beside fla's torch reference; both to the recurrence."""
-    contestants, ratios = {}, []
+    runs, ratios = {}, []
     for name, theirs in fla_references().items():
         op = OPS[name]
         x, specification = op.inputs(length), partial(output_of, op.recurrent)
         for who, function in ((name, partial(output_of, op.form(x))), (f"fla {name}", theirs)):
             gate = partial(follows, function, specification, x)
-            contestants[who] = Contestant(forward_backward(function, x), gate)
+            runs[who] = Run(forward_backward(function, x), gate)
         ratios.append(Ratio(name, f"fla {name}", f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd", 1))
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
 register(

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.models import LLAMA, VARIANTS, build, decodes_exactly, tokens
-from benchmarks.registry import Contest, Contestant, Ratio, register
+from benchmarks.registry import Comparison, Ratio, Run, register
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,10 +44,10 @@ def import_time(statement: str) -> float:
     return fresh_interpreter("-c", code)
 
 
-def importing() -> Contest:
-    contestants = {name: Contestant(partial(import_time, code)) for name, code in IMPORTS.items()}
+def importing() -> Comparison:
+    runs = {name: Run(partial(import_time, code)) for name, code in IMPORTS.items()}
     ratio = Ratio("lalm", "transformers", "import", 1.1, at_most=True)
-    return Contest(contestants, [ratio])
+    return Comparison(runs, [ratio])
 
 
 def tiny(name: str) -> Any:
@@ -88,7 +88,7 @@ def answer_forwards() -> None:
             print(in_a_fork(partial(sample, name)), flush=True)
 
 
-def first_forwards() -> Contest:
+def first_forwards() -> Comparison:
     """A fresh interpreter that runs nothing itself answers for all."""
     command = [sys.executable, "-m", "benchmarks.cases_startup"]
     asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -102,12 +102,12 @@ def first_forwards() -> Contest:
     for name in VARIANTS:
         compile_kernels(name)
     names = (*VARIANTS, *(name + _COLD for name in COLD))
-    contestants = {LLAMA: Contestant(partial(take, LLAMA))}
+    runs = {LLAMA: Run(partial(take, LLAMA))}
     for name in names:
         gate = partial(decodes_exactly, tiny(name.removesuffix(_COLD)))
-        contestants[name] = Contestant(partial(take, name), gate)
+        runs[name] = Run(partial(take, name), gate)
     shape = "[1, 32], 2 layers of 128"
-    return Contest(contestants, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
+    return Comparison(runs, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
 
 
 register(

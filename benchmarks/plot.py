@@ -21,9 +21,9 @@ SHARE = "share of the rate of large matrix products"
 _COLUMNS = 3
 
 
-def contestants(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str, Any], float]]:
+def runs(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str, Any], float]]:
     """(name, facts, median sample in s or MiB) of all models that ran in the cases whose names begin so."""
-    cases = [case["contestants"].items() for name, case in report["cases"].items() if name.startswith(prefix)]
+    cases = [case["runs"].items() for name, case in report["cases"].items() if name.startswith(prefix)]
     return [
         (name, one["facts"], spread(one["samples"]).median)
         for case in cases
@@ -33,9 +33,9 @@ def contestants(report: dict[str, Any], prefix: str) -> list[tuple[str, dict[str
 
 
 def by_length(report: dict[str, Any], prefix: str, value: Any) -> Points:
-    """`value(facts, median)` over the tokens, by the first word of the contestant."""
+    """`value(facts, median)` over the tokens, by the first word of the run."""
     points: Points = {}
-    for name, facts, median in contestants(report, prefix):
+    for name, facts, median in runs(report, prefix):
         points.setdefault(name.split()[0], []).append((facts["tokens"], value(facts, median)))
     return {name: sorted(pairs) for name, pairs in points.items()}
 

@@ -31,7 +31,7 @@ from benchmarks.forks import in_a_fork
 from benchmarks.gates import PASSED
 from benchmarks.machine import describe, matrix_product_rates
 from benchmarks.memory import keep_freed_memory
-from benchmarks.registry import CASES, Case, Contest, GateError, Ratio, select
+from benchmarks.registry import CASES, Case, Comparison, GateError, Ratio, select
 from benchmarks.timing import Spread, alternate, spread
 
 for _module in ("ops", "models", "encoder", "startup", "gpu"):  # they register, in the order of the table
@@ -43,9 +43,9 @@ _WIDTHS = (18, 26, 20, 33, 9, 9, 22, 8, 0)
 _BAD = ("gate failed", "broke")
 
 
-def check(contest: Contest) -> dict[str, str]:
-    """Run the gates; the reasons of those that failed, by contestant."""
-    reasons = {name: failure(contestant.gate) for name, contestant in contest.contestants.items()}
+def check(comparison: Comparison) -> dict[str, str]:
+    """Run the gates; the reasons of those that failed, by run."""
+    reasons = {name: failure(run.gate) for name, run in comparison.runs.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -59,9 +59,9 @@ def failure(gate: Callable[[], None] | None) -> str:
     return ""
 
 
-def figure(ratio: Ratio, contest: Contest, samples: dict[str, list[float]]) -> Line:
+def figure(ratio: Ratio, comparison: Comparison, samples: dict[str, list[float]]) -> Line:
     """What a line reports: samples in turn make one ratio each, whose median counts."""
-    factor = 1000 if contest.unit == "ms" else 1
+    factor = 1000 if comparison.unit == "ms" else 1
     ours, baseline = samples[ratio.ours], samples[ratio.baseline]
     ratios = spread(ratio.value(a, b) for a, b in zip(ours, baseline, strict=True))
     return {
@@ -73,29 +73,29 @@ def figure(ratio: Ratio, contest: Contest, samples: dict[str, list[float]]) -> L
     }
 
 
-def measure(case: Case, only: str = "*", haste: float = 1.0, rounds: int = 1) -> tuple[list[Line], dict[str, Any]]:
-    """The lines of a case, and what its contestants were and took. `haste` divides the budget; `rounds` at least."""
-    contest = case.build().only(only)
-    failed = check(contest)
-    runs = {name: contestant.run for name, contestant in contest.contestants.items() if name not in failed}
-    least = max(rounds, case.least_rounds if haste == 1 else 1)
-    samples = alternate(runs, case.budget / haste, least, case.warm_up) if len(runs) > 1 else {}
+def measure(case: Case, only: str = "*", quick: bool = False, rounds: int = 1) -> tuple[list[Line], dict[str, Any]]:
+    """The table lines and samples of a case: at least `rounds` rounds; `quick` takes a tenth of the budget."""
+    comparison = case.build().only(only)
+    failed = check(comparison)
+    runs = {name: run.call for name, run in comparison.runs.items() if name not in failed}
+    least = max(rounds, 1 if quick else case.least_rounds)
+    samples = alternate(runs, case.budget / (10 if quick else 1), least, case.warm_up) if len(runs) > 1 else {}
     lines = []
-    for ratio in contest.ratios:
+    for ratio in comparison.ratios:
         reasons = [f"{name}: {failed[name]}" for name in (ratio.ours, ratio.baseline) if name in failed]
         result = {"status": "gate failed", "reason": "; ".join(reasons)} if reasons else {}
         goal = {"target": ratio.target, "at_most": ratio.at_most, "goal": ratio.goal}
         named = {"ours": ratio.ours, "baseline": ratio.baseline, "shape": ratio.shape}
-        kind = {"dtype": contest.dtype, "unit": contest.unit}
-        lines.append({"case": case.name} | named | kind | goal | (result or figure(ratio, contest, samples)))
+        kind = {"dtype": comparison.dtype, "unit": comparison.unit}
+        lines.append({"case": case.name} | named | kind | goal | (result or figure(ratio, comparison, samples)))
     details = {
-        name: {"facts": contestant.facts, "samples": samples.get(name, []), "gate": failed.get(name, "passed")}
-        for name, contestant in contest.contestants.items()
+        name: {"facts": run.facts, "samples": samples.get(name, []), "gate": failed.get(name, "passed")}
+        for name, run in comparison.runs.items()
     }
     return lines, details
 
 
-def attempt(case: Case, only: str, haste: float, rounds: int) -> tuple[list[Line], dict[str, Any]]:
+def attempt(case: Case, only: str, quick: bool, rounds: int) -> tuple[list[Line], dict[str, Any]]:
     """`measure`, or one line that says why there is nothing to measure."""
     torch.manual_seed(0)
     keep_freed_memory()
@@ -103,7 +103,7 @@ def attempt(case: Case, only: str, haste: float, rounds: int) -> tuple[list[Line
     if case.needs == "cuda" and not torch.cuda.is_available():
         return [missing | {"status": "no GPU"}], {}
     try:
-        return measure(case, only, haste, rounds)
+        return measure(case, only, quick, rounds)
     except ImportError as error:
         return [missing | {"status": "not installed", "reason": str(error)}], {}
     except Exception as error:
@@ -183,15 +183,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine['hardware']['cpu']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, "
           f"transformers {machine['versions']['transformers']}, {machine['date']}, load {machine['load']:.1f}, "
           f"large products {machine['matrix_product_gflops']} GFLOP/s\n\n{_columns(*_HEAD)}")  # fmt: skip
-    start, haste = time.monotonic(), 10.0 if arguments.quick else 1.0
+    start = time.monotonic()
     for case in arguments.cases:
         began = time.monotonic()
         # What a case leaves behind, in the allocator above all, would change the figures of the next.
-        lines, details, passed = in_a_fork(partial(_apart, case, arguments.only, haste, arguments.rounds))
+        lines, details, passed = in_a_fork(partial(_apart, case, arguments.only, arguments.quick, arguments.rounds))
         PASSED.update(passed)
         print("\n".join(map(row, lines)), flush=True)
         report["lines"] += lines
-        report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "contestants": details}
+        report["cases"][case.name] = {"seconds": round(time.monotonic() - began, 1), "runs": details}
         if arguments.json:
             write(arguments.json, report)
     again = in_a_fork(matrix_product_rates)
