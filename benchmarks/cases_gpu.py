@@ -19,19 +19,19 @@ from lalm.convert import config_to_fla, state_dict_to_fla
 from lalm.modeling.ops.delta.dual_state import triton_dual_state_delta
 
 SIZES: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
-# With what fla's classes of the same name are called and can represent (lalm/convert.py).
+# Our configuration, the prefix of fla's class, and our fields, for the models that both have (lalm/convert).
 VARIANTS: dict[str, tuple[type[lalm.LalmConfig], str, dict[str, Any]]] = {
     "gla": (lalm.GLAConfig, "GLA", {}),
     "retnet": (lalm.RetNetConfig, "RetNet", {}),
     "delta_net": (lalm.DeltaNetConfig, "DeltaNet", {}),
     "gated_delta_net": (lalm.DeltaNetConfig, "GatedDeltaNet", {"use_decay_gate": True}),
 }
-TOKENS = 16384  # of a step; a batch of shorter texts has as many
+TOKENS = 16384  # per step, whatever the sequence length
 BFLOAT16 = 3e-2
 
 
 def ours_and_theirs(name: str, device: str = "cuda", **changes: Any) -> tuple[Any, Any]:
-    """Our model on fla's kernels and fla's own, of the same weights."""
+    """Our model on fla's kernels and fla's own model, with the same weights."""
     import fla.models
 
     config_class, prefix, fields = VARIANTS[name]
@@ -56,7 +56,7 @@ def with_flash(step: Any) -> None:
 
 
 def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
-    """Gate: equal weights give equal losses, and gradients of the embeddings of one direction."""
+    """Gate: equal losses, and embedding gradients whose cosine is close to 1."""
     found, expected = (
         gates.parameter_gradients(model, model(input_ids=ids, labels=ids, use_cache=False).loss)
         for model in (ours, theirs)
@@ -69,7 +69,7 @@ def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
 
 
 def training(length: int, against_llama: float) -> Comparison:
-    """Every variant on fla's kernels, fla's own models, and Llama with flash attention."""
+    """Train steps of our variants on fla's kernels, of fla's own models, and of Llama with flash attention."""
     ids = torch.randint(SIZES["vocab_size"], (TOKENS // length, length), device="cuda")
     softmax = llama(max_position_embeddings=length)
     runs = {LLAMA: Run(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
@@ -84,7 +84,7 @@ def training(length: int, against_llama: float) -> Comparison:
 
 
 def dual_state(length: int = 4096) -> Comparison:
-    """The dual-state delta rule beside fla's gated delta rule, which does half of its work."""
+    """The dual-state delta rule against fla's gated delta rule, which does half as much work."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def on_gpu(x: Inputs) -> Inputs:
@@ -116,7 +116,7 @@ def dual_state(length: int = 4096) -> Comparison:
 for _length, _target in ((2048, 1.0), (16384, 1.5)):
     register(
         f"gpu_train_{_length}",
-        f"24 x 1,024, bfloat16, T = {_length}: >= .97x fla's models, >= {_target:g}x Llama with flash attention",
+        f"24 x 1,024, bfloat16, T = {_length}: >= 0.97x fla's models, >= {_target:g}x Llama with flash attention",
         partial(training, _length, _target),
         budget=60,
         needs="cuda",

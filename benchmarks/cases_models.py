@@ -45,10 +45,9 @@ def against_llama(job: Any, gate: Any, length: int, target: float, what: str, ba
 
 
 def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Comparison:
-    """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
+    """Train steps of `long` against `short` sequences, with one layer (Based: three, one of each kind) and no head.
 
-    The layers of a stack cost alike, and there is no head, whose share would hide what they cost. Of short steps,
-    which vary most, the mean of four counts.
+    Short steps vary most, so the mean of four is taken.
     """
     runs, ratios = {}, []
     for name in names:
@@ -61,7 +60,7 @@ def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Comparison
 
 
 def backbone_step(backbone: Any, ids: torch.Tensor, times: int) -> float:
-    """Seconds of a forward and backward pass, the mean of `times`."""
+    """Seconds per forward and backward pass, averaged over `times`."""
     start = time.perf_counter()
     for _ in range(times):
         backbone.train()
@@ -72,7 +71,7 @@ def backbone_step(backbone: Any, ids: torch.Tensor, times: int) -> float:
 
 
 def decoding(early: int, middle: int, late: int) -> Comparison:
-    """Tokens after `middle` others beside Llama's, and after `late` beside after `early`."""
+    """Decoding after `middle` tokens against Llama, and after `late` against after `early`."""
 
     @cache
     def filled(name: str, length: int) -> Any:
@@ -81,7 +80,7 @@ def decoding(early: int, middle: int, late: int) -> Comparison:
         return fill(build(name), tokens(length)[:, shorter:], before)
 
     def ready(name: str, length: int) -> None:
-        filled(name, length)  # not in the first sample
+        filled(name, length)  # now, so that it is not timed
         if name != LLAMA:
             decodes_exactly(build(name))
 
@@ -120,7 +119,7 @@ def _same(cache: Any) -> Any:
 
 
 def peak_memory(lengths: tuple[int, ...]) -> Comparison:
-    """What a train step takes on top of the model, the optimizer and the libraries; each model in its own process."""
+    """Peak memory of a train step, excluding model, optimizer state and libraries; each model in its own process."""
     runs, ratios, peak = {}, [], in_rounds("train_step", (LLAMA, *VARIANTS), lengths)
     for name in (LLAMA, *VARIANTS):
         gate = None if name == LLAMA else partial(trains_exactly, build(name))
@@ -134,7 +133,7 @@ def peak_memory(lengths: tuple[int, ...]) -> Comparison:
 
 
 def autocast(names: tuple[str, ...], length: int = 2048) -> Comparison:
-    """A train step under bfloat16 autocast beside the same in float32."""
+    """A train step under bfloat16 autocast against the same in float32."""
     runs, ratios = {}, []
     for name in names:
         model = build(name)
@@ -147,7 +146,7 @@ def autocast(names: tuple[str, ...], length: int = 2048) -> Comparison:
 
 
 def survives_autocast(model: Any) -> None:
-    """Gate: the loss under autocast is that of float32 but for rounding; bfloat16 has 8 bits."""
+    """Gate: the loss under autocast equals that of float32 to 1 %; bfloat16 has 8 bits of precision."""
     ids = tokens(160)
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -156,7 +155,7 @@ def survives_autocast(model: Any) -> None:
 
 
 def against_package(blindspot: int, length: int = 2048) -> Comparison:
-    """The published local-global model of 58M parameters beside the package that it comes from, with its weights."""
+    """Our local-global model of 58M parameters against the package it is converted from, with the same weights."""
     from linear_attention_transformer import LinearAttentionTransformerLM
 
     from lalm.convert_linear_attention_transformer import from_linear_attention_transformer
@@ -202,11 +201,11 @@ def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
 
 _LENGTHS = (512, 2048, 8192)
 _CONTEXTS = (*_LENGTHS, 16384)
-# One of each recurrence.
+# One per recurrence.
 _KINDS = ("based", "gla", "gated_delta_net", "local_global", "lam")
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
-# Two rounds of the longest would take four of the twenty minutes.
+# One round of the longest: two would take four of the twenty minutes.
 for _length, _target, _rounds in zip(_LENGTHS, (0.9, 1.1, 2.0), (3, 2, 1), strict=True):
     register(
         f"train_{_length}",

@@ -25,13 +25,13 @@ Inputs = dict[str, torch.Tensor]
 
 
 def qkv(length: int) -> Inputs:
-    """q and k of unit length."""
+    """Random q, k and v, with q and k normalised."""
     x = {name: torch.randn(1, length, HEADS, SIZE) for name in "qkv"}
     return x | {name: F.normalize(x[name], dim=-1) for name in "qk"}
 
 
 def gates_of(*shape: int, keep: float = 2.0) -> torch.Tensor:
-    """Log decays; a larger `keep` forgets less."""
+    """Random log decays; a larger `keep` decays less."""
     return F.logsigmoid(torch.randn(*shape) + keep)
 
 
@@ -66,8 +66,8 @@ def for_dual_state(length: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A rule, its inputs, and its targets at LENGTHS. Its forms in `module` are called recurrent_<rule> (the
-    specification), chunk_<rule> and perhaps cpp_<rule> and triton_<rule>."""
+    """A rule, its inputs, and its targets at LENGTHS. Its implementations in `module` are recurrent_<rule> (the
+    reference), chunk_<rule> and, for some rules, cpp_<rule> and triton_<rule>."""
 
     module: ModuleType
     rule: str
@@ -79,7 +79,7 @@ class Op:
         return getattr(self.module, f"recurrent_{self.rule}")
 
     def form(self, x: Inputs) -> Callable:
-        """What `linear_attn_implementation="auto"` takes here; on a GPU our Triton kernel, if there is one."""
+        """The implementation that "auto" chooses here; on a GPU our Triton kernel, if there is one."""
         triton = getattr(self.module, f"triton_{self.rule}", None)
         if triton and x["q"].is_cuda:
             return triton
@@ -108,7 +108,7 @@ def output_of(function: Callable, **x: torch.Tensor) -> torch.Tensor:
 
 
 def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callable[[], None]:
-    """One forward and the gradients of all inputs, for one cotangent."""
+    """Forward, and the gradients of all inputs for a random output gradient."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
     d_out = torch.randn_like(x["v"])
 
@@ -119,7 +119,7 @@ def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callab
 
 
 def follows(function: Callable[..., torch.Tensor], specification: Callable[..., torch.Tensor], x: Inputs) -> None:
-    """Gate: equal outputs for all tokens, equal gradients of all inputs for the first `CHECKED`."""
+    """Gate: equal outputs for all tokens, and equal input gradients for the first `CHECKED`."""
     with torch.no_grad():
         gates.near("output", function(**x), specification(**x), TOLERANCE)
     first = gates.prefix(x, CHECKED)
@@ -133,7 +133,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
 
 
 def against_sdpa(length: int) -> Comparison:
-    """Every rule beside SDPA, which gets its own layout [1, 8, T, 64]."""
+    """Every rule against causal SDPA, which gets its preferred layout [1, 8, T, 64]."""
     x = {name: tensor.transpose(1, 2).contiguous() for name, tensor in qkv(length).items()}
     runs = {"sdpa": Run(forward_backward(softmax_attention, x))}
     for name, op in OPS.items():
@@ -149,7 +149,7 @@ def against_sdpa(length: int) -> Comparison:
 
 
 def against_transformers(length: int) -> Comparison:
-    """The gated delta rule beside the torch implementation that Qwen3-Next falls back to; both to the recurrence."""
+    """The gated delta rule against Qwen3-Next's torch fallback; both are checked against the recurrence."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     op = OPS["gated_delta"]
@@ -173,8 +173,7 @@ def against_transformers(length: int) -> Comparison:
 
 
 def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
-    """The fastest torch reference of flash-linear-attention for each rule, where it has one (Triton must be installed,
-    a GPU need not be there)."""
+    """flash-linear-attention's fastest torch reference per rule, if it has one (needs Triton, but no GPU)."""
     from fla.ops.delta_rule.naive import delta_rule_chunkwise
     from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
     from fla.ops.gla.naive import naive_recurrent_gla
@@ -194,7 +193,7 @@ def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def against_fla(length: int) -> Comparison:
-    """Every rule beside fla's torch reference; both to the recurrence."""
+    """Every rule against fla's torch reference; both are checked against the recurrence."""
     runs, ratios = {}, []
     for name, theirs in fla_references().items():
         op = OPS[name]

@@ -1,12 +1,12 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Runs cases and prints how ours stands to each baseline.
+"""Runs benchmark cases and prints the ratio of ours to each baseline.
 
-    python -m benchmarks.run                             # everything that fits into 20 minutes on two quiet cores
-    python -m benchmarks.run --case 'ops_*' --only gla   # some cases, one of ours
+    python -m benchmarks.run                             # all but --full cases: 20 minutes on two idle cores
+    python -m benchmarks.run --case 'ops_*' --only gla   # some cases, one variant
     python -m benchmarks.run --list
 
-Every case has a process of its own, whose allocator keeps what is freed, for ours and for the baselines.
-The exit code is 1 if a gate failed or a case broke, else 0: a missed target is a result, not an error.
+Every case runs in its own process, whose allocator keeps freed memory, for ours and for the baselines alike.
+The exit code is 1 if a gate failed or a case crashed, else 0: a missed target is a result, not an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.memory import keep_freed_memory
 from benchmarks.registry import CASES, Case, Comparison, GateError, Ratio, select
 from benchmarks.timing import Spread, alternate, spread
 
-for _module in ("ops", "models", "encoder", "startup", "gpu"):  # they register, in the order of the table
+for _module in ("ops", "models", "encoder", "startup", "gpu"):  # importing registers, in the order of the table
     import_module(f"benchmarks.cases_{_module}")
 
 Line = dict[str, Any]
@@ -44,13 +44,13 @@ _BAD = ("gate failed", "broke")
 
 
 def check(comparison: Comparison) -> dict[str, str]:
-    """Run the gates; the reasons of those that failed, by run."""
+    """Run all gates; return the reasons of those that failed, by run."""
     reasons = {name: failure(run.gate) for name, run in comparison.runs.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def failure(gate: Callable[[], None] | None) -> str:
-    """Why a gate fails, nothing if it does not."""
+    """Why a gate fails; empty if it passes."""
     try:
         if gate:
             gate()
@@ -60,7 +60,7 @@ def failure(gate: Callable[[], None] | None) -> str:
 
 
 def figure(ratio: Ratio, comparison: Comparison, samples: dict[str, list[float]]) -> Line:
-    """What a line reports: samples in turn make one ratio each, whose median counts."""
+    """The measured part of a line: each round gives one ratio, and the median of the ratios counts."""
     factor = 1000 if comparison.unit == "ms" else 1
     ours, baseline = samples[ratio.ours], samples[ratio.baseline]
     ratios = spread(ratio.value(a, b) for a, b in zip(ours, baseline, strict=True))
@@ -96,7 +96,7 @@ def measure(case: Case, only: str = "*", quick: bool = False, rounds: int = 1) -
 
 
 def attempt(case: Case, only: str, quick: bool, rounds: int) -> tuple[list[Line], dict[str, Any]]:
-    """`measure`, or one line that says why there is nothing to measure."""
+    """Run `measure`, or return one line that says why it cannot run."""
     torch.manual_seed(0)
     keep_freed_memory()
     missing = {"case": case.name, "ours": case.what}
@@ -112,7 +112,7 @@ def attempt(case: Case, only: str, quick: bool, rounds: int) -> tuple[list[Line]
 
 
 def row(line: Line) -> str:
-    """A line of the table."""
+    """Format one line of the table."""
     if line["status"] != "measured":
         named = "  ".join(line[key] for key in ("ours", "baseline", "shape") if key in line)
         return f"{line['case']:{_WIDTHS[0]}}  {named}: {line['status']} {line.get('reason', '')}".rstrip()
@@ -133,13 +133,13 @@ def _digits(value: float) -> str:
 
 
 def summary(lines: list[Line]) -> str:
-    """How many lines came out how."""
+    """Count the outcomes, e.g. "3 met, 1 missed"."""
     words = ["met" if line.get("met") else "missed" if "met" in line else line["status"] for line in lines]
     return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """All or nothing: a run that is stopped leaves the cases that it finished."""
+    """Write atomically, so that an interrupted run leaves the cases that it finished."""
     staged = path.with_name(path.name + ".part")
     staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(staged, path)
@@ -147,14 +147,14 @@ def write(path: Path, report: dict[str, Any]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="these only; shell patterns")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="lines of ours that match")
-    parser.add_argument("--json", type=Path, help="write the results there too")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no long cases: to see that all runs")
-    parser.add_argument("--full", action="store_true", help="the cases too that do not fit into 20 minutes")
-    parser.add_argument("--rounds", type=int, default=1, help="of every case at least, whatever its budget")
-    parser.add_argument("--threads", type=int, default=1, help="of the timed work (1)")
-    parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="run only these; shell patterns")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="only lines whose `ours` matches")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no long cases: a smoke test")
+    parser.add_argument("--full", action="store_true", help="include the cases that do not fit into 20 minutes")
+    parser.add_argument("--rounds", type=int, default=1, help="minimum rounds per case, regardless of its budget")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the timed work (1)")
+    parser.add_argument("--list", action="store_true", help="list the cases")
     arguments = parser.parse_args(argv)
     try:
         arguments.cases = select(arguments.case, arguments.full, arguments.quick)
@@ -164,7 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _apart(*arguments: Any) -> tuple[list[Line], dict[str, Any], list[str]]:
-    """`attempt`, and the gates that have passed, for the processes of the cases to come."""
+    """Run `attempt`; also return the gates that have passed, so that later cases skip them."""
     return *attempt(*arguments), sorted(PASSED)
 
 
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     for case in arguments.cases:
         began = time.monotonic()
-        # What a case leaves behind, in the allocator above all, would change the figures of the next.
+        # In a fork, because what a case leaves in the allocator would change the figures of the next.
         lines, details, passed = in_a_fork(partial(_apart, case, arguments.only, arguments.quick, arguments.rounds))
         PASSED.update(passed)
         print("\n".join(map(row, lines)), flush=True)
