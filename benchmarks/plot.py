@@ -36,7 +36,9 @@ def runs(report: dict[str, Any], prefix: str | tuple[str, ...]) -> list[tuple[st
     ]
 
 
-def by_length(report: dict[str, Any], prefix: str | tuple[str, ...], value: Callable, length: str = "tokens") -> Points:
+def by_length(
+    report: dict[str, Any], prefix: str | tuple[str, ...], value: Callable, length: str = "tokens"
+) -> Points:
     """`value(facts, median)` against `facts[length]`, by the first word of the run's name."""
     points: Points = {}
     for name, facts, median in runs(report, prefix):
