@@ -6,16 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import gates
 from benchmarks.registry import Comparison, Ratio, Run, register
-from lalm.modeling.ops.delta import delta_rule, dual_state
-from lalm.modeling.ops.diagonal import gla, linear_attention, retention
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling import ops
 
 HEADS, SIZE = 8, 64
 LENGTHS = (2048, 8192)
@@ -66,40 +63,21 @@ def for_dual_state(length: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A rule, its inputs, and its targets at LENGTHS. Its implementations in `module` are recurrent_<rule> (the
-    reference), chunk_<rule> and, for some rules, cpp_<rule> and triton_<rule>."""
+    """A rule as `auto` runs it, its token-by-token reference, its inputs, and its targets at LENGTHS."""
 
-    module: ModuleType
-    rule: str
+    auto: Callable
+    recurrent: Callable
     inputs: Callable[[int], Inputs]
     targets: tuple[float, float]
 
-    @property
-    def recurrent(self) -> Callable:
-        return getattr(self.module, f"recurrent_{self.rule}")
-
-    def form(self, x: Inputs) -> Callable:
-        """The implementation that "auto" chooses here; on a GPU our Triton kernel, if there is one."""
-        triton = getattr(self.module, f"triton_{self.rule}", None)
-        if triton and x["q"].is_cuda:
-            return triton
-        cpp = getattr(self.module, f"cpp_{self.rule}", None)
-        if cpp:
-            try:
-                cpp(**gates.prefix(x, 8))
-            except RuntimeError:  # no compiler, or not for these tensors
-                cpp = None
-        chunk = getattr(self.module, f"chunk_{self.rule}")
-        return choose("a benchmark", "auto", x["q"], recurrent=self.recurrent, chunk=chunk, cpp=cpp)
-
 
 OPS = {
-    "linear": Op(linear_attention, "linear_attention", for_linear, (5, 20)),
-    "retention": Op(retention, "retention", qkv, (5, 20)),
-    "gla": Op(gla, "gla", for_gla, (3, 10)),
-    "delta": Op(delta_rule, "delta_rule", for_delta, (2.5, 8)),
-    "gated_delta": Op(delta_rule, "gated_delta_rule", for_gated_delta, (2.5, 8)),
-    "dual_state": Op(dual_state, "dual_state_delta", for_dual_state, (1.2, 4)),
+    "linear": Op(ops.linear_attention, ops.recurrent_linear_attention, for_linear, (5, 20)),
+    "retention": Op(ops.retention, ops.recurrent_retention, qkv, (5, 20)),
+    "gla": Op(ops.gla, ops.recurrent_gla, for_gla, (3, 10)),
+    "delta": Op(ops.delta_rule, ops.recurrent_delta_rule, for_delta, (2.5, 8)),
+    "gated_delta": Op(ops.gated_delta_rule, ops.recurrent_gated_delta_rule, for_gated_delta, (2.5, 8)),
+    "dual_state": Op(ops.dual_state_delta, ops.recurrent_dual_state_delta, for_dual_state, (1.2, 4)),
 }
 
 
@@ -138,11 +116,8 @@ def against_sdpa(length: int) -> Comparison:
     runs = {"sdpa": Run(forward_backward(softmax_attention, x))}
     for name, op in OPS.items():
         x = op.inputs(length)
-        form = op.form(x)
-        function, specification = partial(output_of, form), partial(output_of, op.recurrent)
-        runs[name] = Run(
-            forward_backward(function, x), partial(follows, function, specification, x), {"form": form.__name__}
-        )
+        function, specification = partial(output_of, op.auto), partial(output_of, op.recurrent)
+        runs[name] = Run(forward_backward(function, x), partial(follows, function, specification, x))
     shape = f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd"
     ratios = [Ratio(name, "sdpa", shape, op.targets[LENGTHS.index(length)]) for name, op in OPS.items()]
     return Comparison(runs, ratios)
@@ -154,7 +129,7 @@ def against_transformers(length: int) -> Comparison:
 
     op = OPS["gated_delta"]
     x = op.inputs(length)
-    ours = partial(output_of, op.form(x))
+    ours = partial(output_of, op.auto)
 
     def theirs(q, k, v, g, beta):
         return torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]
@@ -198,7 +173,7 @@ def against_fla(length: int) -> Comparison:
     for name, theirs in fla_references().items():
         op = OPS[name]
         x, specification = op.inputs(length), partial(output_of, op.recurrent)
-        for who, function in ((name, partial(output_of, op.form(x))), (f"fla {name}", theirs)):
+        for who, function in ((name, partial(output_of, op.auto)), (f"fla {name}", theirs)):
             gate = partial(follows, function, specification, x)
             runs[who] = Run(forward_backward(function, x), gate)
         ratios.append(Ratio(name, f"fla {name}", f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd", 1))

@@ -85,7 +85,7 @@ def draw(report: dict[str, Any], path: Path) -> list[str]:
     for axes in places[len(drawn) :]:
         axes.axis("off")
     handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
     machine, threads = report["machine"], report["machine"]["threads"]
     where = f"{machine['hardware']['cpu']}, {threads} thread{'s' * (threads > 1)}, {machine['date'][:10]}"
     figure.suptitle(where, fontsize=10)

@@ -21,7 +21,7 @@ class Run:
         call: takes one sample: returns None to have its wall time taken, or the sample itself (seconds or MiB).
         gate: checks the result of `call` on the same tensors and raises GateError if it is wrong. It also absorbs
             one-time costs such as kernel compilation. None for third-party code, which is not checked.
-        facts: stored in the JSON along with the samples: parameters, tokens, the implementation that ran, ...
+        facts: stored in the JSON along with the samples: parameters, tokens, context length, ...
     """
 
     call: Callable[[], float | None]

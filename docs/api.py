@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Writes docs/api.md from signatures and docstrings.
 
-    python docs/api.py           # rewrites it
-    python docs/api.py --check   # exit code 1 if it is out of date
+python docs/api.py           # rewrites it
+python docs/api.py --check   # exit code 1 if it is out of date
 """
 
 import dataclasses

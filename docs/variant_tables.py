@@ -52,12 +52,14 @@ def options_table() -> str:
         own = [field for field in dataclasses.fields(variant.config) if field.name not in shared]
         named = ", ".join(f"`{field.name}`{values(field)}" for field in own)
         prefix = variant.config.__name__.removesuffix("Config")
-        lines.append(f"| [`{variant.config.model_type}`](../model_cards/{source(variant)}.md) | `{prefix}...` | {named} |")
+        lines.append(
+            f"| [`{variant.config.model_type}`](../model_cards/{source(variant)}.md) | `{prefix}...` | {named} |"
+        )
     return "\n".join(lines)
 
 
 def values(field) -> str:
-    """" (a, b, c)" for a field of literal strings."""
+    """ " (a, b, c)" for a field of literal strings."""
     literals = [value for value in get_args(field.type) if isinstance(value, str)]
     return f" ({', '.join(literals)})" if literals else ""
 
@@ -111,7 +113,9 @@ def size_table() -> str:
         )
         lines.append(f"| `{variant.config.model_type}` | {total / 1e6:.1f}M | {inner / 1e6:.1f}M | {states} |")
     softmax = 2 * TOKENS * WIDTH * 4
-    lines.append(f"| softmax attention of the same width | | | {softmax / 1024:,.0f} KiB at {TOKENS} tokens, growing |")
+    lines.append(
+        f"| softmax attention of the same width | | | {softmax / 1024:,.0f} KiB at {TOKENS} tokens, growing |"
+    )
     return "\n".join(lines)
 
 
@@ -146,7 +150,9 @@ def feature_table() -> str:
 
 def tables() -> str:
     """The generated part of docs/models.md."""
-    sizes = f"Width {WIDTH}, a vocabulary of {VOCABULARY:,} tokens, otherwise the defaults of each variant, in float32:"
+    sizes = (
+        f"Width {WIDTH}, a vocabulary of {VOCABULARY:,} tokens, otherwise the defaults of each variant, in float32:"
+    )
     features = "Supported features, each with padding and packing, and in causal models with caches and `generate`:"
     return f"{options_table()}\n\n{sizes}\n\n{size_table()}\n\n{features}\n\n{feature_table()}\n"
 

@@ -16,7 +16,8 @@ from lalm.modeling.ops.cpp_kernels import open_kernel
 from lalm.modeling.ops.dense.elementwise import activate, has_kernel, open_activation, rms_norm
 from lalm.modeling.ops.dense.matrix_product import linear, open_linear
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv, open_short_conv, plain_short_conv
-from lalm.modeling.ops.dtypes import compute_dtype, product_dtype
+from lalm.modeling.ops.dispatch import pieces_of_mlp, product_dtype
+from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
@@ -46,8 +47,8 @@ def takes_apply(layer: nn.Module) -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest matrix product (ops/dense/matrix_product.py).
-    On CPUs without instructions for the 16-bit type asked for, it computes in float32 (ops/dtypes.py)."""
+    """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest product (dense/matrix_product.py).
+    On CPUs without instructions for the 16-bit type asked for, it computes in float32 (ops/dispatch.py)."""
     autocast = torch.is_autocast_enabled("cpu")
     if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
         return linear(x, weight, bias)
@@ -94,10 +95,6 @@ class Activation(nn.Module):
         return self.name
 
 
-# Numbers of the wide activations of an MLP that exist at once, where they are not kept for a backward pass. Where they
-# are, it is their gradients, in larger pieces: every piece adds to the gradients of the weights.
-_WIDE_AT_ONCE, _LARGER = 1 << 20, 4
-
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
 
@@ -110,21 +107,18 @@ class MLP(nn.Module):
         super().__init__()
         width = config.intermediate_size
         assert width is not None  # the configuration derives it
-        gated = config.mlp_type == "gated"
+        self.width, gated = width, config.mlp_type == "gated"
         self.gate_proj = make_linear(config.hidden_size, width, bias=self.bias) if gated else None
         self.up_proj = make_linear(config.hidden_size, width, bias=self.bias)
         self.down_proj = make_linear(width, config.hidden_size, bias=self.bias)
         self.act_fn = Activation(config.hidden_act, gated)
-        self.rows_at_once = max(1, _WIDE_AT_ONCE // width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D] -> [B, T, D]`; on the CPU in pieces, whose wide activations, or those that only a backward pass
-        has, stay in its cache and take no memory that grows with the text."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        """`[B, T, D] -> [B, T, D]`, in pieces where `pieces_of_mlp` says so."""
+        size = pieces_of_mlp(x, self.width)
+        if size is None:
             return self._piece(x)
-        rows, size = x.flatten(0, -2), self.rows_at_once * (_LARGER if torch.is_grad_enabled() else 1)
-        if len(rows) <= size:
-            return self._piece(x)
+        rows = x.flatten(0, -2)
         if torch.is_grad_enabled():
             return torch.cat([self._piece(piece) for piece in rows.split(size)]).view_as(x)
         y = None

@@ -16,16 +16,12 @@ from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
-from lalm.modeling.ops.dispatch import choose
-from lalm.modeling.ops.local_global.efficient_attention import (
-    EfficientState,
-    chunk_efficient_attention,
-    recurrent_efficient_attention,
-)
+from lalm.modeling.ops.local_global.efficient_attention import efficient_attention
 from lalm.modeling.ops.local_global.efficient_bidirectional import (
     bidirectional_efficient_attention,
     cross_efficient_attention,
 )
+from lalm.modeling.ops.local_global.efficient_recurrence import EfficientState
 from lalm.modeling.ops.local_global.local_attention import LocalState, local_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -132,20 +128,13 @@ class LocalGlobalMixer(nn.Module):
         k, v = (x.expand(-1, -1, self.num_global, -1) for x in (k, v))
         if not self.config.is_causal:
             return bidirectional_efficient_attention(q, k, v, semantics=self.config.semantics, layout=layout)
-        op = choose(
-            "efficient_attention",
-            self.config.linear_attn_implementation,
-            v,
-            recurrent=recurrent_efficient_attention,
-            chunk=chunk_efficient_attention,
-            fla=chunk_efficient_attention,
-        )
         attend = partial(
-            op,
+            efficient_attention,
             initial_state=self._recall(cache),
             output_final_state=cache is not None,
             blindspot_size=self.config.blindspot_size,
             semantics=self.config.semantics,
+            implementation=self.config.linear_attn_implementation,
         )
         o, state = attend(q, k, v, layout=layout)
         if cache is not None:
@@ -171,8 +160,9 @@ class LocalGlobalMixer(nn.Module):
         shape = (-1, self.num_global, -1, -1)
         return EfficientState(published.expand(shape), None if pending is None else pending.expand(shape), filled)
 
-    def _memories(self, state: EfficientState) -> dict[int, torch.Tensor]:
+    def _memories(self, state: EfficientState | None) -> dict[int, torch.Tensor]:
         """What is stored of a state, by number. Heads that share keys and values share their memory."""
+        assert state is not None
         return {
             number: value[:, : self.global_keys] if value.ndim == 4 else value
             for number, value in zip(_GLOBAL, state, strict=True)

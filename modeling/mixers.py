@@ -12,16 +12,10 @@ from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
+from lalm.modeling.ops.cpp_kernels import open_heads
 from lalm.modeling.ops.dense.elementwise import activate
-from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal.linear_attention import (
-    chunk_linear_attention,
-    cpp_linear_attention,
-    cpp_taylor_attention,
-    fla_linear_attention,
-    recurrent_linear_attention,
-)
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.linear_attention import linear_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -132,7 +126,7 @@ class Mixer(nn.Module):
         self.o_norm = RMSNorm(self.value_dim, eps=self.config.norm_eps)
 
     def gate_output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`norm(o) * act(x W)`, as far as there are such: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
+        """`norm(o) * act(x W)`, each if the model has it: heads `o [B, T, H, V]`, the mixer's input x `[B, T, D]`."""
         o = o if self.o_norm is None else self.o_norm(o)
         return o if self.g_proj is None else activate(self.output_gate, self.g_proj(hidden_states).view_as(o), o)
 
@@ -156,24 +150,14 @@ class FeatureMixer(Mixer):
     ):
         super().__init__(config, layer_idx)
         self.q_map, self.k_map, self.normalize, self.eps = q_map, k_map, normalize, eps
-        is_taylor = q_map.name == "taylor"  # whose kernel makes the features itself
-        form, size = (cpp_taylor_attention, self.key_dim) if is_taylor else (cpp_linear_attention, q_map.num_features)
-        self.compiled = compiled_diagonal(form, size, self.value_dim, normalized=normalize, taylor=is_taylor)
+        self.is_taylor = q_map.name == "taylor"  # the op makes the features itself
+        size = self.key_dim if self.is_taylor else q_map.num_features
+        open_heads(diagonal_kernel(size, self.value_dim, 0, normalize, self.is_taylor))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "linear_attention",
-            implementation,
-            v,
-            recurrent=recurrent_linear_attention,
-            chunk=chunk_linear_attention,
-            fla=fla_linear_attention,
-            cpp=self.compiled.where_had(implementation, q),
-        )
-        if op is not cpp_taylor_attention:
+        if not self.is_taylor:
             q, k = self.q_map(q), (self.k_map or self.q_map)(k)
-        return op(
+        return linear_attention(
             q,
             k,
             v,
@@ -181,8 +165,10 @@ class FeatureMixer(Mixer):
             scale=1.0 if self.normalize else None,
             initial_state=state,
             output_final_state=output_final_state,
-            normalize=self.normalize,
-            eps=self.eps,
             layout=layout,
             causal=self.config.is_causal,
+            normalize=self.normalize,
+            eps=self.eps,
+            taylor=self.is_taylor,
+            implementation=self.config.linear_attn_implementation,
         )

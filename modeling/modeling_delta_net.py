@@ -23,18 +23,9 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.delta.delta_rule import (
-    chunk_delta_rule,
-    chunk_gated_delta_rule,
-    cpp_delta_rule,
-    cpp_gated_delta_rule,
-    fla_delta_rule,
-    fla_gated_delta_rule,
-    recurrent_delta_rule,
-    recurrent_gated_delta_rule,
-)
-from lalm.modeling.ops.delta.delta_rule_cpp import compiled_delta
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.delta.delta_rule import delta_rule, gated_delta_rule
+from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
@@ -82,45 +73,21 @@ class DeltaNetMixer(Mixer):
             self.gate_bias = DecayGate(self.num_heads)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
-        form = cpp_gated_delta_rule if config.use_decay_gate else cpp_delta_rule
-        self.compiled = compiled_delta(form, self.key_dim, self.value_dim)
+        open_heads(delta_kernel(self.key_dim, self.value_dim))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation = self.config.linear_attn_implementation
         beta = self.b_proj(hidden_states)
         beta = beta.to(compute_dtype(beta)).sigmoid() * self.strongest_write
+        options = {
+            "initial_state": state,
+            "output_final_state": output_final_state,
+            "layout": layout,
+            "causal": self.config.is_causal,
+            "implementation": self.config.linear_attn_implementation,
+        }
         if self.a_proj is None or self.gate_bias is None:
-            op = choose(
-                "delta_rule",
-                implementation,
-                v,
-                recurrent=recurrent_delta_rule,
-                chunk=chunk_delta_rule,
-                fla=fla_delta_rule,
-                cpp=self.compiled.where_had(implementation, q),
-            )
-            gates: tuple[torch.Tensor, ...] = (beta,)
-        else:
-            op = choose(
-                "gated_delta_rule",
-                implementation,
-                v,
-                recurrent=recurrent_gated_delta_rule,
-                chunk=chunk_gated_delta_rule,
-                fla=fla_gated_delta_rule,
-                cpp=self.compiled.where_had(implementation, q),
-            )
-            gates = (self.gate_bias(self.a_proj(hidden_states)), beta)
-        return op(
-            q,
-            k,
-            v,
-            *gates,
-            initial_state=state,
-            output_final_state=output_final_state,
-            layout=layout,
-            causal=self.config.is_causal,
-        )
+            return delta_rule(q, k, v, beta, **options)
+        return gated_delta_rule(q, k, v, self.gate_bias(self.a_proj(hidden_states)), beta, **options)
 
 
 class DeltaNetModel(LalmModel):

@@ -19,9 +19,9 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, fla_gla, recurrent_gla
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.gla import gla
 from lalm.modeling.ops.dtypes import compute_dtype
 
 
@@ -37,22 +37,12 @@ class GLAMixer(Mixer):
         )
         self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer
-        self.compiled = compiled_diagonal(cpp_gla, self.key_dim, self.value_dim, gate_size=self.key_dim)
+        open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=self.key_dim))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         gate = self.gk_proj(hidden_states)
         g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_logit_normalizer
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "gla",
-            implementation,
-            v,
-            recurrent=recurrent_gla,
-            chunk=chunk_gla,
-            fla=fla_gla,
-            cpp=self.compiled.where_had(implementation, q),
-        )
-        return op(
+        return gla(
             q,
             k,
             v,
@@ -61,6 +51,7 @@ class GLAMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
+            implementation=self.config.linear_attn_implementation,
         )
 
 

@@ -25,16 +25,10 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp_kernels import open_kernel
-from lalm.modeling.ops.delta.delta_rule_cpp import compiled_delta
-from lalm.modeling.ops.delta.dual_state import (
-    chunk_dual_state_delta,
-    cpp_dual_state_delta,
-    recurrent_dual_state_delta,
-    triton_dual_state_delta,
-)
+from lalm.modeling.ops.cpp_kernels import open_heads, open_kernel
+from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
+from lalm.modeling.ops.delta.dual_state import dual_state_delta
 from lalm.modeling.ops.delta.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
-from lalm.modeling.ops.dispatch import choose
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -105,21 +99,10 @@ class LamMixer(Mixer):
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
-        sizes = (self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule)
-        self.compiled = compiled_delta(cpp_dual_state_delta, *sizes)
+        open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "dual_state_delta",
-            implementation,
-            v,
-            recurrent=recurrent_dual_state_delta,
-            chunk=chunk_dual_state_delta,
-            cpp=self.compiled.where_had(implementation, q),
-            triton=triton_dual_state_delta,
-        )
-        return op(
+        return dual_state_delta(
             q,
             k,
             v,
@@ -130,6 +113,7 @@ class LamMixer(Mixer):
             layout=layout,
             causal=self.config.is_causal,
             use_delta_rule=self.config.use_delta_rule,
+            implementation=self.config.linear_attn_implementation,
         )
 
 

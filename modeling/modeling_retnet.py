@@ -16,9 +16,9 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal.retention import chunk_retention, cpp_retention, fla_retention, recurrent_retention
-from lalm.modeling.ops.dispatch import choose
+from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.retention import retention
 
 
 class RetNetMixer(Mixer):
@@ -27,20 +27,10 @@ class RetNetMixer(Mixer):
     def __init__(self, config: RetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.make_output_gate(config.use_output_gate)
-        self.compiled = compiled_diagonal(cpp_retention, self.key_dim, self.value_dim, gate_size=1)
+        open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=1))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        implementation = self.config.linear_attn_implementation
-        op = choose(
-            "retention",
-            implementation,
-            v,
-            recurrent=recurrent_retention,
-            chunk=chunk_retention,
-            fla=fla_retention,
-            cpp=self.compiled.where_had(implementation, q),
-        )
-        return op(
+        return retention(
             q,
             k,
             v,
@@ -48,6 +38,7 @@ class RetNetMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
+            implementation=self.config.linear_attn_implementation,
         )
 
 

@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.layers import RMSNorm, make_linear, rotate
 from lalm.modeling.mixers import Tables
+from lalm.modeling.ops.dispatch import must_separate
 from lalm.modeling.ops.local_global.local_attention import sliding_attention
-from lalm.modeling.ops.sequence_layout import SequenceLayout, must_part
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
 def _is_fresh(cache: Cache | None, layer_idx: int) -> bool:
@@ -61,7 +62,7 @@ class SoftmaxAttention(nn.Module):
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
         dropout = self.config.attention_dropout if self.training else 0.0
         in_blocks = self.sliding_window is not None and self.layer_type not in masks
-        if in_blocks or (must_part(layout, q, k, v) and _is_fresh(past_key_values, self.layer_idx)):
+        if in_blocks or (must_separate(layout, q, k, v) and _is_fresh(past_key_values, self.layer_idx)):
             o = self._attend_in_blocks(q, k, v, dropout, layout, past_key_values)
             return self.o_proj(o.flatten(-2)), None
         if self.sliding_window is not None:

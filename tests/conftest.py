@@ -33,10 +33,10 @@ def pytest_configure(config):
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     transformers.logging.disable_progress_bar()
-    # Short texts too get the C++ kernels, whatever happens to be compiled on this machine.
-    from lalm.modeling.ops import cpp_kernels as cpp
+    # Short sequences and small models get the C++ kernels too.
+    from lalm.modeling.ops import dispatch
 
-    cpp._EARNS_COMPILING = 0
+    dispatch.EARNS_COMPILING = dispatch.WORTH_A_CONV_KERNEL = dispatch.WORTH_A_GATE_KERNEL = 0
 
 
 @pytest.fixture(autouse=True)

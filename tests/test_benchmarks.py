@@ -179,7 +179,7 @@ def test_gates_see_differences():
 def test_ops_pass_their_gates_and_a_wrong_one_does_not(name):
     op = cases_ops.OPS[name]
     x = op.inputs(80)
-    ours, specification = (partial(cases_ops.output_of, form) for form in (op.form(x), op.recurrent))
+    ours, specification = (partial(cases_ops.output_of, form) for form in (op.auto, op.recurrent))
     cases_ops.follows(ours, specification, x)
     cases_ops.forward_backward(ours, x)()
     with pytest.raises(GateError, match="output"):

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import has_open_length, hides_values
-
-# A token whose numbers are so many times those of the others is large among them.
-_LARGE = 8.0
+from lalm.modeling.ops.autograd import has_open_length
+from lalm.modeling.ops.dispatch import no_token_is_large
 
 
 def to_chunks(x: torch.Tensor, chunk_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,9 +79,7 @@ def running_sums(changes: torch.Tensor, entering: torch.Tensor, leaving: torch.T
     sizes = torch.linalg.vector_norm(changes, 1, dim=-1, keepdim=True)
     found = suffix_sums(changes).add_(leaving[..., None, :])
     found[..., 0, :] = entering
-    # Mostly no token is large. Elsewhere than on a CPU a look at the data would cost more than it saves.
-    may_look = changes.device.type == "cpu" and not hides_values()
-    if may_look and bool((sizes.amax(-2) <= _LARGE * sizes.mean(-2)).all()):
+    if no_token_is_large(sizes):  # the usual case
         return found
     sizes = sizes.cumsum(-2)
     fewer = 2 * sizes[..., :-1, :] < sizes[..., -1:, :] + _size(leaving) - _size(entering)

@@ -1,8 +1,9 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""C++ kernels for the CPU, compiled by the machine's own compiler when first needed and kept in its cache folder.
+"""C++ kernels for the CPU, compiled by the machine's own compiler when first asked for and kept in its cache folder.
 
-A kernel is one source file (and headers), compiled for fixed sizes in one to four seconds once a call is long enough.
-Where there is no compiler, or the source is absent (a checkpoint loaded as remote code), plain torch runs instead.
+A kernel is one source file (and headers), compiled for fixed sizes in one to four seconds. `dispatch.py` decides from
+the shapes of a call whether to ask; here is how to get the library. Where there is no compiler, or the source is
+absent (a checkpoint loaded as remote code), plain torch runs instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -20,43 +22,55 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging
 
-from lalm.modeling.ops.autograd import is_looked_into
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 logger = logging.get_logger("transformers.lalm")
 
-_SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
-# Made sooner, they are as fast.
+# -O2 compiles these faster, and they run as fast as with -O3.
 _LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 
 
-# Values a head: kernels for heads work in registers of this many.
+# Values per head are padded to a multiple of this: the kernels work in registers of so many numbers.
 LANES = 16
-# A head with fewer numbers in its state is not worth a compilation.
-SMALLEST_STATE = 512
 # Seconds that a process waits for a compiler that is not done, once: it takes one to ten.
 _PATIENCE = 60.0
 # Bytes of the checksum at the end of a library that is kept.
 _SEAL = 20
-# Multiply-adds of a call that earn the second of waiting for a compiler: some milliseconds in plain torch.
-_EARNS_COMPILING = 1 << 21
 
 
 def _read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def _read_sources() -> dict[str, str]:
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return {name: _read(os.path.join(folder, name)).decode() for name in names}
+
+
+# By file name. In the code that is saved with a checkpoint the sources themselves stand here (lalm/bundle.py).
+KERNEL_SOURCES: dict[str, str] = _read_sources()
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"', re.MULTILINE)
+
+
+def _files(name: str) -> list[str]:
+    """The file of a kernel and the headers that it includes."""
+    found = [f"{name}.cpp"]
+    for file in found:  # which grows on the way
+        found += [header for header in _INCLUDE.findall(KERNEL_SOURCES[file]) if header not in found]
+    return found
 
 
 def _cpu_flags() -> bytes:
@@ -67,45 +81,59 @@ def _cpu_flags() -> bytes:
         return b""
 
 
-def _hashes() -> dict[str, Any]:
-    """By kernel, the hash of what its libraries depend on beside their sizes: its source, the headers, and what tells
-    processors apart, for a home folder that several machines share."""
-    files = sorted(os.listdir(_SOURCES)) if os.path.isdir(_SOURCES) else []
-    headers = [_read(os.path.join(_SOURCES, name)) for name in files if name.endswith(".h")]
-    shared = hashlib.blake2b(b"".join([*headers, platform.machine().encode(), _cpu_flags()]), digest_size=10)
-    hashes = {name.removesuffix(".cpp"): shared.copy() for name in files if name.endswith(".cpp")}
-    for name, key in hashes.items():
-        key.update(_read(_source(name)))
-    return hashes
+@cache
+def _processor() -> bytes:
+    """What tells processors apart, for a home folder that several machines share."""
+    return platform.machine().encode() + _cpu_flags()
 
 
-def _source(name: str) -> str:
-    return os.path.join(_SOURCES, f"{name}.cpp")
+@cache
+def _hash(name: str) -> bytes:
+    """What the libraries of a kernel depend on, along with their sizes: its source, its headers, the processor."""
+    sources = "".join(KERNEL_SOURCES[file] for file in _files(name))
+    return hashlib.blake2b(sources.encode() + _processor(), digest_size=10).digest()
 
 
-_HASHES = _hashes()
+class HeadKernel(NamedTuple):
+    """A kernel compiled for the sizes of a head.
+
+    Args:
+        name: of its source file.
+        state_size: numbers in the state of one head.
+        sizes: what is defined when it is compiled.
+    """
+
+    name: str
+    state_size: int
+    sizes: tuple[tuple[str, int], ...]
 
 
-def load_kernel(name: str, *, work: int | None = None, **sizes: int) -> ctypes.CDLL | None:
-    """The library made of `<name>.cpp` with `sizes` defined, which has a `forward` and mostly a `backward`; None where
-    it cannot be had, which is logged once, for a call of little `work` (multiply-adds) while it is not compiled, and
-    inside what would have to look into a kernel (`is_looked_into`).
+def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
+    """The library compiled from `<name>.cpp` with `sizes` defined, with a `forward` and mostly a `backward` function;
+    it is compiled if the cache folder does not hold it. None if it cannot be compiled, which is logged once.
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
     plan = _plan(name, tuple(sizes.items()))
-    if plan is None or is_looked_into():
+    if plan is None:
         return None
     if not plan.is_tried:
-        if work is not None and work < _EARNS_COMPILING and not os.path.isfile(plan.library):
-            return None
         plan.load()
     return plan.kernel
 
 
 def open_kernel(name: str, **sizes: int) -> None:
-    """Load what `load_kernel` would, if it is compiled: a model opens when it is made what its first forward needs."""
-    load_kernel(name, work=0, **sizes)
+    """Load a library that is compiled already: models call this when they are made, so that their first forward does
+    not wait for the disk."""
+    plan = _plan(name, tuple(sizes.items()))
+    if plan is not None and not plan.is_tried and os.path.isfile(plan.library):
+        plan.load()
+
+
+def open_heads(kernel: HeadKernel | None) -> None:
+    """`open_kernel` for the heads of a mixer."""
+    if kernel is not None:
+        open_kernel(kernel.name, **dict(kernel.sizes))
 
 
 @dataclass
@@ -153,15 +181,15 @@ if hasattr(os, "register_at_fork"):  # a child has not the thread that may hold 
 # The first forward of a process waits for this: hence strings for paths, and no look for a compiler.
 @cache
 def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
-    if os.environ.get("LALM_CPP") == "0" or name not in _HASHES:
+    if os.environ.get("LALM_CPP") == "0" or f"{name}.cpp" not in KERNEL_SOURCES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
     compiler, defines = (
         _named_compiler(os.environ.get("CXX")),
         tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
     )
-    key = _HASHES[name].copy()
-    key.update(" ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines]).encode())
+    options = " ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines])
+    key = hashlib.blake2b(_hash(name) + options.encode(), digest_size=10)
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
 
 
@@ -184,7 +212,7 @@ def _named_compiler(name: str | None) -> tuple[str, ...]:
 
 
 class _Unrecorded:
-    """In place of the context of an autograd function of which nobody wants a gradient."""
+    """A dummy context, for calling the forward of an autograd function directly when no gradient is needed."""
 
     needs_input_grad = ()
 
@@ -196,8 +224,8 @@ class _Unrecorded:
 
 
 def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, or its forward pass alone where there is nothing to differentiate: with few
-    tokens, what autograd does around a kernel takes longer than the kernel."""
+    """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
+    own work takes longer than the kernel."""
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
         return function.apply(*arguments)
     return function.forward(_Unrecorded(), *arguments)
@@ -208,47 +236,20 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def fits(q: torch.Tensor, state_size: int) -> bool:
-    """Whether there are kernels for heads like those of `q` with `state_size` numbers in their state."""
-    known = q.device.type == "cpu" and q.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return known and state_size >= SMALLEST_STATE
-
-
-def needed(kernel: ctypes.CDLL | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
-    """The kernel for these tensors.
+def needed(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+    """The library of the kernel for these tensors.
 
     Raises:
         RuntimeError: there is none.
     """
-    if kernel is None or compute_dtype(*tensors) == torch.float64:
+    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
+    library = load_kernel(kernel.name, **dict(kernel.sizes)) if on_cpu and kernel is not None else None
+    if library is None or compute_dtype(*tensors) == torch.float64:
         raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler, float32 or less, and heads "
-            f"with a state of at least {SMALLEST_STATE} numbers. Use linear_attn_implementation='auto'."
+            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and float32 or less. Use "
+            "implementation='auto'."
         )
-    return kernel
-
-
-class CompiledForm:
-    """A form of an op that runs where its kernel can be had; made with the mixer that calls it.
-
-    Args:
-        form: a function on top of the kernel.
-        name, sizes: the kernel, as for `load_kernel`.
-        state_size: numbers in the state of a head.
-    """
-
-    def __init__(self, form: Callable, name: str, state_size: int, **sizes: int):
-        self.form, self.name, self.state_size, self.sizes = form, name, state_size, sizes
-        if state_size >= SMALLEST_STATE:
-            open_kernel(name, **sizes)
-
-    def where_had(self, implementation: str, q: torch.Tensor) -> Callable | None:
-        """`form`, if there is a kernel for heads like those of `q [B, T, H, K]`, else None. Unless `implementation` is
-        "cpp", a short text must find it compiled."""
-        if not fits(q, self.state_size):
-            return None
-        work = None if implementation == "cpp" else q.shape[:3].numel() * self.state_size
-        return self.form if load_kernel(self.name, work=work, **self.sizes) else None
+    return library
 
 
 def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -335,11 +336,15 @@ def _compile(plan: _Plan, made: str) -> None:
     compiler = plan.compiler or ((own,) if own else ())
     if not compiler:
         raise _NoCompiler("there is no C++ compiler")
+    folder = os.path.dirname(made)
+    for file in _files(plan.name):
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as source:
+            source.write(KERNEL_SOURCES[file])
     end = time.monotonic() + _PATIENCE
     for index, optional in enumerate(_OPTIONAL):
         flags = (_LEVELS.get(plan.name, "-O3"), *_FLAGS, *optional, *plan.defines)
         try:
-            _run([*compiler, *flags, _source(plan.name), "-o", made], end)
+            _run([*compiler, *flags, os.path.join(folder, f"{plan.name}.cpp"), "-o", made], end)
             break
         except subprocess.CalledProcessError:
             if index == len(_OPTIONAL) - 1:

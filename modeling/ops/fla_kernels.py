@@ -52,6 +52,7 @@ def fla_delta(
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError as error:
         raise ImportError(_NEEDS_FLA) from error
+    q, k, v, g, beta = layout.freeze(q, k, v, g, beta)
     gates = {"beta": beta.to(v.dtype)}
     if g is None:
         return _run_fla(chunk_delta_rule, (q, k, v), gates, scale, state, layout)

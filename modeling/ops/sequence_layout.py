@@ -138,17 +138,6 @@ def _broadcast(x: torch.Tensor, ndim: int) -> torch.Tensor:
     return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
 
 
-@torch.no_grad()
-def must_part(layout: SequenceLayout, *tensors: torch.Tensor | None) -> bool:
-    """Whether documents must not meet in one product, where those of others get the weight 0: NaN and infinity would
-    reach them. One look at the data, where documents are packed and a look is allowed."""
-    if layout.segments is None or hides_values():
-        return False
-    # A sum is finite if all numbers are (or overflows, which costs time only); float32 holds more of 16-bit numbers.
-    sums = [x.sum(dtype=None if x.dtype == torch.float64 else torch.float32) for x in tensors if x is not None]
-    return not all(bool(total.isfinite()) for total in sums)
-
-
 def document_by_document(
     op: Callable, tensors: Sequence[torch.Tensor | None], state: Any, layout: SequenceLayout
 ) -> tuple[torch.Tensor, Any]:

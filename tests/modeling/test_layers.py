@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lalm import GLAConfig, LamConfig
 from lalm.modeling.layers import MLP, make_linear
 from lalm.modeling.modeling_lam import LamMLP
-from lalm.modeling.ops import dtypes as products
+from lalm.modeling.ops import dispatch
 from tests.modeling.exact import tokens
 from tests.variants import every_row
 
@@ -18,7 +18,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def emulated(monkeypatch):
     """A processor without arithmetic for 16-bit types."""
-    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(dispatch, "has_instructions", lambda dtype: dtype.itemsize > 2)
 
 
 def layer_and_input(dtype, rows=16, bias=True):
@@ -73,7 +73,7 @@ def test_float64_and_mixed_types_are_left_to_torch(emulated):
 )
 def test_stock_product_elsewhere(dtype, rows, native, monkeypatch):
     """Few rows, processors with the arithmetic, and wide types."""
-    monkeypatch.setattr(products, "has_arithmetic", lambda asked: native or asked.itemsize > 2)
+    monkeypatch.setattr(dispatch, "has_instructions", lambda asked: native or asked.itemsize > 2)
     layer, x = layer_and_input(dtype, rows)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
@@ -81,7 +81,7 @@ def test_stock_product_elsewhere(dtype, rows, native, monkeypatch):
 @pytest.mark.parametrize(("found", "known"), [({}, True), ({"architecture": "aarch64"}, True)])
 def test_unknown_processors_are_left_alone(found, known, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert products.has_arithmetic.__wrapped__(torch.bfloat16) is known
+    assert dispatch.has_instructions.__wrapped__(torch.bfloat16) is known
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_fp16", torch.float16)])
@@ -90,20 +90,20 @@ def test_instructions_of_x86_decide(name, dtype, monkeypatch):
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda has=has: {"architecture": "x86_64", name: has}, raising=False
         )
-        assert products.has_arithmetic.__wrapped__(dtype) is has
-    assert products.has_arithmetic.__wrapped__(torch.float32)
+        assert dispatch.has_instructions.__wrapped__(dtype) is has
+    assert dispatch.has_instructions.__wrapped__(torch.float32)
 
 
 @pytest.mark.parametrize(("mlp_class", "config_class"), [(MLP, GLAConfig), (LamMLP, LamConfig)])
 @pytest.mark.parametrize("rows", [1, 5, 14, 15])
-def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
+def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows, monkeypatch):
     torch.manual_seed(0)
     mlp = mlp_class(config_class(hidden_size=32, num_attention_heads=2))
     x, weights = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
     inputs, sizes = [x, *mlp.parameters()], []
     whole = mlp(x)
     gradients = torch.autograd.grad(whole, inputs, weights)
-    mlp.rows_at_once = rows
+    monkeypatch.setattr(dispatch, "WIDE_AT_ONCE", rows * mlp.width)
     mlp.up_proj.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     in_pieces = mlp(x)
     assert sum(sizes) == (2 if rows >= 4 else 14)  # with a batch axis of 2, or in pieces without it
@@ -117,11 +117,9 @@ def test_mlp_in_pieces_is_the_mlp(mlp_class, config_class, rows):
 
 
 @every_row
-def test_model_in_pieces_is_the_model(row):
+def test_model_in_pieces_is_the_model(row, monkeypatch):
     model, ids = row.build(), tokens(2, 33)
     with torch.no_grad():
         whole = model(ids).logits
-        for module in model.modules():
-            if isinstance(module, MLP):
-                module.rows_at_once = 7
+        monkeypatch.setattr(dispatch, "WIDE_AT_ONCE", 7 * model.config.intermediate_size)
         torch.testing.assert_close(model(ids).logits, whole)

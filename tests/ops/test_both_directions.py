@@ -1,4 +1,4 @@
-"""causal=False against a dense sum over pairs, written from the definition in ops/bidirectional.py."""
+"""causal=False against a dense sum over pairs, written from the definition in ops/rules.py."""
 
 import pytest
 import torch

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lalm.modeling.ops.diagonal.diagonal_recurrence import _plan
 from lalm.modeling.ops.diagonal.gla import chunk_gla, recurrent_gla
+from lalm.modeling.ops.dispatch import chunks_of_decays
 
 # Log decay a step -> size of the chunks, and whether they are factored.
 PLANS = {
@@ -27,12 +27,12 @@ def inputs(step, length=150, dtype=torch.float64):
 
 @pytest.mark.parametrize("step", PLANS)
 def test_the_strongest_channel_decides(step):
-    assert _plan(inputs(step)[3], 64) == PLANS[step]
-    assert _plan(inputs(step, dtype=torch.bfloat16)[3].detach(), 64)[1] == PLANS[step][1]
+    assert chunks_of_decays(inputs(step)[3], 64) == PLANS[step]
+    assert chunks_of_decays(inputs(step, dtype=torch.bfloat16)[3].detach(), 64)[1] == PLANS[step][1]
 
 
 def test_no_gate_is_factored():
-    assert _plan(None, 64) == (64, True)
+    assert chunks_of_decays(None, 64) == (64, True)
 
 
 @pytest.mark.parametrize("step", PLANS)

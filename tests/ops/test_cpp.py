@@ -16,13 +16,16 @@ from transformers import AutoModel
 
 import lalm
 from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dense.matrix_product import linear
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv
-from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal
-from lalm.modeling.ops.diagonal.gla import cpp_gla
+from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
+from lalm.modeling.ops.diagonal.gla import gla
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-MUCH = 1 << 40
+cpp_gla = in_form(gla, "cpp")
+
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C++ compiler")
 
@@ -88,22 +91,51 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, new_machine):
 
 
 @needs_compiler
-def test_a_short_call_does_not_wait_for_the_compiler(new_machine, monkeypatch):
-    """It takes the kernel where a longer one has had it compiled."""
-    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+def test_a_short_call_of_small_heads_never_takes_the_kernel(new_machine, monkeypatch):
+    """Neither before nor after a longer one has had it compiled."""
+    monkeypatch.setattr(dispatch, "EARNS_COMPILING", 1 << 21)
     short, long = torch.zeros(1, 8, 2, 32), torch.zeros(1, 2048, 2, 32)
-    for q, form, files in ((short, None, 0), (long, cpp_gla, 1), (short, cpp_gla, 1)):
-        assert compiled_diagonal(cpp_gla, 32, 32, 32).where_had("auto", q) is form
+    for q, form, files in ((short, "chunk", 0), (long, "cpp", 1), (short, "chunk", 1)):
+        assert dispatch.choose("gla", "auto", q, q, {"cpp": None, "chunk": None}, diagonal_kernel(32, 32, 32)) == form
         assert len(list(new_machine.glob("*.so"))) == files
-    assert cpp.load_kernel("rms_norm", work=1) is None
-    assert cpp.load_kernel("rms_norm", work=MUCH) is not None
+
+
+_BITS = """
+import hashlib, torch, lalm
+from transformers import AutoModel
+torch.manual_seed(0)
+sizes = dict(vocab_size=99, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+for config in (lalm.GLAConfig, lalm.BasedConfig, lalm.DeltaNetConfig, lalm.LamConfig):
+    model = AutoModel.from_config(config(**sizes, **({"is_causal": True} if config is lalm.LamConfig else {})))
+    short, long = torch.randint(99, (1, 9)), torch.randint(99, (1, 1100))
+    for ids in (short, long, short):
+        model.zero_grad()
+        output = model(input_ids=ids)[0]
+        output.square().sum().backward()
+        with torch.no_grad():
+            tensors = [output, model(input_ids=ids)[0], *(p.grad for p in model.parameters() if p.grad is not None)]
+        print(hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in tensors)).hexdigest())
+"""
+
+
+@needs_compiler
+def test_an_empty_and_a_full_cache_give_the_same_bits(new_machine):
+    """Forward and backward, and a short call before and after a long one."""
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", _BITS], check=True, timeout=300, capture_output=True, text=True)
+        runs.append(done.stdout.splitlines())
+        assert {"diagonal", "delta_rule", "rms_norm"} <= {path.name.split("-")[0] for path in new_machine.glob("*.so")}
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 12
+    for first, _, last in zip(*[iter(runs[0])] * 3, strict=True):
+        assert first == last
 
 
 @needs_compiler
 @torch.no_grad()
 def test_a_large_weight_earns_its_kernel_and_many_rows_do_not(new_machine, monkeypatch):
-    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
-    for rows, size, outputs, files in ((15, 128, 1200, 0), (1, 512, 512, 1)):
+    for rows, size, outputs, files in ((15, 64, 1000, 0), (16, 512, 512, 0), (1, 512, 512, 1)):
         linear(torch.zeros(rows, size), torch.zeros(outputs, size))
         assert len(list(new_machine.glob("few_rows*.so"))) == files
 
@@ -122,10 +154,10 @@ def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machi
     """So that its first forward loads nothing."""
     config = config_class(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, **fields)
     ids, loaded, load = torch.arange(1, 20)[None], [], cpp._Plan.load
-    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 0)
+    monkeypatch.setattr(dispatch, "EARNS_COMPILING", 0)
     with torch.no_grad():
         AutoModel.from_config(config).eval()(input_ids=ids)
-        monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+        monkeypatch.setattr(dispatch, "EARNS_COMPILING", 1 << 21)
         cpp._plan.cache_clear()
         monkeypatch.setattr(cpp._Plan, "load", lambda plan: (loaded.append(plan.name), load(plan)))
         model = AutoModel.from_config(config).eval()
@@ -147,7 +179,8 @@ def test_a_damaged_library_is_compiled_again(damage, quick, new_machine, warning
     library.unlink()  # this process has it open
     library.write_bytes(damaged)
     code = (
-        "import torch; from lalm.modeling.ops import cpp, elementwise; assert cpp.load_kernel('rms_norm'); "
+        "import torch; from lalm.modeling.ops import cpp_kernels as cpp; "
+        "from lalm.modeling.ops.dense import elementwise; assert cpp.load_kernel('rms_norm'); "
         "x = torch.randn(1 << 10, 1 << 7); y = elementwise.rms_norm(x, torch.ones(1 << 7), 1e-6); "
         "assert (y.square().mean(-1) - 1).abs().max() < 1e-3"
     )
@@ -180,7 +213,7 @@ def test_threads_wait_for_one_compilation(quick, new_machine, monkeypatch):
 @needs_compiler
 def test_processes_that_compile_at_once(quick, new_machine, monkeypatch):
     monkeypatch.setenv("CXX", str(quick))
-    code = "from lalm.modeling.ops import cpp; assert cpp.load_kernel('rms_norm') is not None"
+    code = "from lalm.modeling.ops import cpp_kernels as cpp; assert cpp.load_kernel('rms_norm') is not None"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=100) for process in running] == [0, 0]
     assert [path.suffix for path in new_machine.iterdir()] == [".so"]
@@ -264,7 +297,7 @@ def test_wide_windows_do_not_overrun_the_stack():
 
 def check_wide_windows(width):
     torch.manual_seed(0)
-    cpp._EARNS_COMPILING = 0
+    dispatch.EARNS_COMPILING = 0
     x, weight = torch.randn(1, 40, 600, requires_grad=True), torch.randn(600, width, requires_grad=True)
     threading.stack_size(1 << 18)
     with ThreadPoolExecutor(1) as pool:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops import dtypes as products
-from lalm.modeling.ops.dense import cross_entropy
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
 from tests.variants import ROWS
 
@@ -15,7 +14,7 @@ ROW = next(row for row in ROWS if row.name == "gla_plain")
 @pytest.fixture(params=[None, 7 * 61, 1], ids=["one_piece", "pieces_of_7", "single_rows"])
 def pieces(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", request.param)
+        monkeypatch.setattr(dispatch, "LOGITS_AT_ONCE", request.param)
 
 
 def example(dtype, bias=True):
@@ -54,7 +53,7 @@ def test_bfloat16_accumulates_in_float32(pieces):
 @pytest.mark.parametrize("native", [True, False])
 def test_autocast_decides_the_type_of_the_products(native, monkeypatch):
     """Unless the processor has no arithmetic for it: then they are exact."""
-    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: native)
+    monkeypatch.setattr(dispatch, "has_instructions", lambda dtype: native)
     leaves, targets = example(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_cross_entropy(*leaves, targets)
@@ -110,7 +109,7 @@ def test_a_models_loss_over_all_positions_where_few_logits_are_kept(pieces, keep
 
 def test_all_logits_never_exist_at_once(monkeypatch):
     """The largest tensor that the loss makes is a piece of the logits."""
-    monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", 61 * 4)
+    monkeypatch.setattr(dispatch, "LOGITS_AT_ONCE", 61 * 4)
     hidden, weight = torch.randn(4000, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
     largest = 0
 

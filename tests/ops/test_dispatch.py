@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers
 
-from lalm.modeling.ops import cpp_kernels as cpp
-from lalm.modeling.ops import dispatch
+from lalm.modeling.ops import dispatch, fla_kernels
 from lalm.modeling.ops.dispatch import choose
 from tests.variants import recurrent_rows
 
-FORMS = {"recurrent": "the recurrent form", "chunk": "the chunk form", "fla": "the fla form"}
+FORMS = dict.fromkeys(("recurrent", "chunk", "fla"))
 
 
 def q(length):
@@ -22,19 +21,19 @@ def q(length):
 
 @pytest.mark.parametrize(("length", "form"), [(1, "recurrent"), (2, "recurrent"), (64, "chunk"), (5000, "chunk")])
 def test_auto_steps_through_few_tokens_and_chunks_many(length, form):
-    assert choose("gla", "auto", q(length), **FORMS) == FORMS[form]
+    assert choose("gla", "auto", q(length), q(length), FORMS) == form
 
 
 @pytest.mark.parametrize("length", [1, 5000])
 @pytest.mark.parametrize("name", ["recurrent", "chunk"])
 def test_the_field_overrides(name, length):
-    assert choose("gla", name, q(length), **FORMS) == FORMS[name]
+    assert choose("gla", name, q(length), q(length), FORMS) == name
 
 
 @pytest.mark.parametrize("name", ["fla", "triton"])
 def test_gpu_kernels_on_the_cpu_name_the_field(name):
     with pytest.raises(ValueError, match=f"linear_attn_implementation='{name}'.*auto"):
-        choose("gla", name, q(5), **FORMS, triton="the triton form")
+        choose("gla", name, q(5), q(5), FORMS | {"triton": None})
 
 
 @pytest.mark.parametrize(
@@ -51,24 +50,25 @@ def test_gpu_kernels_on_the_cpu_name_the_field(name):
 def test_auto_takes_the_kernels_of_the_gpu_extra(length, dtype, device, installed, form, monkeypatch):
     monkeypatch.setattr(dispatch, "has_fla", lambda: installed)
     v = SimpleNamespace(shape=(1, length, 2, 4), dtype=dtype, device=torch.device(device))
-    assert choose("gla", "auto", v, **FORMS) == FORMS[form]
-    assert choose("gla", "auto", v, **FORMS | {"fla": FORMS["chunk"]}) == FORMS["chunk" if form == "fla" else form]
+    without = dict.fromkeys(("recurrent", "chunk"))
+    assert choose("gla", "auto", v, v, FORMS) == form
+    assert choose("gla", "auto", v, v, without) == ("chunk" if form == "fla" else form)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert choose("gla", "auto", v, **FORMS) == FORMS["chunk" if form == "fla" else form]
+    assert choose("gla", "auto", v, v, FORMS) == ("chunk" if form == "fla" else form)
 
 
 def test_kernels_of_our_own_run_off_the_cpu_where_there_are_some():
-    elsewhere = q(64).to("meta")
-    assert choose("dual_state_delta", "triton", elsewhere, **FORMS, triton="the triton form") == "the triton form"
-    assert choose("dual_state_delta", "auto", elsewhere, **FORMS, triton="the triton form") == FORMS["chunk"]
+    elsewhere, forms = q(64).to("meta"), FORMS | {"triton": None}
+    assert choose("dual_state_delta", "triton", elsewhere, elsewhere, forms) == "triton"
+    assert choose("dual_state_delta", "auto", elsewhere, elsewhere, forms) == "chunk"
     with pytest.raises(ValueError, match="gla has no triton kernel"):
-        choose("gla", "triton", elsewhere, **FORMS)
+        choose("gla", "triton", elsewhere, elsewhere, FORMS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed here")
 def test_fla_without_the_package_says_how_to_install_it():
     with pytest.raises(ImportError, match="linear_attn_implementation.*pip install"):
-        dispatch.fla_diagonal(q(5), q(5), q(5), None, 1.0, None, None)
+        fla_kernels.fla_diagonal(q(5), q(5), q(5), None, 1.0, None, None)
 
 
 def test_one_log_line_names_the_choice():
@@ -81,7 +81,7 @@ def test_one_log_line_names_the_choice():
     try:
         transformers.logging.set_verbosity_info()
         for _ in range(3):
-            choose("gla", "auto", q(64), **FORMS)
+            choose("gla", "auto", q(64), q(64), FORMS)
     finally:
         dispatch.logger.removeHandler(handler)
         transformers.logging.set_verbosity(verbosity)
@@ -96,7 +96,7 @@ def test_mixers_ask_with_their_values(row, monkeypatch):
     """Feature maps and norms leave q in float32; a 16-bit model is known by its values."""
     asked = []
     monkeypatch.setattr(dispatch, "_is_for_fla", lambda v: asked.append(v.dtype))
-    monkeypatch.setattr(cpp, "fits", lambda q, state_size: False)
+    monkeypatch.setattr(dispatch, "load_kernel", lambda name, **sizes: None)
     model = row.build(dtype=torch.bfloat16)
     with torch.no_grad():
         model(input_ids=torch.arange(1, 20)[None])

@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.delta import dual_state
+from lalm.modeling.ops import dispatch
+from lalm.modeling.ops.cpp_kernels import load_kernel
 from lalm.modeling.ops.delta.delta_rule import recurrent_delta_rule, recurrent_gated_delta_rule
-from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
-from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import relative_error
 
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+
 NAMES = ("q", "k", "v", "g", "beta", "read", "coupling")
 needs_compiler = pytest.mark.skipif(
-    delta_kernel(torch.zeros(1, 1, 1, 16), 16, memories=2) is None,
+    load_kernel("rms_norm") is None,
     reason="this machine has no C++ compiler",
 )
 
@@ -110,14 +113,14 @@ def test_slabs_change_nothing(length, causal, monkeypatch):
     expected = run(recurrent_dual_state_delta, x, layout.mask, layout=layout, causal=causal)
     whole = run(chunk_dual_state_delta, x, layout.mask, layout=layout, causal=causal, chunk_size=8)
     assert_same(whole, expected, 1e-12)
-    monkeypatch.setattr(dual_state, "_PAIRS_AT_ONCE", 5000)
+    monkeypatch.setattr(dispatch, "PAIRS_AT_ONCE", 5000)
     slabs = run(chunk_dual_state_delta, x, layout.mask, layout=layout, causal=causal, chunk_size=8)
     assert_same(slabs, expected, 1e-12)
 
 
 def test_one_input_alone_wants_its_gradient(monkeypatch):
     """Frozen tensors beside a trained one, in the slabs' own backward pass."""
-    monkeypatch.setattr(dual_state, "_PAIRS_AT_ONCE", 3000)
+    monkeypatch.setattr(dispatch, "PAIRS_AT_ONCE", 3000)
     x = make(60)
     expected = run(chunk_dual_state_delta, x, chunk_size=8)
     for name in NAMES:
@@ -326,9 +329,9 @@ def test_cpp_threads_give_the_same():
 
 
 def test_cpp_refuses_what_it_cannot_do():
-    with pytest.raises(RuntimeError, match="float32 or less"):
+    with pytest.raises(ValueError, match="float32 or less"):
         cpp_dual_state_delta(**make(4, key=16, value=16))
-    with pytest.raises(RuntimeError, match="at least 512 numbers"):
+    with pytest.raises(ValueError, match="at least 512 numbers"):
         cpp_dual_state_delta(**make(4, value=7, dtype=torch.float32))
 
 

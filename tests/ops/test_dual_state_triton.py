@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lalm.modeling.ops.delta.dual_state import recurrent_dual_state_delta, triton_dual_state_delta
+from lalm.modeling.ops import dispatch
+from lalm.modeling.ops.delta.dual_state import dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.dispatch import in_form
 from tests.ops.test_dual_state import assert_same, hard_layout, make, run, with_state
+
+triton_dual_state_delta = in_form(dual_state_delta, "triton")
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -165,7 +169,8 @@ def test_what_the_kernels_refuse():
 
 
 @pytest.mark.skipif(HAVE_TRITON, reason="Triton is installed here")
-def test_without_triton_the_message_says_how_to_install_it():
+def test_without_triton_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "_reaches_gpu", lambda name, v: True)
     with pytest.raises(ImportError, match="linear_attn_implementation='triton'.*pip install triton"):
         triton_dual_state_delta(**make(4, dtype=torch.float32))
 

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dense import elementwise
 from lalm.modeling.ops.dense.elementwise import activate, rms_norm
 from tests.ops.cases import relative_error
@@ -17,7 +18,7 @@ SIZES = [2, 15, 16, 17, 32, 47, 48, 64, 100, 512]
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    monkeypatch.setattr(elementwise, "_FEWEST", 0)
+    monkeypatch.setattr(dispatch, "WORTH_A_KERNEL", 0)
 
 
 def both(op, reference, *leaves):
@@ -106,10 +107,10 @@ def test_strided_inputs_frozen_weight_and_threads():
 def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setenv("LALM_CACHE", str(tmp_path))
-    monkeypatch.setattr(cpp, "_EARNS_COMPILING", 1 << 21)
+    monkeypatch.setattr(dispatch, "EARNS_COMPILING", 1 << 21)
     cpp._plan.cache_clear()
     try:
-        x, weight = torch.randn(8, 64), torch.randn(64)
+        x, weight = torch.randn(7, 64), torch.randn(64)
         with torch.no_grad():
             torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
             torch.testing.assert_close(activate("silu", x, x), F.silu(x) * x)
@@ -118,13 +119,13 @@ def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
         cpp._plan.cache_clear()
 
 
-def test_small_inputs_take_a_kernel_that_is_there(monkeypatch):
+def test_small_inputs_take_a_kernel_without_gradients(monkeypatch):
     x, weight, recorded = torch.randn(8, 64), torch.randn(64), []
     monkeypatch.setattr(elementwise, "call", lambda *given: recorded.append(given) or cpp.call(*given))
     with torch.no_grad():
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
         assert len(recorded) == 1
-        monkeypatch.setattr(elementwise, "_FEWEST", x.numel() + 1)
+        monkeypatch.setattr(dispatch, "WORTH_A_KERNEL", x.numel() + 1)
         torch.testing.assert_close(activate("gelu", x), F.gelu(x))
         assert len(recorded) == 2
 

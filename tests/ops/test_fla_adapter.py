@@ -11,19 +11,26 @@ import types
 import pytest
 import torch
 
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.delta.delta_rule import (
-    fla_delta_rule,
-    fla_gated_delta_rule,
+    delta_rule,
+    gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.diagonal.gla import fla_gla, recurrent_gla
-from lalm.modeling.ops.diagonal.linear_attention import fla_linear_attention, recurrent_linear_attention
-from lalm.modeling.ops.diagonal.retention import fla_retention, recurrent_retention
-from lalm.modeling.ops.dispatch import has_fla
+from lalm.modeling.ops.diagonal.gla import gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.retention import recurrent_retention, retention
+from lalm.modeling.ops.dispatch import has_fla, in_form
 from lalm.modeling.ops.fla_kernels import fla_diagonal
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, make_inputs, relative_error
+
+fla_delta_rule = in_form(delta_rule, "fla")
+fla_gated_delta_rule = in_form(gated_delta_rule, "fla")
+fla_gla = in_form(gla, "fla")
+fla_linear_attention = in_form(linear_attention, "fla")
+fla_retention = in_form(retention, "fla")
 
 FORMS = {
     recurrent_gla: fla_gla,
@@ -61,6 +68,7 @@ def device(request, monkeypatch):
         module = types.ModuleType(f"fla.ops.{package}")
         setattr(module, attribute, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dispatch, "_reaches_gpu", lambda name, v: True)
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     return "cpu"

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from lalm.modeling.layers import make_linear
 from lalm.modeling.ops import cpp_kernels as cpp
+from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dense import matrix_product as module
 from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
-from lalm.modeling.ops.dense.matrix_product import linear, mkl_is_slow, weight_gradient
+from lalm.modeling.ops.dense.matrix_product import linear, weight_gradient
+from lalm.modeling.ops.dispatch import mkl_is_slow
 from tests.ops.cases import relative_error
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -29,8 +31,8 @@ def calls(monkeypatch):
         taken.append(arguments)
         return forward(ctx, *arguments)
 
-    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(module, "_EARNS_ONEDNN", 0)
+    monkeypatch.setattr(dispatch, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(dispatch, "EARNS_ONEDNN", 0)
     monkeypatch.setattr(module._OneDnnLinear, "forward", staticmethod(counted))
     return taken
 
@@ -141,10 +143,10 @@ def test_layers_and_the_loss_in_pieces_run_there(calls):
 def test_a_graph_holds_the_stock_product(calls, monkeypatch):
     """In one piece, without a look at the processor, and for any number of rows."""
     layer = make_linear(24, 40)
-    monkeypatch.setattr(module, "mkl_is_slow", None)
+    monkeypatch.setattr(dispatch, "mkl_is_slow", None)
     x, weight, bias = factors()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="eager")
-    monkeypatch.setattr(module, "_WORTH_A_CALL", 0)
+    monkeypatch.setattr(dispatch, "WORTH_STREAMING", 0)
     for rows in (x, x[:20], x[:7]):
         assert torch.equal(compiled(rows, weight, bias), F.linear(rows, weight, bias))
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
@@ -168,8 +170,8 @@ def test_what_is_left_to_torch(calls, monkeypatch):
     assert torch.equal(linear(x, weight.as_subclass(Quantised)), torch.full((33, 40), 7.0))
     torch.func.vmap(linear, (0, None))(x.expand(2, 33, 24), weight)
     torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
-    monkeypatch.setattr(module, "_EARNS_ONEDNN", 33 * 24 * 40 + 1)
-    monkeypatch.setattr(module, "_SHORT_TEXT", 33)
+    monkeypatch.setattr(dispatch, "EARNS_ONEDNN", 33 * 24 * 40 + 1)
+    monkeypatch.setattr(dispatch, "SHORT_SEQUENCE", 33)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert not calls
 
@@ -186,8 +188,8 @@ def streamed(monkeypatch):
             taken.append(inputs._obj.rows)
             kernel.forward(inputs, y)
 
-    monkeypatch.setattr(module, "_WORTH_A_CALL", 0)
-    monkeypatch.setattr(module, "load_kernel", lambda name, work: cpp.load_kernel(name) and Counted)
+    monkeypatch.setattr(dispatch, "WORTH_STREAMING", 0)
+    monkeypatch.setattr(module, "load_kernel", lambda name: cpp.load_kernel(name) and Counted)
     return taken
 
 
@@ -196,8 +198,7 @@ def streamed(monkeypatch):
 @pytest.mark.parametrize(("size", "outputs"), [(1, 1), (15, 3), (16, 7), (64, 33), (100, 1), (131, 20), (512, 300)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, 13, 15])
 def test_few_rows(rows, size, outputs, threads, streamed, monkeypatch):
-    monkeypatch.setattr(module, "_FEWEST", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(module, "threads", lambda numbers: threads)
     x, weight, bias = factors(rows, size, outputs)
     with torch.no_grad():
         for given in ((x, weight), (x, weight, bias), (x[:, None], weight, bias), (x.t().contiguous().t(), weight)):
@@ -235,7 +236,7 @@ def test_few_rows_that_are_left_to_torch(streamed, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         linear(x, weight[:, :20].contiguous())
     torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
-    monkeypatch.setattr(module, "_WORTH_A_CALL", 3 * weight.numel() + 1)
+    monkeypatch.setattr(dispatch, "WORTH_STREAMING", weight.numel() + 1)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert not streamed
 
@@ -244,9 +245,9 @@ def test_few_rows_that_are_left_to_torch(streamed, monkeypatch):
 @torch.no_grad()
 def test_a_short_text_is_streamed_where_mkl_is_slow(streamed, calls, monkeypatch):
     x, weight, bias = factors(65)
-    monkeypatch.setattr(module, "_EARNS_ONEDNN", 64 * weight.numel())
+    monkeypatch.setattr(dispatch, "EARNS_ONEDNN", 64 * weight.numel())
     for slow, rows in ((True, [15, 16, 63]), (False, [15])):
-        monkeypatch.setattr(module, "mkl_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(dispatch, "mkl_is_slow", lambda slow=slow: slow)
         streamed.clear()
         for size in (15, 16, 63, 64, 65):
             actual = linear(x[:size], weight, bias)

@@ -5,28 +5,24 @@ import pytest
 import torch
 
 from lalm.modeling.layers import ShortConvolution
+from lalm.modeling.ops.cpp_kernels import load_kernel
 from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
-    cpp_delta_rule,
-    cpp_gated_delta_rule,
+    delta_rule,
+    gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
-from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
-from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
-from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, recurrent_gla
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops.diagonal.gla import chunk_gla, gla, recurrent_gla
 from lalm.modeling.ops.diagonal.linear_attention import (
     chunk_linear_attention,
-    cpp_linear_attention,
+    linear_attention,
     recurrent_linear_attention,
 )
-from lalm.modeling.ops.diagonal.retention import (
-    chunk_retention,
-    cpp_retention,
-    parallel_retention,
-    recurrent_retention,
-)
+from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention, retention
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.local_global.efficient_attention import chunk_efficient_attention, recurrent_efficient_attention
 from lalm.modeling.ops.local_global.efficient_bidirectional import (
     bidirectional_efficient_attention,
@@ -35,8 +31,16 @@ from lalm.modeling.ops.local_global.efficient_bidirectional import (
 from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
+cpp_delta_rule = in_form(delta_rule, "cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
+cpp_linear_attention = in_form(linear_attention, "cpp")
+cpp_retention = in_form(retention, "cpp")
+parallel_retention = in_form(retention, "parallel")
+
 SIZE, HEADS, LENGTH = 32, 2, 37  # large enough for the kernels
-HAS_KERNELS = diagonal_kernel(torch.zeros(1, 1, 1, SIZE), SIZE, 0) is not None
+HAS_KERNELS = load_kernel("rms_norm") is not None
 
 
 def short_conv(q, k, v, layout, causal=True):

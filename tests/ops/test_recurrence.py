@@ -6,22 +6,27 @@ import pytest
 import torch
 
 from lalm.modeling.ops import cpp_kernels as cpp
-from lalm.modeling.ops.delta.delta_rule import cpp_gated_delta_rule, recurrent_delta
+from lalm.modeling.ops import dispatch
+from lalm.modeling.ops.cpp_kernels import load_kernel
+from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
+from lalm.modeling.ops.delta.delta_rule import gated_delta_rule
 from lalm.modeling.ops.delta.delta_rule_cpp import cpp_delta
-from lalm.modeling.ops.diagonal.diagonal_cpp import compiled_diagonal, cpp_diagonal, diagonal_kernel
+from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal, diagonal_kernel
 from lalm.modeling.ops.diagonal.diagonal_recurrence import recurrent_diagonal
-from lalm.modeling.ops.diagonal.gla import cpp_gla, recurrent_gla
+from lalm.modeling.ops.diagonal.gla import gla, recurrent_gla
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.dispatch import choose, in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
+
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
 
 KINDS = ("linear", "normalized", "normalized decay", "retention", "gla", "taylor", "delta", "gated delta")
 EPS = 0.1  # of a normaliser; far smaller ones leave the only token of a text a gradient of rounding errors
 BATCH, HEADS = 2, 3
 # powers of two and beside them, rows and columns that fill no register, several blocks of columns, a key as of Taylor
 SIZES = [(32, 32), (64, 65), (17, 33), (40, 16), (128, 128), (16, 96), (153, 17)]
-pytestmark = pytest.mark.skipif(
-    diagonal_kernel(torch.zeros(1, 1, 1, 32), 32, 0) is None, reason="no C++ compiler on this machine"
-)
+pytestmark = pytest.mark.skipif(load_kernel("rms_norm") is None, reason="no C++ compiler on this machine")
 
 
 @dataclasses.dataclass
@@ -271,15 +276,16 @@ def test_a_gradient_of_a_part_of_the_inputs():
 
 
 def test_without_a_kernel_the_other_forms_run(monkeypatch):
-    q, compiled = torch.zeros(1, 1, 1, 32), compiled_diagonal(cpp_gla, 32, 32, 32)
-    assert compiled.where_had("cpp", q) is cpp_gla
-    assert compiled.where_had("cpp", q.double()) is None
-    assert compiled_diagonal(cpp_gla, 4, 8, 4).where_had("cpp", q[..., :4]) is None  # too small to be worth it
+    q, forms = torch.zeros(1, 1, 1, 32), {"recurrent": None, "cpp": None}
+    assert choose("gla", "auto", q, q, forms, diagonal_kernel(32, 32, 32)) == "cpp"
+    assert choose("gla", "auto", q.double(), q, forms, diagonal_kernel(32, 32, 32)) == "recurrent"
+    small = q[..., :4]  # not worth a kernel
+    assert choose("gla", "auto", small, small, forms, diagonal_kernel(4, 8, 4)) == "recurrent"
     monkeypatch.setenv("LALM_CPP", "0")
     cpp._plan.cache_clear()
     try:
-        assert compiled.where_had("cpp", q) is None
-        with pytest.raises(RuntimeError, match="linear_attn_implementation='auto'"):
+        assert choose("gla", "auto", q, q, forms, diagonal_kernel(32, 32, 32)) == "recurrent"
+        with pytest.raises(ValueError, match="linear_attn_implementation='auto'"):
             cpp_gla(q, q, q, q)
     finally:
         cpp._plan.cache_clear()
@@ -299,4 +305,4 @@ def test_memory_of_the_backward_pass_grows_with_the_inputs_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         cpp_delta(*inputs, 1.0, None, SequenceLayout())
     assert sum(x.numel() for x in saved) <= 2 * sum(x.numel() for x in inputs)
-    assert cpp.SMALLEST_STATE <= 32 * 32
+    assert dispatch.SMALLEST_STATE <= 32 * 32

@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 
-from lalm.modeling.ops.diagonal.retention import (
-    chunk_retention,
-    parallel_retention,
-    recurrent_retention,
-    retention_log_decay,
-)
+from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention, retention, retention_log_decay
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASES, relative_error, tensors
 from tests.ops.cases import make_inputs as make_case_inputs
+
+parallel_retention = in_form(retention, "parallel")
 
 (CASE,) = [case for case in CASES if case.name == "retention"]
 FORMS = {"recurrent": recurrent_retention, "chunk": chunk_retention, "parallel": parallel_retention}

@@ -10,24 +10,33 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops import cpp_kernels as cpp
-from lalm.modeling.ops.delta import dual_state
-from lalm.modeling.ops.delta.delta_rule import cpp_delta_rule, cpp_gated_delta_rule
-from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, cpp_dual_state_delta, recurrent_dual_state_delta
+from lalm.modeling.ops import dispatch
+from lalm.modeling.ops.delta.delta_rule import delta_rule, gated_delta_rule
+from lalm.modeling.ops.delta.dual_state import chunk_dual_state_delta, dual_state_delta, recurrent_dual_state_delta
 from lalm.modeling.ops.delta.lam_gates import cpp_lam_gates, plain_lam_gates
 from lalm.modeling.ops.dense.cross_entropy import linear_cross_entropy
 from lalm.modeling.ops.dense.elementwise import activate, rms_norm
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv, plain_short_conv
-from lalm.modeling.ops.diagonal.gla import chunk_gla, cpp_gla, recurrent_gla
-from lalm.modeling.ops.diagonal.linear_attention import (
-    cpp_linear_attention,
-    cpp_taylor_attention,
-    recurrent_linear_attention,
-)
-from lalm.modeling.ops.diagonal.retention import cpp_retention
+from lalm.modeling.ops.diagonal.gla import chunk_gla, gla, recurrent_gla
+from lalm.modeling.ops.diagonal.linear_attention import linear_attention, recurrent_linear_attention
+from lalm.modeling.ops.diagonal.retention import retention
 from lalm.modeling.ops.diagonal.taylor import taylor_features
+from lalm.modeling.ops.dispatch import in_form
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 from tests.ops.cases import CASE_IDS, CASES, call, make_inputs, relative_error
 from tests.ops.test_dual_state import make, with_state
+
+cpp_delta_rule = in_form(delta_rule, "cpp")
+cpp_dual_state_delta = in_form(dual_state_delta, "cpp")
+cpp_gated_delta_rule = in_form(gated_delta_rule, "cpp")
+cpp_gla = in_form(gla, "cpp")
+cpp_linear_attention = in_form(linear_attention, "cpp")
+cpp_retention = in_form(retention, "cpp")
+
+
+def cpp_taylor_attention(*args, **kwargs):
+    return linear_attention(*args, taylor=True, implementation="cpp", **kwargs)
+
 
 LENGTH = 7
 KINDS = ("plain", "padding", "documents", "both")
@@ -95,7 +104,7 @@ def test_chunk_forms_against_differences(case):
 @every_kind
 @pytest.mark.parametrize("delta", [True, False])
 def test_dual_state_in_slabs(kind, delta, monkeypatch):
-    monkeypatch.setattr(dual_state, "_PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(dispatch, "PAIRS_AT_ONCE", 1)
     layout, x = layout_of(kind), with_state(make(LENGTH, heads=2, key=3, value=2))
     options = {"layout": layout, "use_delta_rule": delta, "output_final_state": True}
     expected = third_order(lambda **x: recurrent_dual_state_delta(**x, **options), x, layout)
@@ -198,7 +207,7 @@ def test_cpp_dual_state(kind, causal):
 
 @needs_compiler
 def test_elementwise(monkeypatch):
-    monkeypatch.setattr("lalm.modeling.ops.dense.elementwise._FEWEST", 1)
+    monkeypatch.setattr("lalm.modeling.ops.dispatch.WORTH_A_KERNEL", 1)
     x = {"x": torch.randn(3, 40), "weight": torch.randn(40)}
     found = third_order(lambda x, weight: rms_norm(x, weight, 1e-5), x)
     assert_same(found, third_order(lambda x, weight: rms_norm(x, weight, 1e-5), double(x)), 1e-4)

@@ -9,14 +9,14 @@ every `_SEGMENT` tokens.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, borders, call, needed, pointer
 from lalm.modeling.ops.delta.dual_recurrence import run_dual
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -106,26 +106,14 @@ def _directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts
         yield _Inputs(*(pointer(x) for x in tensors), scale, *q.shape[:3], direction, torch.get_num_threads())
 
 
-def _sizes(key_size: int, value_size: int, memories: int, use_delta_rule: bool) -> dict[str, int]:
-    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
-    return sizes | {"DELTA": int(use_delta_rule)}
-
-
-def delta_kernel(
-    q: torch.Tensor, value_size: int, memories: int = 1, use_delta_rule: bool = True
-) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]` and values of size V, or None where there is none or it is no use."""
-    if memories > 4 or not fits(q, q.shape[-1] * value_size * memories):
+@cache
+def delta_kernel(key_size: int, value_size: int, memories: int = 1, use_delta_rule: bool = True) -> HeadKernel | None:
+    """The kernel for heads of these sizes; None for more than 4 memories."""
+    if memories > 4:
         return None
-    return load_kernel("delta_rule", **_sizes(q.shape[-1], value_size, memories, use_delta_rule))
-
-
-def compiled_delta(
-    form: Callable, key_size: int, value_size: int, memories: int = 1, use_delta_rule: bool = True
-) -> CompiledForm:
-    """`form`, a function on top of `cpp_delta` or `cpp_dual`, with the kernel for these sizes (at most 4 memories)."""
-    state_size, sizes = key_size * value_size * memories, _sizes(key_size, value_size, memories, use_delta_rule)
-    return CompiledForm(form, "delta_rule", state_size, **sizes)
+    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
+    sizes["DELTA"] = int(use_delta_rule)
+    return HeadKernel("delta_rule", key_size * value_size * memories, tuple(sizes.items()))
 
 
 def cpp_dual(
@@ -149,9 +137,8 @@ def cpp_dual(
     (always so if not causal) there is no final state, nor the work for it.
     """
     value_size = v.shape[-1]
-    kernel = needed(
-        delta_kernel(q, value_size, beta.shape[-1], use_delta_rule), q, k, v, g, beta, read, coupling, state
-    )
+    heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
+    kernel = needed(heads, q, k, v, g, beta, read, coupling, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's

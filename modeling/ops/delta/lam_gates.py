@@ -12,14 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, load_kernel, pointer
+from lalm.modeling.ops.cpp_kernels import call, pointer
+from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, lam_gates_kernel, threads
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 # The projected numbers of a head that the kernel knows, and where the decays stand among them.
 COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
-# Fewer numbers than these are not worth another thread.
-_FEWEST = 1 << 14
 
 
 class _Inputs(ctypes.Structure):
@@ -103,8 +102,8 @@ class _LamGates(torch.autograd.Function):
     @staticmethod
     def inputs(tensors, leak_max):
         x, k, v, _, _, flux_bias = tensors
-        threads = torch.get_num_threads() if x.numel() >= _FEWEST else 1
-        sizes = (x.shape[0] * x.shape[1], *flux_bias.shape, k.shape[-1], v.shape[-1], threads)
+        sizes = (x.shape[0] * x.shape[1], *flux_bias.shape, k.shape[-1], v.shape[-1])
+        sizes += (threads(x.numel(), GATES_WORTH_THREADS),)
         return ctypes.byref(_Inputs(*(tensor.data_ptr() for tensor in tensors), *sizes, leak_max))
 
 
@@ -130,9 +129,7 @@ def cpp_lam_gates(
         g, beta and read `[D, B, T, H, 2]` and the coupling `[D, B, T, H, 2, 2]`, float32; None where no kernel runs.
     """
     tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(*tensors) != torch.float32:
-        return None
-    kernel = load_kernel("lam_gates", work=16 * x.numel())
+    kernel = lam_gates_kernel(*tensors)
     if kernel is None:
         return None
     with without_autocast(x.device):

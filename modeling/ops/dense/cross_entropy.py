@@ -13,10 +13,8 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by, is_transformed
 from lalm.modeling.ops.dense.matrix_product import linear, weight_gradient
-from lalm.modeling.ops.dtypes import compute_dtype, product_dtype
-
-# Logits that exist at once: 64 MiB in float32.
-_LOGITS_AT_ONCE = 1 << 24
+from lalm.modeling.ops.dispatch import product_dtype, rows_of_logits
+from lalm.modeling.ops.dtypes import compute_dtype
 
 
 def _plain(ctx, hidden, weight, bias, targets, *_) -> torch.Tensor:
@@ -35,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
         d_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
-        size = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        size = rows_of_logits(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             rows, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
             logits = linear(rows, matrix, None if bias is None else bias.to(dtype)).to(wide)

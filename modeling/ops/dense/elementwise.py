@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""What surrounds the matrix products, each in one pass over memory by a C++ kernel on the CPU, else in plain torch."""
+"""RMSNorm and (gated) activations: fused C++ kernels on the CPU, each one pass over memory; plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
-from lalm.modeling.ops.dtypes import compute_dtype
-
-# For fewer numbers than this torch's silu and product cost no more than the call of a kernel, and threads more than
-# they save.
-_FEWEST = 1 << 16
+from lalm.modeling.ops.cpp_kernels import call, open_kernel, pointer
+from lalm.modeling.ops.dispatch import activation_kernel, rms_norm_kernel, threads
 
 
 class _NormInputs(ctypes.Structure):
@@ -52,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def inputs(x, weight, eps):
         rows = x.numel() // x.shape[-1]
-        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], _threads(x), eps))
+        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], threads(x.numel()), eps))
 
 
 class _ActivationInputs(ctypes.Structure):
@@ -86,17 +82,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def inputs(x, factor):
         places = x.data_ptr(), None if factor is None else factor.data_ptr()
-        return ctypes.byref(_ActivationInputs(*places, x.numel(), _threads(x)))
-
-
-def _threads(x: torch.Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= _FEWEST else 1
-
-
-def _kernel(name: str, x: torch.Tensor, *others: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
-    if x.device.type != "cpu" or compute_dtype(x, *others) != torch.float32:
-        return None
-    return None if torch.compiler.is_compiling() else load_kernel(name, work=8 * x.numel(), **sizes)
+        return ctypes.byref(_ActivationInputs(*places, x.numel(), threads(x.numel())))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -109,9 +95,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         `[..., D]` in the dtype of x, also under autocast; the mean is taken in float32, or in float64 if an input is.
     """
-    # Of few numbers, recording the kernel for a backward pass takes what it saves.
-    is_small = x.numel() < _FEWEST and torch.is_grad_enabled()
-    kernel = None if is_small else _kernel("rms_norm", x, weight)
+    kernel = rms_norm_kernel(x, weight)
     if kernel is None:
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
     return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
@@ -143,11 +127,7 @@ def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = Non
         activation: "sigmoid", "silu" (or "swish"), or "gelu" (Hendrycks and Gimpel, arXiv 1606.08415, with erf).
     """
     number, function = _ACTIVATIONS[activation]
-    gated, kernel, is_small = factor is not None, None, x.numel() < _FEWEST
-    # torch's GELU makes code for each new shape, which takes longer than few numbers do.
-    pays = activation == "gelu" and not torch.is_grad_enabled() if is_small else gated
-    if pays and (factor is None or factor.shape == x.shape):
-        kernel = _kernel("activation", x, factor, ACT=number, GATED=int(gated))
+    kernel = activation_kernel(x, factor, number, generates_code=activation == "gelu")
     if kernel is None:
         return function(x) if factor is None else function(x) * factor
     dtype = x.dtype if factor is None else torch.result_type(x, factor)

@@ -1,6 +1,6 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The short convolution: in plain torch, and of whole texts by a C++ kernel, in one pass over the tokens, wherever
-padding stands."""
+"""The short convolution: in plain torch, and for whole sequences by a C++ kernel, in one pass over the tokens, with
+padding anywhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
-from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.cpp_kernels import call, open_kernel, pointer
+from lalm.modeling.ops.dispatch import short_conv_kernel
+from lalm.modeling.ops.dtypes import without_autocast
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
@@ -112,17 +113,12 @@ def cpp_short_conv(
     Returns:
         As many `[B, T, D_i]`, unspecified on padding, after a SiLU if `activation`; None where no kernel runs.
     """
-    device = weight.device
-    if device.type != "cpu" or compute_dtype(weight, *parts) != torch.float32 or torch.compiler.is_compiling():
-        return None
-    channels, width = weight.shape
-    work = parts[0].shape[:2].numel() * channels * width
-    kernel = load_kernel("short_conv", work=work, **_sizes(width, before, activation))
+    kernel = short_conv_kernel(parts, weight, **_sizes(weight.shape[1], before, activation))
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
-    with without_autocast(device):
+    with without_autocast(weight.device):
         given = [x.float().contiguous() for x in parts]
         tensors = (weight.float().contiguous(), skip, documents, *given)
         outputs = call(_ShortConv, kernel, before, activation, *tensors)

@@ -8,14 +8,15 @@ backward pass it keeps the inputs and, of normalised sums, the outputs and what 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
 import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, CompiledForm, borders, call, fits, load_kernel, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, borders, call, needed, pointer
 from lalm.modeling.ops.diagonal.diagonal_recurrence import normalized, recurrent_diagonal
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -84,38 +85,22 @@ class _CppDiagonal(torch.autograd.Function):
         return None, None, None, None, *found, None if state is None else d_state, None, None
 
 
-def _sizes(key_size: int, value_size: int, gate_size: int, normalized: bool, taylor: bool) -> dict[str, int]:
-    keys = {"KEY": num_taylor_features(key_size), "TAYLOR": key_size} if taylor else {"KEY": key_size, "TAYLOR": 0}
-    values = {"VALUE": value_size + -value_size % LANES, "NORMALIZED": int(normalized)}
-    return keys | values | {"DECAY": min(gate_size, 2)}
-
-
+@cache
 def diagonal_kernel(
-    q: torch.Tensor, value_size: int, gate_size: int, normalized: bool = False, taylor: bool = False
-) -> ctypes.CDLL | None:
-    """The compiled kernel for `q [B, T, H, K]`, or None where there is none or it is no use.
+    key_size: int, value_size: int, gate_size: int, normalized: bool = False, taylor: bool = False
+) -> HeadKernel:
+    """The kernel for heads of these sizes.
 
     Args:
-        value_size: V.
-        gate_size: numbers of a token's log decay in a head: 0, 1 or as many as the state has rows.
+        key_size, value_size: K and V.
+        gate_size: numbers of a token's log decay per head: 0, 1 or as many as the state has rows.
         normalized: for sums that are divided by z . q + eps.
-        taylor: of the features that `taylor_features` makes of q and k.
+        taylor: for the features that `taylor_features` makes of q and k.
     """
-    sizes = _sizes(q.shape[-1], value_size, gate_size, normalized, taylor)
-    return load_kernel("diagonal", **sizes) if fits(q, sizes["KEY"] * value_size) else None
-
-
-def compiled_diagonal(
-    form: Callable,
-    key_size: int,
-    value_size: int,
-    gate_size: int = 0,
-    normalized: bool = False,
-    taylor: bool = False,
-) -> CompiledForm:
-    """`form`, a function on top of `cpp_diagonal`, with the kernel for these sizes (as for `diagonal_kernel`)."""
-    sizes = _sizes(key_size, value_size, gate_size, normalized, taylor)
-    return CompiledForm(form, "diagonal", sizes["KEY"] * value_size, **sizes)
+    keys = num_taylor_features(key_size) if taylor else key_size
+    sizes = {"KEY": keys, "TAYLOR": key_size if taylor else 0}
+    sizes |= {"VALUE": value_size + -value_size % LANES, "NORMALIZED": int(normalized), "DECAY": min(gate_size, 2)}
+    return HeadKernel("diagonal", keys * value_size, tuple(sizes.items()))
 
 
 def _with_columns(state: torch.Tensor, missing: int, value_size: int) -> torch.Tensor:
@@ -141,8 +126,8 @@ def cpp_diagonal(
     `[B, H, K, V + 1]`, z their last column. With `taylor` it is that of `taylor_features(q)` and `taylor_features(k)`.
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
-    kernel = diagonal_kernel(q, value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
-    kernel = needed(kernel, q, k, v, g, state)
+    sizes = (q.shape[-1], value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
+    kernel = needed(diagonal_kernel(*sizes), q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)

@@ -11,8 +11,8 @@ Chunk form. With G the running sum of g inside a chunk, E its last row, and any 
     o_i  = sum_{j <= i} (q~_i . k~_j) v_j + (exp(R) S_in)^T q~_i
     S_out = exp(E) S_in + exp(E - R) sum_j k~_j v_j^T
 R = E / 2 keeps every exponent within half the decay of one chunk, so a chunk costs what ungated attention costs. Where
-that could overflow (`_MAX_DECAY`) the scores come from exponents that are never positive: see `_bounded_levels`. The
-backward pass keeps the inputs only and recomputes the chunk states.
+that could overflow (`dispatch.MAX_DECAY`) the scores come from exponents that are never positive: see
+`_bounded_levels`. The backward pass keeps the inputs only and recomputes the chunk states.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by, has_open_length, hides_values, is_transformed
-from lalm.modeling.ops.chunks import chunk_borders, fill_up, from_chunks, running_sums, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
+from lalm.modeling.ops.chunks import chunk_borders, from_chunks, running_sums, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.dispatch import chunks_of_decays, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
-from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, must_part
-
-# exp(60) leaves a factor of 10^12 below float32's largest number for the products and sums of features.
-_MAX_DECAY = 60.0
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
 
 
 def recurrent_diagonal(
@@ -77,7 +75,7 @@ def chunk_diagonal(
     if is_transformed():
         return recurrent_diagonal(q, k, v, g, scale, state, layout)
     q, k, v, g = layout.freeze(q, k, v, g)
-    if must_part(layout, q, k, v, g):
+    if must_separate(layout, q, k, v, g):
 
         def alone(q, k, v, g, state, layout):
             return chunk_diagonal(q, k, v, g, scale, state, layout, chunk_size)
@@ -85,7 +83,7 @@ def chunk_diagonal(
         return document_by_document(alone, (q, k, v, g), state, layout)
     if not has_open_length():
         chunk_size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
-    chunk_size, factored = _plan(g, chunk_size)
+    chunk_size, factored = chunks_of_decays(g, chunk_size)
     o, state = _ChunkDiagonal.apply(scale, chunk_size, factored, q, k, v, g, state, layout.document_ids())
     return layout.zero_padding(o), state
 
@@ -121,26 +119,6 @@ class _Quotient(torch.autograd.Function):
         along = (do[..., None, :] @ o[..., None]).squeeze(-1)
         d_sums = torch.cat([do, -along], dim=-1) / size
         return d_sums if d_size is None else d_sums + F.pad(d_size, (o.shape[-1], 0)), None
-
-
-@torch.no_grad()
-def _plan(g: torch.Tensor | None, chunk_size: int) -> tuple[int, bool]:
-    """Size of the chunks, and whether their decays are mild enough to factor: in chunks as asked, else in quarters.
-
-    One look at the data. While compiling, which allows none, the bounded form serves every gate.
-    """
-    if g is None or g.numel() == 0:
-        return chunk_size, True
-    if not hides_values():
-        for size in (chunk_size, chunk_size // 4):
-            if size and _strongest_decay(g, size) <= _MAX_DECAY:
-                return size, True
-    return chunk_size, False
-
-
-def _strongest_decay(g: torch.Tensor, size: int) -> float:
-    windows = fill_up(g, size).unflatten(1, (-1, size))
-    return -windows.sum(2, dtype=compute_dtype(g)).min().item()
 
 
 def _scale_rows(factor: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:

@@ -3,22 +3,24 @@
 
     S_n = gamma_h S_{n-1} + k_n v_n^T      o_n = scale S_n^T q_n      gamma_h = 1 - 2^(-5 - h)      (eq. 6 and 8)
 
-The caller rotates q and k. Padding stands outside of time: it is not counted in n.
+The caller rotates q and k. Padding is not counted in n. The recurrence itself is in diagonal_recurrence.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal
+from lalm.modeling.ops.diagonal.diagonal_cpp import cpp_diagonal, diagonal_kernel
 from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal, recurrent_diagonal
-from lalm.modeling.ops.diagonal.linear_attention import apply_linear_attention
+from lalm.modeling.ops.dispatch import choose, in_form, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.fla_kernels import fla_diagonal
-from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, must_part
+from lalm.modeling.ops.rules import Call, bidirectional_diagonal, run_rule
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, document_by_document
 
 
 def retention_log_decay(
@@ -31,15 +33,7 @@ def retention_log_decay(
     return torch.log1p(-torch.exp2(exponents)).to(dtype)
 
 
-def _retention(core, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal):
-    # In the type of the arithmetic: a float64 gate would make everything float64.
-    g = retention_log_decay(q.shape[-2], compute_dtype(q, k, v), q.device).expand(q.shape[:-1])
-    return apply_linear_attention(
-        core, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, False, 0.0, layout, causal
-    )
-
-
-def recurrent_retention(
+def retention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -50,8 +44,10 @@ def recurrent_retention(
     *,
     layout: SequenceLayout | None = None,
     causal: bool = True,
+    implementation: str = "auto",
+    chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Retention one token at a time (eq. 6): the definition, and the way to decode.
+    """Retention.
 
     Args:
         q, k: `[B, T, H, K]`, rotated already. The number of heads H sets the decays, see `retention_log_decay`.
@@ -59,98 +55,46 @@ def recurrent_retention(
         scale: factor on q; None for `K ** -0.5`.
         initial_state: `[N, H, K, V]`; None for zeros.
         output_final_state: also return the state after the last token.
-        cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
-        layout: padding and document borders of a batch; its rows have one state each (N = B).
-        causal: False reads both sides of every document, without states (`ops/bidirectional.py`).
+        cu_seqlens: integer `[N + 1]`, boundaries of N documents packed in one row (B = 1), each with its own states.
+        layout: padding and document boundaries of a batch; its rows have one state each (N = B).
+        causal: False reads both sides of every document, without states (`ops/rules.py`).
+        implementation: "recurrent" (eq. 6), "chunk" (eq. 7), "cpp", "fla" or "auto", as for `gla`, or "parallel": the
+            matrix of all pairs (eq. 5), with time and memory quadratic in T.
+        chunk_size: tokens of a chunk, a power of two.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[N, H, K, V]` or None. States and sums are float32,
         or float64 if an input is.
 
     Raises:
-        ValueError: a shape does not fit; the message names the argument.
+        ValueError: a shape does not fit, or the implementation does not exist for this input; the message names the
+            argument.
     """
-    return _retention(
-        recurrent_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal
-    )
+    check_shapes(q, k, v)
+    forms: dict[str, Callable] = {
+        "recurrent": recurrent_diagonal,
+        "chunk": partial(chunk_diagonal, chunk_size=chunk_size),
+        "parallel": _parallel,
+        "fla": fla_diagonal,
+        "cpp": cpp_diagonal,
+    }
+    keys, values = q.shape[-1], v.shape[-1]
+    core = forms[choose("retention", implementation, q, v, forms, diagonal_kernel(keys, values, 1))]
+    # In the dtype of the arithmetic: a float64 gate would make everything float64.
+    g = retention_log_decay(q.shape[-2], compute_dtype(q, k, v), q.device)[:, None].expand(*q.shape[:-1], 1)
+    scale = keys**-0.5 if scale is None else scale
+    call = Call(scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+    return run_rule(core, (q, k, v, g), call, (q.shape[2], keys, values), bidirectional_diagonal)
 
 
-def chunk_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    layout: SequenceLayout | None = None,
-    causal: bool = True,
-    chunk_size: int = 64,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by matrix products over chunks of `chunk_size` (a power of two) tokens (eq. 7).
-
-    Same arguments, same results up to rounding. The backward pass keeps the inputs and recomputes the states.
-    """
-    return _retention(
-        partial(chunk_diagonal, chunk_size=chunk_size),
-        *(q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal),
-    )
-
-
-def parallel_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    layout: SequenceLayout | None = None,
-    causal: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by the matrix of all pairs (eq. 5); same arguments, time and memory quadratic in T."""
-    return _retention(_parallel, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-
-
-def fla_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    layout: SequenceLayout | None = None,
-    causal: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by the GPU kernels of flash-linear-attention; same arguments, precision of v."""
-    return _retention(fla_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-
-
-def cpp_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    layout: SequenceLayout | None = None,
-    causal: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_retention` by the C++ kernel of `ops/diagonal/diagonal_cpp.py`; same arguments, float32 on a CPU."""
-    return _retention(cpp_diagonal, q, k, v, scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+recurrent_retention, chunk_retention = in_form(retention, "recurrent"), in_form(retention, "chunk")
 
 
 def _parallel(q, k, v, g, scale, state, layout):
     """A core like `recurrent_diagonal`: o = (q k^T * D) v with D_nm = gamma^(n - m) for m <= n."""
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
     q, k, v = layout.freeze(q, k, v)
-    if must_part(layout, q, k, v):
+    if must_separate(layout, q, k, v):
 
         def alone(q, k, v, state, layout):
             return _parallel(q, k, v, g, scale, state, layout)

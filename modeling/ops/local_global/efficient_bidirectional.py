@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from lalm.modeling.ops.bidirectional import bidirectional_diagonal, layout_both_ways
 from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal
+from lalm.modeling.ops.dispatch import must_separate
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
-from lalm.modeling.ops.local_global.efficient_attention import check_semantics, features_of, running_max
-from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, document_by_document, must_part
+from lalm.modeling.ops.local_global.efficient_chunks import running_max
+from lalm.modeling.ops.local_global.efficient_recurrence import check_semantics, features_of
+from lalm.modeling.ops.rules import bidirectional_diagonal, layout_both_ways
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, document_by_document
 
 
 def bidirectional_efficient_attention(
@@ -37,7 +39,7 @@ def bidirectional_efficient_attention(
     if layout.segments is None:
         return layout.zero_padding(cross_efficient_attention(q, k, v, layout.mask, semantics=semantics))
     check_semantics(semantics)
-    if must_part(layout, q, k, v):
+    if must_separate(layout, q, k, v):
 
         def alone(q, k, v, _, layout):
             return bidirectional_efficient_attention(q, k, v, semantics=semantics, layout=layout), None

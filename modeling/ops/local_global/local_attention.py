@@ -17,16 +17,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import has_open_length, hides_values
+from lalm.modeling.ops.autograd import has_open_length
 from lalm.modeling.ops.chunks import missing_tokens
+from lalm.modeling.ops.dispatch import may_hold, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
-from lalm.modeling.ops.sequence_layout import (
-    SequenceLayout,
-    check_shapes,
-    document_by_document,
-    document_positions,
-    must_part,
-)
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, document_by_document, document_positions
 
 # Label of what is no token: no neighbour of any window, which are numbered from 0.
 _NONE = -4
@@ -80,7 +75,7 @@ def local_attention(
     if plain and initial_state is not None and q.shape[1] == 1:
         return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
     q, k, v = layout.freeze(q, k, v)
-    if must_part(layout, q, k, v):
+    if must_separate(layout, q, k, v):
 
         def alone(q, k, v, state, layout):
             options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
@@ -131,7 +126,7 @@ def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
         return o, None
     # With a window full, the one before it is of no further use.
     ends = filled == size
-    if hides_values() or q.device.type != "cpu" or bool(ends.any()):
+    if may_hold(ends):
         forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
         window = window.masked_fill(forgotten[..., None, None], 0)
         filled = torch.where(ends, window_size, filled)
@@ -173,7 +168,7 @@ def sliding_attention(
     layout = layout or SequenceLayout()
     _check(q, k, v, window_size, None, False, causal, layout)
     q, k, v = layout.freeze(q, k, v)
-    if must_part(layout, q, k, v):
+    if must_separate(layout, q, k, v):
 
         def alone(q, k, v, _, layout):
             options = {"scale": scale, "causal": causal, "dropout": dropout, "layout": layout}
