@@ -23,7 +23,7 @@ import lalm.modeling.ops as ops
 PAGE = Path(__file__).resolve().parent / "api.md"
 INTRODUCTION = """# API
 
-Generated from the docstrings by `python docs/api.py`. Everything below `lalm` that is not listed here may change without notice.
+Generated from the docstrings by `python docs/api.py`. Everything else in `lalm` may change without notice.
 """
 
 
@@ -43,10 +43,10 @@ def page() -> str:
 
 def configuration(config: type, shared: dict[str, object]) -> str:
     """A configuration's docstring, and the fields that it adds or whose default it changes."""
+    own = inspect.get_annotations(config)
     lines = [f"### `{config.__name__}`\n", docstring(config), "| field | type | default |", "|---|---|---|"]
     for field in dataclasses.fields(config):
-        ours = field.name in config.__dict__.get("__annotations__", {})
-        if ours and (field.name not in shared or field.default != shared[field.name]):
+        if field.name in own and (field.name not in shared or field.default != shared[field.name]):
             kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
             cell = re.sub(r"\btyping\.", "", kind).replace("|", "\\|")
             lines.append(f"| `{field.name}` | {cell} | `{default(field)}` |")
@@ -85,14 +85,12 @@ def public_functions(module: ModuleType) -> Iterator[Callable]:
 
 def function(one: Callable, module: str) -> str:
     """The signature and docstring of a function."""
-    parameters = inspect.signature(one)
-    listed = f"{one.__name__}{parameters}"
+    signature = inspect.signature(one)
+    result = annotation(signature.return_annotation, " -> ")
+    arguments = arguments_of(signature)
+    listed = f"{one.__name__}({', '.join(arguments)}){result}"
     if len(listed) > 100:
-        arguments = "".join(f"    {line},\n" for line in arguments_of(parameters))
-        result = parameters.return_annotation
-        arrow = "" if result is inspect.Signature.empty else f" -> {inspect.formatannotation(result)}"
-        listed = f"{one.__name__}(\n{arguments}){arrow}"
-    listed = re.sub(r"'([\w.\[\], |]+)'", r"\1", listed)  # annotations are strings
+        listed = "\n".join([f"{one.__name__}(", *(f"    {line}," for line in arguments), f"){result}"])
     return f"### `{module}.{one.__name__}`\n\n```python\n{listed}\n```\n\n{docstring(one)}"
 
 
@@ -102,9 +100,18 @@ def arguments_of(signature: inspect.Signature) -> list[str]:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             lines.append("*")
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        lines.append(str(parameter))
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}".replace("'", '"')
+        lines.append(f"{stars}{parameter.name}{annotation(parameter.annotation, ': ')}{default}")
     return lines
+
+
+def annotation(kind: object, sign: str) -> str:
+    """An annotation after its sign, or nothing."""
+    if kind is inspect.Signature.empty:
+        return ""
+    return sign + (kind if isinstance(kind, str) else inspect.formatannotation(kind))
 
 
 def docstring(documented: object) -> str:

@@ -81,7 +81,7 @@ def parameters(variant) -> tuple[int, int]:
 
 
 def state_bytes(variant) -> list[tuple[int, bool]]:
-    """Per kind of layer: the cache bytes of one sequence after `TOKENS` tokens, and whether they are independent of length."""
+    """Per kind of layer: the cache bytes of one sequence, and whether they are independent of its length."""
     config = config_of(variant, vocab_size=16, intermediate_size=8, num_hidden_layers=3)
     model = variant.models["AutoModel"](config).eval()
     sizes = []
