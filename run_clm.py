@@ -14,19 +14,19 @@ import sys
 from transformers import set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
-from lalm.training.arguments import parse_arguments
+from lalm.errors import UserError, exit_on_user_error, one_line
 from lalm.training.checkpoints import check_output_dir, check_text, claim_output_dir, run_record
-from lalm.training.clm_trainer import ClmTrainer
-from lalm.training.errors import UserError, exit_on_user_error, one_line
+from lalm.training.clm.arguments import parse_arguments
+from lalm.training.clm.data import prepare_data
+from lalm.training.clm.model_builder import build_model
+from lalm.training.clm.model_card import model_card
+from lalm.training.clm.model_checks import check_model
+from lalm.training.clm.packing import PackingCollator
+from lalm.training.clm.trainer import ClmTrainer
 from lalm.training.hub_push import check_hub
+from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
-from lalm.training.model_builder import build_model
-from lalm.training.model_card import model_card
-from lalm.training.model_checks import check_model
-from lalm.training.packing import PackingCollator
-from lalm.training.run_data import prepare_data
-from lalm.training.run_logging import set_up_logging
-from lalm.training.run_results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
+from lalm.training.results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")

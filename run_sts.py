@@ -17,23 +17,23 @@ import torch
 from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
+from lalm.errors import exit_on_user_error, extra_needed
 from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
-from lalm.training.errors import exit_on_user_error, extra_needed
 from lalm.training.hub_push import check_hub
+from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
-from lalm.training.run_logging import set_up_logging
-from lalm.training.run_results import read_json, save_results
+from lalm.training.results import read_json, save_results
 from lalm.training.tracking import check_trackers
 
 with extra_needed("run_sts.py", "sts"):
-    from lalm.training.sts_arguments import parse_sts_arguments
-    from lalm.training.sts_card import describe, flat_figures, sts_card, sts_training_figures
-    from lalm.training.sts_data import StsSplits, load_stsb
-    from lalm.training.sts_evaluation import evaluate_model
-    from lalm.training.sts_sources import TrainingData, collect
-    from lalm.training.sts_stages import Arguments, Stage, build_stage, load_model
-    from lalm.training.sts_teacher import load_teacher
-    from lalm.training.sts_trainer import StsTrainer, dev_evaluator
+    from lalm.training.sts.arguments import parse_sts_arguments
+    from lalm.training.sts.card import describe, flat_figures, sts_card, sts_training_figures
+    from lalm.training.sts.data import StsSplits, load_stsb
+    from lalm.training.sts.evaluation import evaluate_model
+    from lalm.training.sts.sources import TrainingData, collect
+    from lalm.training.sts.stages import Arguments, Stage, build_stage, load_model
+    from lalm.training.sts.teacher import load_teacher
+    from lalm.training.sts.trainer import StsTrainer, dev_evaluator
 
 logger = logging.getLogger("lalm.training")
 

@@ -15,13 +15,13 @@ from benchmarks import gates
 from benchmarks.cases_ops import OPS, Inputs, output_of
 from benchmarks.models import LLAMA, facts, train_step
 from benchmarks.registry import Comparison, GateError, Ratio, Run, register
-from lalm.convert import config_to_fla, state_dict_to_fla
+from lalm.convert.fla import config_to_fla, state_dict_to_fla
 from lalm.modeling.ops.delta.dual_state import dual_state_delta
 
 triton_dual_state_delta = partial(dual_state_delta, implementation="triton")
 
 SIZES: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
-# Our configuration, the prefix of fla's class, and our fields, for the models that both have (lalm/convert).
+# Our configuration, the prefix of fla's class, and our fields, for the models that both have (lalm/convert/fla.py).
 VARIANTS: dict[str, tuple[type[lalm.LalmConfig], str, dict[str, Any]]] = {
     "gla": (lalm.GLAConfig, "GLA", {}),
     "retnet": (lalm.RetNetConfig, "RetNet", {}),

@@ -158,7 +158,7 @@ def against_package(blindspot: int, length: int = 2048) -> Comparison:
     """Our local-global model of 58M parameters against the package it is converted from, with the same weights."""
     from linear_attention_transformer import LinearAttentionTransformerLM
 
-    from lalm.convert_linear_attention_transformer import from_linear_attention_transformer
+    from lalm.convert.linear_attention_transformer import from_linear_attention_transformer
 
     options = {"num_tokens": 20000, "dim": 512, "depth": 12, "max_seq_len": 8192, "heads": 8, "causal": True}
     options |= {"n_local_attn_heads": 4, "blindspot_size": blindspot}

@@ -170,11 +170,10 @@ def _renames(module: _Module, renamed: dict[str, str]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in renamed:
             start = node.col_offset + len("def " if isinstance(node, ast.FunctionDef) else "class ")
             yield node.lineno, start, node.lineno, start + len(node.name), renamed[node.name]
-        elif isinstance(node, ast.Import | ast.ImportFrom) and any(
-            (a.asname or a.name) in renamed for a in node.names
-        ):
-            if not _PACKAGE.match(getattr(node, "module", None) or ""):
-                raise ValueError(f"{module.name} imports {ast.unparse(node)!r} under a name that is used elsewhere.")
+        elif isinstance(node, ast.Import | ast.ImportFrom) and not _PACKAGE.match(getattr(node, "module", None) or ""):
+            for alias in node.names:
+                if (alias.asname or alias.name) in renamed:
+                    raise ValueError(f"{module.name}: {ast.unparse(node)!r} takes a name that is used elsewhere.")
 
 
 def _locals(node: ast.FunctionDef | ast.Lambda) -> frozenset[str]:
@@ -222,7 +221,7 @@ def checkpoint_sources(modules: Iterable[str], kernels: Path) -> dict[str, str]:
         files[f"{target}.py"], found = merge(target, names, places)
         places |= found
     sources = kernels_of(ops, kernels)
-    literal = "".join(f"    {name!r}: r\'\'\'{text}\'\'\',\n" for name, text in sources.items())
+    literal = "".join(f"    {name!r}: r'''{text}''',\n" for name, text in sources.items())
     return {name: text.replace("_KERNELS_HERE", f"{{\n{literal}}}") for name, text in files.items()}
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from lalm import VARIANTS
-from lalm.training.errors import UserError, exit_on_user_error, one_line
+from lalm.errors import UserError, exit_on_user_error, one_line
 
 logger = logging.get_logger("transformers.lalm")
 

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_sts  # noqa: E402  the script beside this folder
-from lalm.training.errors import exit_on_user_error  # noqa: E402
-from lalm.training.run_results import read_json  # noqa: E402
-from lalm.training.sts_arguments import parse_sts_arguments  # noqa: E402
-from lalm.training.sts_stages import build_student  # noqa: E402
-from lalm.training.sts_teacher import load_teacher  # noqa: E402
+from lalm.errors import exit_on_user_error  # noqa: E402
+from lalm.training.results import read_json  # noqa: E402
+from lalm.training.sts.arguments import parse_sts_arguments  # noqa: E402
+from lalm.training.sts.stages import build_student  # noqa: E402
+from lalm.training.sts.teacher import load_teacher  # noqa: E402
 
 RECIPE = str(Path(__file__).with_suffix(".yaml"))
 SEEDS = (1, 2, 3)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_sts  # noqa: E402  the script beside this folder
-from lalm.training.errors import exit_on_user_error  # noqa: E402
+from lalm.errors import exit_on_user_error  # noqa: E402
 
 RECIPE = str(ROOT / "recipes" / "lam_minilm_l6_supervised.yaml")
 RATES = {1: 4e-5, 2: 6e-5, 3: 8e-5}  # by seed: the range of every rate tried before

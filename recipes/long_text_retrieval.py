@@ -19,9 +19,9 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 import lalm  # noqa: F401  registers our models
-from lalm.training.errors import UserError, exit_on_user_error
-from lalm.training.sts_evaluation import encode
-from lalm.training.sts_stages import backbone
+from lalm.errors import UserError, exit_on_user_error
+from lalm.training.sts.evaluation import encode
+from lalm.training.sts.stages import backbone
 
 FEWEST_WORDS = 1000
 

@@ -34,12 +34,12 @@ sys.path.insert(0, str(ROOT))
 import lalm  # noqa: E402, F401  registers our models
 from benchmarks.machine import describe  # noqa: E402  the folder beside this one
 from benchmarks.timing import alternate, spread  # noqa: E402
-from lalm.training.decoding import decoding_error, decoding_seconds, read_texts, state_bytes  # noqa: E402
-from lalm.training.errors import UserError, exit_on_user_error, nearest_hint, one_line  # noqa: E402
-from lalm.training.model_builder import config_class_of, config_field_names  # noqa: E402
-from lalm.training.recall import evaluate_recall, multi_query_associative_recall  # noqa: E402
+from lalm.errors import UserError, exit_on_user_error, nearest_hint, one_line  # noqa: E402
+from lalm.recall.task import evaluate_recall, multi_query_associative_recall  # noqa: E402
+from lalm.training.clm.decoding import decoding_error, decoding_seconds, read_texts, state_bytes  # noqa: E402
+from lalm.training.clm.model_builder import config_class_of, config_field_names  # noqa: E402
 from lalm.training.recipe import read_recipe  # noqa: E402
-from lalm.training.run_results import read_json, write_json  # noqa: E402
+from lalm.training.results import read_json, write_json  # noqa: E402
 
 WEIGHT_DECAY = 0.1  # of both papers
 TOLERANCE = 1e-4  # float32, of the logits of decoding against those of one forward

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import lalm
-from lalm import convert
-from lalm.convert import config_from_fla, config_to_fla, from_fla, state_dict_from_fla, state_dict_to_fla, to_fla
-from lalm.training.errors import UserError
+from lalm.convert import fla as convert
+from lalm.convert.fla import config_from_fla, config_to_fla, from_fla, state_dict_from_fla, state_dict_to_fla, to_fla
+from lalm.errors import UserError
 from tests.fla_reference import FOLDER, LENGTHS, MODELS, input_ids, weight
 
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,7 @@ import torch
 from linear_attention_transformer import LinearAttentionTransformerLM, LinformerSettings
 from linear_attention_transformer.autoregressive_wrapper import AutoregressiveWrapper
 
-from lalm.convert_linear_attention_transformer import (
+from lalm.convert.linear_attention_transformer import (
     from_linear_attention_transformer,
     to_linear_attention_transformer,
 )

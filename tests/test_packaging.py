@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "configuration"}
 PACKAGE_DATA = {
     "lalm/py.typed",
-    "lalm/training/sts_default_pairs.tsv",
+    "lalm/training/sts/default_pairs.tsv",
     "lalm/modeling/ops/kernels/blocks.h",
     "lalm/modeling/ops/kernels/delta_rule.cpp",
     "lalm/modeling/ops/kernels/delta_rule.h",

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lalm
 from lalm import GLAConfig, GLAForCausalLM
-from lalm.training.arguments import parse_arguments
-from lalm.training.sts_arguments import parse_sts_arguments
+from lalm.training.clm.arguments import parse_arguments
+from lalm.training.sts.arguments import parse_sts_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages whose commands must parse, and whose Python must run from top to bottom.

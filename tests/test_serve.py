@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lalm import serve
-from lalm.training.errors import exit_on_user_error
+from lalm.errors import exit_on_user_error
 from tests.modeling.exact import run, tokens
 from tests.variants import ROWS, each_variant
 

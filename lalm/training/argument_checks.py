@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer, get_scheduler
 
-from lalm.training.errors import nearest_hint, one_line
+from lalm.errors import nearest_hint, one_line
 
 LARGEST_SEED = 2**32 - 1
 # the lowest and the highest value; what lies between is left to torch and transformers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from lalm.training.run_results import read_json, write_json
+from lalm.training.results import read_json, write_json
 
 CHECKSUMS = "checksums.json"
 PIECE = 1 << 24

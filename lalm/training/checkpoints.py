@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import TrainerState
 
+from lalm.errors import UserError
 from lalm.training.checkpoint_files import NotResumableError, check_checkpoint
-from lalm.training.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lalm.training.errors import UserError
+from lalm.errors import UserError
 
 REMEDY = "lower --learning_rate or lengthen --warmup_steps, and train again with --start_over"
 

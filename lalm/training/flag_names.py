@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from lalm.training.errors import nearest_hint
+from lalm.errors import nearest_hint
 
 # what users of other scripts and papers type, and our names for it in the order in which they are tried
 MEANT: dict[str, tuple[str, ...]] = {

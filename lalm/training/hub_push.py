@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lalm.training.errors import UserError, one_line
+from lalm.errors import UserError, one_line
 
 
 def repository(training: Any) -> str:

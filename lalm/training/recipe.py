@@ -10,8 +10,8 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 
+from lalm.errors import UserError, one_line
 from lalm.training.argument_checks import check_finite
-from lalm.training.errors import UserError, one_line
 from lalm.training.flag_names import name_hint
 
 TOO_DEEP = "nests too deep, or refers to itself; write its values out"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lalm.training.errors import UserError, one_line
+from lalm.errors import UserError, one_line
 from lalm.training.text_rows import COMPRESSIONS, check_file
 
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

@@ -14,9 +14,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
-from lalm.training.arguments import DataArguments, ModelArguments
-from lalm.training.default_text import python_reference
-from lalm.training.errors import UserError, is_disk_full, nearest_hint, one_line
+from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
+from lalm.training.clm.arguments import DataArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -252,3 +251,24 @@ def load_splits(data: DataArguments, model: ModelArguments, needed: set[str]) ->
 def quiet_progress_bars() -> None:
     """Keep the bars of `datasets` out of the log; training has its own."""
     datasets.disable_progress_bars()
+
+
+def python_reference() -> dict[str, list[str]]:
+    """The text used when no data is named: the language reference that ships with every CPython.
+
+    Returns the topics of `pydoc_data.topics` as documents, split into train, validation and test.
+
+    The split is by rank in the sorted topic names: of every ten, the eighth is validation and the sixth is test. It
+    depends on nothing but the Python version, whose reference differs a little from release to release.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "this Python has no pydoc_data.topics (the built-in text); name text with --train_file or --dataset_name"
+        ) from None
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for rank, name in enumerate(sorted(topics)):
+        split = {7: "validation", 5: "test"}.get(rank % 10, "train")
+        splits[split].append(topics[name])
+    return splits

@@ -3,7 +3,7 @@
 
 import importlib.util
 
-from lalm.training.errors import UserError, nearest_hint
+from lalm.errors import UserError, nearest_hint
 
 PACKAGES = {
     "trackio": ("trackio",),

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import run_clm
-from tests.training.sts_world import StsWorld
+from tests.training.sts.tiny_world import StsWorld
 
 SIZES = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24"
 TINY_MODELS = {

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from lalm.configuration.configuration_gla import GLAConfig
-from lalm.training.arguments import ARGUMENT_CLASSES, parse_arguments
-from lalm.training.errors import UserError
+from lalm.errors import UserError
+from lalm.training.clm.arguments import ARGUMENT_CLASSES, parse_arguments
 from lalm.training.flag_names import MEANT
 from lalm.training.recipe import field_names, parse_overrides
-from lalm.training.sts_arguments import STS_ARGUMENT_CLASSES
+from lalm.training.sts.arguments import STS_ARGUMENT_CLASSES
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import safetensors.torch
 
+from lalm.errors import UserError, is_disk_full
 from lalm.training.checkpoint_files import CHECKSUMS, check_checkpoint, write_checksums
-from lalm.training.clm_trainer import ClmTrainer
-from lalm.training.errors import UserError, is_disk_full
-from lalm.training.run_trainer import STAGING
+from lalm.training.clm.trainer import ClmTrainer
 from lalm.training.tracking import check_trackers
+from lalm.training.trainer import STAGING
 
 TRAIN = ("--do_train", "--save_steps", "2")
 

@@ -14,16 +14,16 @@ import pytest
 import yaml
 
 import run_clm
+from lalm.errors import exit_on_user_error
 from lalm.modeling.linearize import student_config
 from lalm.modeling.modeling_lam import LamModel
-from lalm.training.arguments import parse_arguments
-from lalm.training.errors import exit_on_user_error
-from lalm.training.model_builder import new_config
-from lalm.training.sts_arguments import parse_sts_arguments
-from lalm.training.sts_sources import Source
-from lalm.training.tokenizer import train_tokenizer
-from tests.training import sts_tiny
+from lalm.training.clm.arguments import parse_arguments
+from lalm.training.clm.model_builder import new_config
+from lalm.training.clm.tokenizer import train_tokenizer
+from lalm.training.sts.arguments import parse_sts_arguments
+from lalm.training.sts.sources import Source
 from tests.training.conftest import TINY_MODELS
+from tests.training.sts import tiny_models as sts_tiny
 
 ROOT = Path(run_clm.__file__).parent
 CHAIN = ("distill", "relational", "finetune")

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import run_clm
+from lalm.errors import UserError
 from lalm.training.divergence import check_loss, check_norm, check_weights
-from lalm.training.errors import UserError
-from tests.training import sts_tiny
 from tests.training.conftest import TINY_MODELS
+from tests.training.sts import tiny_models as sts_tiny
 
 TRAIN = ("--do_train", "--do_eval", "--save_steps", "1", "--warmup_steps", "0")
 

@@ -12,9 +12,9 @@ import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainingArguments
 
-from lalm.training.arguments import DataArguments, ModelArguments, parse_arguments
-from lalm.training.errors import UserError
-from lalm.training.sts_arguments import StsDataArguments, StsModelArguments, StsTrainingArguments, parse_sts_arguments
+from lalm.errors import UserError
+from lalm.training.clm.arguments import DataArguments, ModelArguments, parse_arguments
+from lalm.training.sts.arguments import StsDataArguments, StsModelArguments, StsTrainingArguments, parse_sts_arguments
 
 NAN = ("nan", "inf", "-inf")
 # flags that train and score a tiny model, each group in one run

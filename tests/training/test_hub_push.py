@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, Response
 
 import run_clm
-from lalm.training.errors import UserError, exit_on_user_error
+from lalm.errors import UserError, exit_on_user_error
 from tests.training.conftest import TINY_MODELS
 
 ROOT = Path(run_clm.__file__).parent

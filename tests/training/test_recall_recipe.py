@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lalm.training.errors import UserError
+from lalm.errors import UserError
 from recipes import recall
 
 ROOT = Path(__file__).resolve().parents[2]

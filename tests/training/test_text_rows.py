@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lalm.training.arguments import DataArguments, ModelArguments
-from lalm.training.errors import UserError
+from lalm.errors import UserError
+from lalm.training.clm.arguments import DataArguments, ModelArguments
+from lalm.training.clm.tokenizer import make_tokenizer
 from lalm.training.text_rows import LONGEST_TRAINED_WORD, LONGEST_WORD, check_words, load_splits
-from lalm.training.tokenizer import make_tokenizer
 
 DOCUMENTS = ["one, two", 'a "quoted" text', "übergröße\nsecond line", "last"]
 LINES = ["first line", "", "  third  ", "last"]

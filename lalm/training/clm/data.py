@@ -1,0 +1,144 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Arguments -> tokenizer and packed splits, with a description of each split for the log and the model card."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from lalm.errors import UserError
+from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from lalm.training.clm.documents import resolve_boundary, split_pieces
+from lalm.training.clm.packing import PackedDataset, Piece, StreamingPackedDataset, TokenStream, require_blocks
+from lalm.training.clm.tokenizer import STREAM_SAMPLE, make_tokenizer
+from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10
+
+
+@dataclass
+class RunData:
+    """What a run trains and is scored on; `notes` holds a line on each split."""
+
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, PackedDataset | StreamingPackedDataset] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    digest: str | None = None  # of the training text, None where there is none or it cannot be known
+
+
+def needed_splits(training: ClmTrainingArguments) -> set[str]:
+    """Return the splits a run uses."""
+    evaluates = training.do_eval or (training.do_train and (training.eval_on_start or training.eval_strategy != "no"))
+    uses = {"train": training.do_train, "validation": evaluates, "test": training.do_test}
+    return {split for split, used in uses.items() if used}
+
+
+def pack_mapped(rows: SplitRows, split: str, run: RunData, data: DataArguments) -> PackedDataset:
+    """Tokenize a split whole and cut it into blocks, with the evaluation stride for all but training."""
+    stride = data.block_size if split == "train" else data.eval_stride
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    # one token more than the blocks hold tells that the limit left something out
+    max_tokens = None if limit is None else (limit - 1) * int(stride or 0) + data.block_size + 1
+    pieces = tell_progress(split_pieces(rows, run.tokenizer, data), split)
+    stream = TokenStream.from_pieces(pieces, max_tokens)
+    dataset = PackedDataset(stream, data.block_size, stride, data.packing == "documents", limit)
+    require_blocks(dataset, split)
+    run.notes[split] = describe(dataset, split, rows, data, limit)
+    return dataset
+
+
+def tell_progress(pieces: Iterable[Piece], split: str) -> Iterator[Piece]:
+    """Pass pieces on, and log now and then how many tokens have been read."""
+    tokens, said = 0, time.monotonic()
+    for ids, begins in pieces:
+        tokens += len(ids)
+        if time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            logger.info("%s: %s tokens read so far", split, f"{tokens:,}")
+        yield ids, begins
+
+
+def describe(dataset: PackedDataset, split: str, rows: SplitRows, data: DataArguments, limit: int | None) -> str:
+    """Say in one line what a split became and what was left out."""
+    boundary = resolve_boundary(data, rows)
+    text = f"{dataset.stream.num_documents:,} documents ({boundary}), " if data.packing == "documents" else ""
+    text += f"{dataset.tokens_covered:,} tokens in {len(dataset):,} blocks of {data.block_size}"
+    if split != "train":
+        text += f", stride {data.eval_stride}"
+    text += f"; {dataset.tokens_scored:,} scored"
+    left = len(dataset.stream.tokens) - dataset.tokens_covered
+    if left and limit:
+        text += f"; only the first {limit:,} blocks are used"
+    elif left:
+        text += f"; {left} tokens at the end left out (nothing in them can be scored)"
+    return text
+
+
+def pack_streaming(rows: SplitRows, run: RunData, data: DataArguments) -> StreamingPackedDataset:
+    """Set up blocks that are made while the text is read."""
+    pieces = partial(split_pieces, rows, run.tokenizer, data)
+    run.notes["train"] = f"streamed in blocks of {data.block_size}, documents by {resolve_boundary(data, rows)}"
+    return StreamingPackedDataset(pieces, data.block_size, data.packing == "documents", data.max_train_samples)
+
+
+def is_streamed(rows: SplitRows) -> bool:
+    """Tell rows that are read one after the other from rows that can be counted."""
+    return any(isinstance(part, IterableDataset) for part in rows.parts)
+
+
+def check_streaming(training: ClmTrainingArguments) -> None:
+    """Refuse what needs the length of a stream."""
+    if not training.do_train:
+        return
+    if training.max_steps <= 0:
+        raise UserError("--streaming does not know how long the text is; give --max_steps")
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(training, name) == "epoch":
+            raise UserError(f"--{name} epoch: --streaming does not know where an epoch ends; use steps")
+
+
+def prepare_data(
+    model: ModelArguments, data: DataArguments, training: ClmTrainingArguments, checkpoint: str | None = None
+) -> RunData:
+    """Load, tokenize and pack every split of the run.
+
+    Args:
+        checkpoint: a checkpoint to resume, whose tokenizer is used if the run trained its own.
+
+    Raises:
+        UserError: for text that cannot be read, is missing or too short.
+    """
+    quiet_progress_bars()
+    if data.streaming:
+        check_streaming(training)
+    if checkpoint and not (model.tokenizer_name or model.model_name_or_path):
+        model.tokenizer_name = checkpoint
+    # one process of a node fills the caches, the others read them
+    with training.main_process_first(desc="data preparation"):
+        rows = load_splits(data, model, needed_splits(training))
+        texts = rows["train"].texts() if "train" in rows else None
+        run = RunData(make_tokenizer(model, texts, STREAM_SAMPLE if data.streaming else None))
+        for split in ("train", "validation", "test"):
+            if split in rows:
+                pack(rows[split], split, run, data)
+    return run
+
+
+def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments) -> None:
+    """Make the blocks of a split, or set up that they are made while training."""
+    run.sources[split] = rows.source
+    if split == "train" and is_streamed(rows):
+        run.splits[split], run.digest = pack_streaming(rows, run, data), rows.digest_of_ends()
+    else:
+        logger.info("%s: reading %s", split, rows.source)
+        run.splits[split] = packed = pack_mapped(rows, split, run, data)
+        if split == "train":
+            run.digest = packed.stream.digest
+    logger.info("%s: %s: %s", split, rows.source, run.notes[split])

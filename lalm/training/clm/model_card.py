@@ -1,0 +1,165 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The model card of a run: its data, command, hardware and measured figures, nothing else."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from lalm.training.clm.data import RunData
+from lalm.training.clm.model_builder import count_parameters
+from lalm.training.run_facts import command_line, hardware
+
+FRONT_MATTER = "---\n{}---\n"
+BODY = """
+# {name}
+
+{origin}
+
+## Figures
+
+{figures}
+
+{scoring}
+
+## Data
+
+{data}
+
+## Training
+
+```bash
+{command}
+```
+
+{training}
+
+Hardware: {hardware}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{path}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{path}"{trust})
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(inputs["input_ids"], max_new_tokens=40)[0]))
+```
+
+## Versions
+
+{versions}
+"""
+
+
+def origin(model, arguments: ModelArguments) -> str:
+    """Say where the weights come from."""
+    total, embeddings = count_parameters(model)
+    size = f"{total:,} parameters ({embeddings:,} of them token embeddings)"
+    kind = f"`{model.config.model_type}` causal language model, {size}"
+    if arguments.model_name_or_path:
+        return f"A {kind}, trained further from `{arguments.model_name_or_path}`."
+    return f"A {kind}, trained from scratch."
+
+
+def figures_table(results: Mapping[str, float]) -> str:
+    """Return the perplexities and accuracies as a table."""
+    rows = ["| split | token-level perplexity | token accuracy | tokens scored |", "|---|---|---|---|"]
+    labels = {"before": "validation, before training", "eval": "validation", "test": "test"}
+    for prefix, label in labels.items():
+        if f"{prefix}_perplexity" in results:
+            perplexity, accuracy, scored = (
+                results[f"{prefix}_{name}"] for name in ("perplexity", "accuracy", "tokens_scored")
+            )
+            rows.append(f"| {label} | {perplexity:.2f} | {accuracy:.4f} | {int(scored):,} |")
+    return "\n".join(rows) if len(rows) > 2 else "This run was not evaluated."
+
+
+def scoring(data: DataArguments) -> str:
+    """Say which tokens the perplexity covers."""
+    unscored = f"the first token of {'each block' if data.eval_stride == data.block_size else 'the text'}"
+    if data.packing == "documents":
+        unscored += " and the first token of each document"
+    return (
+        f"Perplexity is exp(sum of -log p / number of scored tokens), per token of this model's own tokenizer, with "
+        f"windows of {data.block_size} tokens and stride {data.eval_stride}. Not scored: {unscored}."
+    )
+
+
+def training_facts(training: ClmTrainingArguments, results: Mapping[str, float]) -> str:
+    """List the settings and totals of the training."""
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    precision = "bfloat16 autocast" if training.bf16 else "float16 autocast" if training.fp16 else "float32"
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    facts = {
+        "steps": f"{int(results['steps']):,}" if "steps" in results else None,
+        "tokens seen": f"{int(results['tokens_seen']):,}" if "tokens_seen" in results else None,
+        "blocks a step": str(per_step),
+        "learning rate": f"{training.learning_rate:g}, {schedule}, warm-up {training.warmup_steps:g}",
+        "optimiser": f"{getattr(training.optim, 'value', training.optim)}, weight decay {training.weight_decay:g}, "
+        f"betas ({training.adam_beta1:g}, {training.adam_beta2:g})",
+        "precision": precision,
+        "seed": str(training.seed),
+        "final training loss": f"{results['final_loss']:.4f}" if "final_loss" in results else None,
+        "speed": f"{results['tokens_per_second']:,.0f} tokens/s" if results.get("tokens_per_second") else None,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+
+
+def data_facts(run: RunData) -> str:
+    """List the splits: where each comes from and what it became."""
+    lines = [f"- {split}: {run.sources[split]}: {note}" for split, note in run.notes.items()]
+    return "\n".join([*lines, f"- tokenizer: {len(run.tokenizer):,} tokens"])
+
+
+def front_matter(model_type: str, model: ModelArguments, data: DataArguments) -> str:
+    """Return the card's YAML head for the Hub."""
+    head: dict = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [tag for tag in ("lalm" if model_type.startswith("lalm_") else None, model_type) if tag],
+    }
+    if data.dataset_name:
+        head["datasets"] = [data.dataset_name]
+    # a local folder is no model the Hub could link to
+    if model.model_name_or_path and not Path(model.model_name_or_path).exists():
+        head["base_model"] = model.model_name_or_path
+    return FRONT_MATTER.format(yaml.safe_dump(head, sort_keys=False))
+
+
+def model_card(
+    network,
+    run: RunData,
+    arguments: tuple[ModelArguments, DataArguments, ClmTrainingArguments],
+    results: Mapping[str, float],
+    argv: list[str],
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        network: the trained model.
+        results: ``<before|eval|test>_<perplexity|accuracy|tokens_scored>``, steps, tokens_seen, tokens_per_second ...
+        argv: the command line after the script's name.
+    """
+    model, data, training = arguments
+    path = training.hub_model_id or training.output_dir
+    versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return front_matter(network.config.model_type, model, data) + BODY.format(
+        name=Path(str(path)).name,
+        origin=origin(network, model),
+        figures=figures_table(results),
+        scoring=scoring(data),
+        data=data_facts(run),
+        command=command_line(argv, training.script),
+        training=training_facts(training, results),
+        hardware=hardware(),
+        path=path,
+        # with lalm installed and imported the flag is not needed; the reader of a card may have neither
+        trust=", trust_remote_code=True" if type(network).__module__.split(".")[0] not in ("transformers",) else "",
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )

@@ -1,0 +1,93 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The stock Trainer with exact evaluation figures; the log line and the safe saves are in run_trainer.py."""
+
+import os
+from collections.abc import Callable, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerState
+
+from lalm.errors import UserError
+from lalm.modeling.modeling_heads import LalmForCausalLM
+from lalm.training.clm.arguments import ClmTrainingArguments
+from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
+from lalm.training.divergence import check_figures
+from lalm.training.trainer import RunTrainer
+
+
+def require_a_batch(blocks: Any, training: ClmTrainingArguments) -> None:
+    """Refuse --dataloader_drop_last where it would drop all there is."""
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and isinstance(blocks, Sized) and len(blocks) < batch:
+        raise UserError(
+            f"--dataloader_drop_last: the {len(blocks)} training blocks do not fill a batch of {batch}; lower "
+            f"--per_device_train_batch_size"
+        )
+
+
+class ClmTrainer(RunTrainer, Trainer):
+    """Trainer for causal language models over the blocks of lalm.training.clm.packing.
+
+    Args:
+        write_card: called with the trainer to write README.md; used by `push_to_hub` in place of the stock card.
+    """
+
+    args: ClmTrainingArguments
+
+    def __init__(self, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs):
+        kwargs |= {"compute_metrics": TokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
+        if smoothing := kwargs["args"].label_smoothing_factor:
+            kwargs["compute_loss_func"] = partial(smoothed_loss, smoothing=smoothing)
+        require_a_batch(kwargs.get("train_dataset"), kwargs["args"])
+        super().__init__(write_card=write_card, **kwargs)
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """As in Trainer, but --dataloader_drop_last is for the training: a figure is over all blocks."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in Trainer; while training, our models make the loss in pieces and never hold all logits.
+
+        A batch without a single label has a loss of 0, not of 0 / 0.
+        """
+        ours = isinstance(self.accelerator.unwrap_model(model), LalmForCausalLM)
+        if model.training and ours and not self.args.label_smoothing_factor:
+            inputs = {**inputs, "logits_to_keep": 1}
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluate(self, *args, **kwargs):
+        """As in Trainer.
+
+        Raises:
+            UserError: loss or perplexity is not finite.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        check_figures(metrics, tuple(name for name in metrics if name.endswith(("_loss", "_perplexity"))))
+        return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in Trainer, but the loss is the sum over tokens divided by their number, not a mean of batch means."""
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for key in [key for key in metrics if key.endswith("_nll")]:
+            metrics[key.removesuffix("_nll") + "_loss"] = metrics.pop(key)
+        return output
+
+    def restore(self, checkpoint: str) -> None:
+        """Take over weights and state of a checkpoint at which training is over.
+
+        `train(resume_from_checkpoint=...)` would do one step beyond the last.
+        """
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source = best if best and os.path.isdir(best) else checkpoint
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(type(model).from_pretrained(source).state_dict())

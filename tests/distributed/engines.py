@@ -1,0 +1,117 @@
+"""Run by `torch.distributed.run`: trains every row by one engine and writes how far loss and gradients are from those
+of one process on the whole batch.
+
+Usage: python -m torch.distributed.run --nproc_per_node N -m tests.distributed.engines ENGINE OUTPUT.json
+"""
+
+import copy
+import json
+import sys
+import traceback
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.variants import ROWS
+
+LENGTH = 24
+
+
+def shard(model, checkpoint=False, dtype=None):
+    """What the Trainer does to a model under FSDP2, by accelerate's own functions; accelerate itself runs DDP in the
+    place of FSDP on a CPU."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        reshard_after_forward=True,
+        mixed_precision_policy=None if dtype is None else MixedPrecisionPolicy(dtype, torch.float32),
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, device="cpu"
+    )
+    plugin.set_auto_wrap_policy(model)
+    return fsdp2_prepare_model(accelerator, fsdp2_apply_ac(accelerator, model) if checkpoint else model)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+ENGINES = {
+    "ddp": lambda model: DistributedDataParallel(model),
+    "fsdp2": shard,
+    "fsdp2-checkpointed": lambda model: shard(model, checkpoint=True),
+    "fsdp2-bfloat16": lambda model: shard(model, dtype=torch.bfloat16),
+}
+
+
+def gradients(model):
+    return {
+        name.replace("module.", "").replace("_checkpoint_wrapped_", ""): whole(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def reference(row, ids, engine):
+    """Loss and gradients of one process on the whole batch; in bfloat16 the mean over the parts of the ranks, each of
+    which rounds for itself."""
+    model, losses, found = row.build(dtype=torch.float32).train(), [], {}
+    parts = ids.split(2) if "bfloat16" in engine else [ids]
+    for part in parts:
+        copied = copy.deepcopy(model).to(torch.bfloat16) if "bfloat16" in engine else model
+        losses.append(copied(input_ids=part, labels=part).loss.float())
+        losses[-1].backward()
+        for name, gradient in gradients(copied).items():
+            found[name] = found.get(name, 0) + gradient.float() / len(parts)
+    return torch.stack(losses).mean(), found
+
+
+def distances(row, engine):
+    """Relative errors of the loss and of every gradient, by name."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ids = torch.randint(3, 61, (2 * size, LENGTH), generator=torch.Generator().manual_seed(1))
+    model = ENGINES[engine](row.build(dtype=torch.float32).train())
+    own = ids[2 * rank : 2 * rank + 2]
+    loss = model(input_ids=own, labels=own, logits_to_keep=1).loss
+    loss.backward()
+    loss = loss.detach().float()
+    dist.all_reduce(loss)
+    found = gradients(model)
+    expected, wanted = reference(row, ids, engine)
+    assert set(found) == set(wanted), set(found) ^ set(wanted)
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    errors = {
+        name: ((found[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-3 * largest)).item()
+        for name, gradient in wanted.items()
+    }
+    difference = sum((found[name] - gradient).square().sum() for name, gradient in wanted.items())
+    errors["all gradients"] = (difference / sum(x.square().sum() for x in wanted.values())).sqrt().item()
+    return {"loss": abs(loss.item() / size / expected.item() - 1), **errors}
+
+
+def main(engine, output):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    found = {}
+    for row in ROWS:
+        torch.manual_seed(0)
+        try:
+            found[row.name] = distances(row, engine)
+        except Exception:
+            found[row.name] = traceback.format_exc()
+    if dist.get_rank() == 0:
+        with open(output, "w") as file:
+            json.dump(found, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
