@@ -11,7 +11,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import DynamicCache
@@ -128,7 +128,7 @@ def accepts(variant, **fields) -> str:
     return "yes"
 
 
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "causal LM, classifiers": {},
     "encoder, masked LM": {"is_causal": False},
     "full softmax layers": {"full_attention_layers": [1]},
