@@ -1,6 +1,7 @@
 """The commands of the documentation exist and parse, its Python runs, and what it names is there."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -164,6 +165,31 @@ def test_modules_of_the_commands_exist(module):
 def test_generated_pages_are_up_to_date(script):
     check = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+XEON = ("2026-11-21-cpu-late", "2026-11-21-cpu-late-train-8192")
+EPYC = ("2026-11-22-cpu-zen5-last",)
+
+
+def speed_rows(results):
+    """The rows of a speed table, from results files of which the last one counts."""
+    columns = [f"{what}_{length}" for what in ("train", "prefill") for length in (512, 2048, 8192)] + [
+        "decode",
+        "memory",
+    ]
+    ratios = {}
+    for name in results:
+        for line in json.loads(read(f"benchmarks/results/{name}.json"))["lines"]:
+            if line["case"] in columns and line["baseline"].startswith("llama"):
+                ratios[line["ours"].split()[0], line["case"]] = f"{line['ratio']['median']:.2f}"
+    models = list(dict.fromkeys(model for model, _ in ratios))
+    return [f"| `{model}` | {' | '.join(ratios[model, column] for column in columns)} |" for model in models]
+
+
+@pytest.mark.parametrize(("page", "tables"), [("README.md", [XEON]), ("docs/speed.md", [XEON, EPYC])])
+def test_speed_tables_hold_what_was_measured(page, tables):
+    shown = [line for line in read(page).splitlines() if re.fullmatch(r"\| `\w+` (\| \d+\.\d\d ){8}\|", line)]
+    assert shown == [row for results in tables for row in speed_rows(results)]
 
 
 def test_the_readme_is_one_page():
