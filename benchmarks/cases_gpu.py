@@ -14,26 +14,26 @@ import lalm
 from benchmarks import gates
 from benchmarks.cases_ops import OPS, Inputs, output_of
 from benchmarks.models import LLAMA, facts, train_step
-from benchmarks.registry import Contest, Contestant, GateError, Ratio, register
+from benchmarks.registry import Comparison, GateError, Ratio, Run, register
 from lalm.convert.fla import config_to_fla, state_dict_to_fla
 from lalm.modeling.ops.delta.dual_state import dual_state_delta
 
 triton_dual_state_delta = partial(dual_state_delta, implementation="triton")
 
 SIZES: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4}
-# With what fla's classes of the same name are called and can represent (lalm/convert/fla.py).
+# Our configuration, the prefix of fla's class, and our fields, for the models that both have (lalm/convert/fla.py).
 VARIANTS: dict[str, tuple[type[lalm.LalmConfig], str, dict[str, Any]]] = {
     "gla": (lalm.GLAConfig, "GLA", {}),
     "retnet": (lalm.RetNetConfig, "RetNet", {}),
     "delta_net": (lalm.DeltaNetConfig, "DeltaNet", {}),
     "gated_delta_net": (lalm.DeltaNetConfig, "GatedDeltaNet", {"use_decay_gate": True}),
 }
-TOKENS = 16384  # of a step; a batch of shorter texts has as many
+TOKENS = 16384  # per step, whatever the sequence length
 BFLOAT16 = 3e-2
 
 
 def ours_and_theirs(name: str, device: str = "cuda", **changes: Any) -> tuple[Any, Any]:
-    """Our model on fla's kernels and fla's own, of the same weights."""
+    """Our model on fla's kernels and fla's own model, with the same weights."""
     import fla.models
 
     config_class, prefix, fields = VARIANTS[name]
@@ -58,7 +58,7 @@ def with_flash(step: Any) -> None:
 
 
 def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
-    """Gate: equal weights give equal losses, and gradients of the embeddings of one direction."""
+    """Gate: equal losses, and embedding gradients whose cosine is close to 1."""
     found, expected = (
         gates.parameter_gradients(model, model(input_ids=ids, labels=ids, use_cache=False).loss)
         for model in (ours, theirs)
@@ -70,23 +70,23 @@ def same_loss(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
         raise GateError(f"gradient of the embeddings: cosine {cosine:.4f}")
 
 
-def training(length: int, against_llama: float) -> Contest:
-    """Every variant on fla's kernels, fla's own models, and Llama with flash attention."""
+def training(length: int, against_llama: float) -> Comparison:
+    """Train steps of our variants on fla's kernels, of fla's own models, and of Llama with flash attention."""
     ids = torch.randint(SIZES["vocab_size"], (TOKENS // length, length), device="cuda")
     softmax = llama(max_position_embeddings=length)
-    contestants = {LLAMA: Contestant(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
+    runs = {LLAMA: Run(partial(with_flash, train_step(softmax, ids)), None, facts(softmax, TOKENS))}
     ratios, shape = [], f"[{TOKENS // length}, {length}] train step"
     for name in VARIANTS:
         ours, theirs = ours_and_theirs(name)
         gate = partial(same_loss, ours, theirs, ids[:1, :512])
-        contestants[name] = Contestant(train_step(ours, ids), gate, facts(ours, TOKENS))
-        contestants[f"fla {name}"] = Contestant(train_step(theirs, ids), None, facts(theirs, TOKENS))
+        runs[name] = Run(train_step(ours, ids), gate, facts(ours, TOKENS))
+        runs[f"fla {name}"] = Run(train_step(theirs, ids), None, facts(theirs, TOKENS))
         ratios += [Ratio(name, f"fla {name}", shape, 0.97), Ratio(name, LLAMA, shape, against_llama)]
-    return Contest(contestants, ratios, "bfloat16")
+    return Comparison(runs, ratios, "bfloat16")
 
 
-def dual_state(length: int = 4096) -> Contest:
-    """The dual-state delta rule beside fla's gated delta rule, which does half of its work."""
+def dual_state(length: int = 4096) -> Comparison:
+    """The dual-state delta rule against fla's gated delta rule, which does half as much work."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def on_gpu(x: Inputs) -> Inputs:
@@ -107,18 +107,18 @@ def dual_state(length: int = 4096) -> Contest:
     ours = partial(output_of, triton_dual_state_delta)
     theirs = partial(output_of, chunk_gated_delta_rule)
     leaves = [{key: tensor.clone().requires_grad_() for key, tensor in inputs.items()} for inputs in (x, y)]
-    contestants = {
-        "fla gated delta": Contestant(partial(step, theirs, leaves[1])),
-        "dual_state": Contestant(partial(step, ours, leaves[0]), partial(right, ours, x)),
+    runs = {
+        "fla gated delta": Run(partial(step, theirs, leaves[1])),
+        "dual_state": Run(partial(step, ours, leaves[0]), partial(right, ours, x)),
     }
     ratio = Ratio("dual_state", "fla gated delta", f"[1, {length}, 8, 64] fwd+bwd", 2.5, at_most=True)
-    return Contest(contestants, [ratio], "bfloat16")
+    return Comparison(runs, [ratio], "bfloat16")
 
 
 for _length, _target in ((2048, 1.0), (16384, 1.5)):
     register(
         f"gpu_train_{_length}",
-        f"24 x 1,024, bfloat16, T = {_length}: >= .97x fla's models, >= {_target:g}x Llama with flash attention",
+        f"24 x 1,024, bfloat16, T = {_length}: >= 0.97x fla's models, >= {_target:g}x Llama with flash attention",
         partial(training, _length, _target),
         budget=60,
         needs="cuda",

@@ -14,9 +14,11 @@ from benchmarks import gates
 from benchmarks.memory import in_rounds
 from benchmarks.models import (
     LLAMA,
+    LLAMA_SAME_GEMM,
     SIZES,
     VARIANTS,
     build,
+    cache_bytes,
     decode,
     decodes_exactly,
     facts,
@@ -26,40 +28,39 @@ from benchmarks.models import (
     train_step,
     trains_exactly,
 )
-from benchmarks.registry import Contest, Contestant, Ratio, register
+from benchmarks.registry import Comparison, Ratio, Run, register
 
 STEPS = 8  # tokens decoded a sample
 
 
-def against_llama(job: Any, gate: Any, length: int, target: float, what: str) -> Contest:
-    """`job(model, ids)` of every variant beside Llama's."""
+def against_llama(job: Any, gate: Any, length: int, target: float, what: str, baseline: str = LLAMA) -> Comparison:
+    """`job(model, ids)` of every variant and of a Llama."""
     ids = tokens(length)
-    contestants = {}
-    for name in (LLAMA, *VARIANTS):
+    runs = {}
+    for name in (baseline, *VARIANTS):
         model = build(name)
-        check = None if name == LLAMA else partial(gate, model)
-        contestants[name] = Contestant(job(model, ids), check, facts(model, length))
-    return Contest(contestants, [Ratio(name, LLAMA, f"[1, {length}] {what}", target) for name in VARIANTS])
+        check = None if name == baseline else partial(gate, model)
+        runs[name] = Run(job(model, ids), check, facts(model, length))
+    return Comparison(runs, [Ratio(name, baseline, f"[1, {length}] {what}", target) for name in VARIANTS])
 
 
-def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Contest:
-    """A train step of `long` tokens beside one of `short`, one layer deep (Based: three, one of each kind).
+def against_shorter(short: int, long: int, names: tuple[str, ...]) -> Comparison:
+    """Train steps of `long` against `short` sequences, with one layer (Based: three, one of each kind) and no head.
 
-    The layers of a stack cost alike, and there is no head, whose share would hide what they cost. Of short steps,
-    which vary most, the mean of four counts.
+    Short steps vary most, so the mean of four is taken.
     """
-    contestants, ratios = {}, []
+    runs, ratios = {}, []
     for name in names:
         model = build(name, num_hidden_layers=3 if name == "based" else 1)
         for length in (long, short):
             run = partial(backbone_step, model.model, tokens(length), 4 if length == short else 1)
-            contestants[f"{name} {length}"] = Contestant(run, partial(trains_exactly, model), facts(model, length))
+            runs[f"{name} {length}"] = Run(run, partial(trains_exactly, model), facts(model, length))
         ratios.append(Ratio(f"{name} {long}", f"{name} {short}", "one layer, fwd+bwd", 8.8, at_most=True))
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
 def backbone_step(backbone: Any, ids: torch.Tensor, times: int) -> float:
-    """Seconds of a forward and backward pass, the mean of `times`."""
+    """Seconds per forward and backward pass, averaged over `times`."""
     start = time.perf_counter()
     for _ in range(times):
         backbone.train()
@@ -69,8 +70,8 @@ def backbone_step(backbone: Any, ids: torch.Tensor, times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def decoding(early: int, middle: int, late: int) -> Contest:
-    """Tokens after `middle` others beside Llama's, and after `late` beside after `early`."""
+def decoding(early: int, middle: int, late: int) -> Comparison:
+    """Decoding after `middle` tokens against Llama, and after `late` against after `early`."""
 
     @cache
     def filled(name: str, length: int) -> Any:
@@ -79,51 +80,73 @@ def decoding(early: int, middle: int, late: int) -> Contest:
         return fill(build(name), tokens(length)[:, shorter:], before)
 
     def ready(name: str, length: int) -> None:
-        filled(name, length)  # not in the first sample
+        filled(name, length)  # now, so that it is not timed
         if name != LLAMA:
             decodes_exactly(build(name))
 
-    contestants, ratios, shape = {}, [], f"{STEPS} tokens, one by one"
+    runs, ratios, shape = {}, [], f"{STEPS} tokens, one by one"
     for name in (LLAMA, *VARIANTS):
         model = build(name)
         for length in (middle,) if name == LLAMA else (early, middle, late):
             run, gate = decode(model, partial(filled, name, length), STEPS), partial(ready, name, length)
-            contestants[f"{name} after {length}"] = Contestant(run, gate, facts(model, STEPS))
+            runs[f"{name} after {length}"] = Run(run, gate, facts(model, STEPS))
         if name != LLAMA:
             ratios.append(Ratio(f"{name} after {middle}", f"{LLAMA} after {middle}", shape, 3))
             ratios.append(Ratio(f"{name} after {late}", f"{name} after {early}", shape, 1.1, at_most=True))
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
-def peak_memory(lengths: tuple[int, ...]) -> Contest:
-    """What a train step takes on top of the model, the optimizer and the libraries; each model in its own process."""
-    contestants, ratios, peak = {}, [], in_rounds("train_step", (LLAMA, *VARIANTS), lengths)
+def decoding_by_length(lengths: tuple[int, ...], names: tuple[str, ...]) -> Comparison:
+    """Decoding after contexts of these (ascending) lengths, against the Llama with our matrix products."""
+    runs, ratios = {}, []
+    for name in (LLAMA_SAME_GEMM, *names):
+        model, cache, before = build(name), None, 0
+        gate = None if name == LLAMA_SAME_GEMM else partial(decodes_exactly, model)
+        for length in lengths:
+            cache = fill(model, tokens(length)[:, before:], deepcopy(cache))
+            context = {"context": length, "cache_bytes": cache_bytes(cache)}
+            run = decode(model, partial(_same, cache), STEPS)
+            runs[f"{name} after {length}"] = Run(run, gate, facts(model, STEPS) | context)
+            if name != LLAMA_SAME_GEMM:
+                baseline = f"{LLAMA_SAME_GEMM} after {length}"
+                ratios.append(Ratio(f"{name} after {length}", baseline, f"{STEPS} tokens, one by one", 1))
+            before = length
+    return Comparison(runs, ratios)
+
+
+def _same(cache: Any) -> Any:
+    return cache
+
+
+def peak_memory(lengths: tuple[int, ...]) -> Comparison:
+    """Peak memory of a train step, excluding model, optimizer state and libraries; each model in its own process."""
+    runs, ratios, peak = {}, [], in_rounds("train_step", (LLAMA, *VARIANTS), lengths)
     for name in (LLAMA, *VARIANTS):
         gate = None if name == LLAMA else partial(trains_exactly, build(name))
         for length in lengths:
             run = partial(peak, name, length)
-            contestants[f"{name} {length}"] = Contestant(run, gate, facts(build(name), length))
+            runs[f"{name} {length}"] = Run(run, gate, facts(build(name), length))
             if name != LLAMA and length == lengths[-1]:
                 shape = f"[1, {length}] train step"
                 ratios.append(Ratio(f"{name} {length}", f"{LLAMA} {length}", shape, 1.1, at_most=True))
-    return Contest(contestants, ratios, unit="MiB")
+    return Comparison(runs, ratios, unit="MiB")
 
 
-def autocast(names: tuple[str, ...], length: int = 2048) -> Contest:
-    """A train step under bfloat16 autocast beside the same in float32."""
-    contestants, ratios = {}, []
+def autocast(names: tuple[str, ...], length: int = 2048) -> Comparison:
+    """A train step under bfloat16 autocast against the same in float32."""
+    runs, ratios = {}, []
     for name in names:
         model = build(name)
         step, under_autocast = (train_step(model, tokens(length), bfloat16) for bfloat16 in (False, True))
         gate = None if name == LLAMA else partial(trains_exactly, model)
-        contestants[f"{name} float32"] = Contestant(step, gate, facts(model, length))
-        contestants[f"{name} bfloat16"] = Contestant(under_autocast, partial(survives_autocast, model))
+        runs[f"{name} float32"] = Run(step, gate, facts(model, length))
+        runs[f"{name} bfloat16"] = Run(under_autocast, partial(survives_autocast, model))
         ratios.append(Ratio(f"{name} bfloat16", f"{name} float32", f"[1, {length}] train step", 1.5))
-    return Contest(contestants, ratios, dtype="bfloat16 autocast")
+    return Comparison(runs, ratios, dtype="bfloat16 autocast")
 
 
 def survives_autocast(model: Any) -> None:
-    """Gate: the loss under autocast is that of float32 but for rounding; bfloat16 has 8 bits."""
+    """Gate: the loss under autocast equals that of float32 to 1 %; bfloat16 has 8 bits of precision."""
     ids = tokens(160)
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -131,8 +154,8 @@ def survives_autocast(model: Any) -> None:
             gates.near("loss", model(input_ids=ids, labels=ids, use_cache=False).loss, expected, 1e-2)
 
 
-def against_package(blindspot: int, length: int = 2048) -> Contest:
-    """The published local-global model of 58M parameters beside the package that it comes from, with its weights."""
+def against_package(blindspot: int, length: int = 2048) -> Comparison:
+    """Our local-global model of 58M parameters against the package it is converted from, with the same weights."""
     from linear_attention_transformer import LinearAttentionTransformerLM
 
     from lalm.convert.linear_attention_transformer import from_linear_attention_transformer
@@ -164,12 +187,12 @@ def against_package(blindspot: int, length: int = 2048) -> Contest:
         loss(model.train(), ids).backward()
         model.zero_grad()
 
-    contestants = {
-        "local_global": Contestant(partial(step, ours), same, facts(ours, length)),
-        "package": Contestant(partial(step, theirs), same, facts_of_package(theirs, length)),
+    runs = {
+        "local_global": Run(partial(step, ours), same, facts(ours, length)),
+        "package": Run(partial(step, theirs), same, facts_of_package(theirs, length)),
     }
     shape = f"[1, {length}] fwd+bwd, 12 layers"
-    return Contest(contestants, [Ratio("local_global", "package", shape, 1.5)])
+    return Comparison(runs, [Ratio("local_global", "package", shape, 1.5)])
 
 
 def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
@@ -177,11 +200,12 @@ def facts_of_package(model: torch.nn.Module, length: int) -> dict[str, int]:
 
 
 _LENGTHS = (512, 2048, 8192)
-# One of each recurrence.
+_CONTEXTS = (*_LENGTHS, 16384)
+# One per recurrence.
 _KINDS = ("based", "gla", "gated_delta_net", "local_global", "lam")
 _LONG: dict[str, Any] = {"warm_up": False, "least_rounds": 2, "long": True}
 _MODEL = f"{SIZES['num_hidden_layers']} x {SIZES['hidden_size']}"
-# Two rounds of the longest would take four of the twenty minutes.
+# One round of the longest: two would take four of the twenty minutes.
 for _length, _target, _rounds in zip(_LENGTHS, (0.9, 1.1, 2.0), (3, 2, 1), strict=True):
     register(
         f"train_{_length}",
@@ -190,6 +214,22 @@ for _length, _target, _rounds in zip(_LENGTHS, (0.9, 1.1, 2.0), (3, 2, 1), stric
         budget=15,
         **_LONG | {"least_rounds": _rounds, "long": _length > 512},
     )
+for _length, _rounds in zip(_LENGTHS, (3, 2, 1), strict=True):
+    register(
+        f"same_gemm_train_{_length}",
+        f"train step, {_MODEL}, every causal variant against Llama on SDPA with our matrix products, T = {_length}",
+        partial(against_llama, train_step, trains_exactly, _length, 1, "train step", LLAMA_SAME_GEMM),
+        budget=15,
+        **_LONG | {"least_rounds": _rounds, "extra": True},
+    )
+register(
+    "same_gemm_decode",
+    f"decoding, {_MODEL}, after 512 to {_CONTEXTS[-1]:,} tokens, against Llama with our matrix products",
+    partial(decoding_by_length, _CONTEXTS, _KINDS),
+    budget=30,
+    long=True,
+    extra=True,
+)
 for _length, _target, _budget in zip(_LENGTHS, (0.9, 1.15, 2.0), (10, 20, 30), strict=True):
     register(
         f"prefill_{_length}",

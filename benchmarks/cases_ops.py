@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import gates
-from benchmarks.registry import Contest, Contestant, Ratio, register
-from lalm.modeling.ops.delta import delta_rule, dual_state
-from lalm.modeling.ops.diagonal import gla, linear_attention, retention
+from benchmarks.registry import Comparison, Ratio, Run, register
+from lalm.modeling import ops
 
 HEADS, SIZE = 8, 64
 LENGTHS = (2048, 8192)
@@ -24,13 +22,13 @@ Inputs = dict[str, torch.Tensor]
 
 
 def qkv(length: int) -> Inputs:
-    """q and k of unit length."""
+    """Random q, k and v, with q and k normalised."""
     x = {name: torch.randn(1, length, HEADS, SIZE) for name in "qkv"}
     return x | {name: F.normalize(x[name], dim=-1) for name in "qk"}
 
 
 def gates_of(*shape: int, keep: float = 2.0) -> torch.Tensor:
-    """Log decays; a larger `keep` forgets less."""
+    """Random log decays; a larger `keep` decays less."""
     return F.logsigmoid(torch.randn(*shape) + keep)
 
 
@@ -65,30 +63,21 @@ def for_dual_state(length: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A rule, its inputs, and its targets at LENGTHS. `module` has the op and recurrent_<rule>, the specification."""
+    """A rule as `auto` runs it, its token-by-token reference, its inputs, and its targets at LENGTHS."""
 
-    module: ModuleType
-    rule: str
+    auto: Callable
+    recurrent: Callable
     inputs: Callable[[int], Inputs]
     targets: tuple[float, float]
 
-    @property
-    def recurrent(self) -> Callable:
-        return getattr(self.module, f"recurrent_{self.rule}")
-
-    def form(self, x: Inputs) -> Callable:
-        """What `linear_attn_implementation="auto"` takes here; on a GPU our Triton kernel, if there is one."""
-        op = getattr(self.module, self.rule)
-        return partial(op, implementation="triton") if x["q"].is_cuda and self.rule == "dual_state_delta" else op
-
 
 OPS = {
-    "linear": Op(linear_attention, "linear_attention", for_linear, (5, 20)),
-    "retention": Op(retention, "retention", qkv, (5, 20)),
-    "gla": Op(gla, "gla", for_gla, (3, 10)),
-    "delta": Op(delta_rule, "delta_rule", for_delta, (2.5, 8)),
-    "gated_delta": Op(delta_rule, "gated_delta_rule", for_gated_delta, (2.5, 8)),
-    "dual_state": Op(dual_state, "dual_state_delta", for_dual_state, (1.2, 4)),
+    "linear": Op(ops.linear_attention, ops.recurrent_linear_attention, for_linear, (5, 20)),
+    "retention": Op(ops.retention, ops.recurrent_retention, qkv, (5, 20)),
+    "gla": Op(ops.gla, ops.recurrent_gla, for_gla, (3, 10)),
+    "delta": Op(ops.delta_rule, ops.recurrent_delta_rule, for_delta, (2.5, 8)),
+    "gated_delta": Op(ops.gated_delta_rule, ops.recurrent_gated_delta_rule, for_gated_delta, (2.5, 8)),
+    "dual_state": Op(ops.dual_state_delta, ops.recurrent_dual_state_delta, for_dual_state, (1.2, 4)),
 }
 
 
@@ -97,7 +86,7 @@ def output_of(function: Callable, **x: torch.Tensor) -> torch.Tensor:
 
 
 def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callable[[], None]:
-    """One forward and the gradients of all inputs, for one cotangent."""
+    """Forward, and the gradients of all inputs for a random output gradient."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in x.items()}
     d_out = torch.randn_like(x["v"])
 
@@ -108,7 +97,7 @@ def forward_backward(function: Callable[..., torch.Tensor], x: Inputs) -> Callab
 
 
 def follows(function: Callable[..., torch.Tensor], specification: Callable[..., torch.Tensor], x: Inputs) -> None:
-    """Gate: equal outputs for all tokens, equal gradients of all inputs for the first `CHECKED`."""
+    """Gate: equal outputs for all tokens, and equal input gradients for the first `CHECKED`."""
     with torch.no_grad():
         gates.near("output", function(**x), specification(**x), TOLERANCE)
     first = gates.prefix(x, CHECKED)
@@ -121,29 +110,26 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def against_sdpa(length: int) -> Contest:
-    """Every rule beside SDPA, which gets its own layout [1, 8, T, 64]."""
+def against_sdpa(length: int) -> Comparison:
+    """Every rule against causal SDPA, which gets its preferred layout [1, 8, T, 64]."""
     x = {name: tensor.transpose(1, 2).contiguous() for name, tensor in qkv(length).items()}
-    contestants = {"sdpa": Contestant(forward_backward(softmax_attention, x))}
+    runs = {"sdpa": Run(forward_backward(softmax_attention, x))}
     for name, op in OPS.items():
         x = op.inputs(length)
-        form = op.form(x)
-        function, specification = partial(output_of, form), partial(output_of, op.recurrent)
-        contestants[name] = Contestant(
-            forward_backward(function, x), partial(follows, function, specification, x), {"form": form.__name__}
-        )
+        function, specification = partial(output_of, op.auto), partial(output_of, op.recurrent)
+        runs[name] = Run(forward_backward(function, x), partial(follows, function, specification, x))
     shape = f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd"
     ratios = [Ratio(name, "sdpa", shape, op.targets[LENGTHS.index(length)]) for name, op in OPS.items()]
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
-def against_transformers(length: int) -> Contest:
-    """The gated delta rule beside the torch implementation that Qwen3-Next falls back to; both to the recurrence."""
+def against_transformers(length: int) -> Comparison:
+    """The gated delta rule against Qwen3-Next's torch fallback; both are checked against the recurrence."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     op = OPS["gated_delta"]
     x = op.inputs(length)
-    ours = partial(output_of, op.form(x))
+    ours = partial(output_of, op.auto)
 
     def theirs(q, k, v, g, beta):
         return torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]
@@ -152,18 +138,17 @@ def against_transformers(length: int) -> Contest:
         with torch.no_grad():
             function(**x)
 
-    contestants, kinds = {}, ("fwd", "fwd+bwd")
+    runs, kinds = {}, ("fwd", "fwd+bwd")
     for who, function in (("ours", ours), ("transformers", theirs)):
         gate = cache(partial(follows, function, partial(output_of, op.recurrent), x))
-        contestants[f"{who} fwd"] = Contestant(partial(forward, function), gate)
-        contestants[f"{who} fwd+bwd"] = Contestant(forward_backward(function, x), gate)
+        runs[f"{who} fwd"] = Run(partial(forward, function), gate)
+        runs[f"{who} fwd+bwd"] = Run(forward_backward(function, x), gate)
     shape = f"[1, {length}, {HEADS}, {SIZE}]"
-    return Contest(contestants, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
+    return Comparison(runs, [Ratio(f"ours {kind}", f"transformers {kind}", shape, 2) for kind in kinds])
 
 
 def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
-    """The fastest torch reference of flash-linear-attention for each rule, where it has one (Triton must be installed,
-    a GPU need not be there)."""
+    """flash-linear-attention's fastest torch reference per rule, if it has one (needs Triton, but no GPU)."""
     from fla.ops.delta_rule.naive import delta_rule_chunkwise
     from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
     from fla.ops.gla.naive import naive_recurrent_gla
@@ -182,17 +167,17 @@ def fla_references() -> dict[str, Callable[..., torch.Tensor]]:
     }
 
 
-def against_fla(length: int) -> Contest:
-    """Every rule beside fla's torch reference; both to the recurrence."""
-    contestants, ratios = {}, []
+def against_fla(length: int) -> Comparison:
+    """Every rule against fla's torch reference; both are checked against the recurrence."""
+    runs, ratios = {}, []
     for name, theirs in fla_references().items():
         op = OPS[name]
         x, specification = op.inputs(length), partial(output_of, op.recurrent)
-        for who, function in ((name, partial(output_of, op.form(x))), (f"fla {name}", theirs)):
+        for who, function in ((name, partial(output_of, op.auto)), (f"fla {name}", theirs)):
             gate = partial(follows, function, specification, x)
-            contestants[who] = Contestant(forward_backward(function, x), gate)
+            runs[who] = Run(forward_backward(function, x), gate)
         ratios.append(Ratio(name, f"fla {name}", f"[1, {length}, {HEADS}, {SIZE}] fwd+bwd", 1))
-    return Contest(contestants, ratios)
+    return Comparison(runs, ratios)
 
 
 register(

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""How long one waits for the first result: importing, and the first forward of a tiny model.
+"""Start-up time: importing, and the first forward of a tiny model.
 
-python -m benchmarks.cases_startup     # in a process of its own: asked for names, says seconds of first forwards
+python -m benchmarks.cases_startup     # reads model names from stdin, prints the seconds of a first forward for each
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ import torch
 
 from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.models import LLAMA, VARIANTS, build, decodes_exactly, tokens
-from benchmarks.registry import Contest, Contestant, Ratio, register
+from benchmarks.registry import Comparison, Ratio, Run, register
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"vocab_size": 1000, "max_position_embeddings": 512}
 IMPORTS = {"transformers": "from transformers import LlamaConfig, LlamaForCausalLM", "lalm": "import lalm"}
-# These compile C++ kernels when nobody on the machine has done so yet.
+# Also timed with an empty kernel cache, where the first forward compiles C++ kernels.
 COLD = ("gla", "gated_delta_net", "lam")
 _COLD = " uncompiled"
 
 
 def fresh_interpreter(*arguments: str) -> Any:
-    """What a new Python process prints last, from JSON."""
+    """Parse the last line that a new Python process prints as JSON."""
     command = [sys.executable, *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def import_time(statement: str) -> float:
-    """Seconds that a fresh interpreter takes for a statement."""
+    """Seconds that a statement takes in a fresh interpreter."""
     code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     return fresh_interpreter("-c", code)
 
 
-def importing() -> Contest:
-    contestants = {name: Contestant(partial(import_time, code)) for name, code in IMPORTS.items()}
+def importing() -> Comparison:
+    runs = {name: Run(partial(import_time, code)) for name, code in IMPORTS.items()}
     ratio = Ratio("lalm", "transformers", "import", 1.1, at_most=True)
-    return Contest(contestants, [ratio])
+    return Comparison(runs, [ratio])
 
 
 def tiny(name: str) -> Any:
@@ -57,12 +57,12 @@ def tiny(name: str) -> Any:
 
 @torch.no_grad()
 def compile_kernels(name: str) -> None:
-    """Texts long enough to earn the kernels of `name`, which lie from then on in the machine's cache."""
+    """Run a batch that is long enough to trigger compilation of the kernels of `name` into the cache."""
     tiny(name)(input_ids=tokens(TINY["max_position_embeddings"], vocabulary=TINY["vocab_size"]).expand(32, -1))
 
 
 def first_forward(name: str) -> float:
-    """Seconds of the first forward of this process's life."""
+    """Seconds of the first forward in this process."""
     model, ids = tiny(name.removesuffix(_COLD)), tokens(32, vocabulary=TINY["vocab_size"])
     with torch.no_grad():
         start = time.perf_counter()
@@ -71,8 +71,8 @@ def first_forward(name: str) -> float:
 
 
 def answer_forwards() -> None:
-    """For every name on standard input, the first forward of that model in a process that has imported all, run
-    nothing, and holds its memory as if it had done the imports itself."""
+    """For each name on stdin, time the first forward in a fork that has done all imports and run nothing, with the
+    imports' pages pre-faulted."""
     pages = touched_pages()
 
     def sample(name: str) -> float:
@@ -88,8 +88,8 @@ def answer_forwards() -> None:
             print(in_a_fork(partial(sample, name)), flush=True)
 
 
-def first_forwards() -> Contest:
-    """A fresh interpreter that runs nothing itself answers for all."""
+def first_forwards() -> Comparison:
+    """First forwards of all variants against Llama; a fresh interpreter forks a child for each sample."""
     command = [sys.executable, "-m", "benchmarks.cases_startup"]
     asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -102,12 +102,12 @@ def first_forwards() -> Contest:
     for name in VARIANTS:
         compile_kernels(name)
     names = (*VARIANTS, *(name + _COLD for name in COLD))
-    contestants = {LLAMA: Contestant(partial(take, LLAMA))}
+    runs = {LLAMA: Run(partial(take, LLAMA))}
     for name in names:
         gate = partial(decodes_exactly, tiny(name.removesuffix(_COLD)))
-        contestants[name] = Contestant(partial(take, name), gate)
+        runs[name] = Run(partial(take, name), gate)
     shape = "[1, 32], 2 layers of 128"
-    return Contest(contestants, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
+    return Comparison(runs, [Ratio(name, LLAMA, shape, 1.1, at_most=True) for name in names])
 
 
 register(

@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Work in a process of its own that has imported everything already."""
+"""Run a task in a forked process, which has all imports done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POPULATE_READ, _POPULATE_WRITE = 22, 23  # advice of madvise, since Linux 5.14
 
 
 class Pages(NamedTuple):
-    """Neighbouring pages of private memory that this process has touched."""
+    """A contiguous range of private pages that this process has touched."""
 
     address: int
     size: int  # bytes
@@ -26,7 +26,7 @@ class Pages(NamedTuple):
 
 
 def touched_pages() -> list[Pages]:
-    """What this process has touched of its memory; nothing where a system does not tell."""
+    """The private pages that this process has touched; empty if the system does not report them."""
     try:
         with open("/proc/self/maps") as maps, open("/proc/self/pagemap", "rb") as pagemap:
             regions = [line.split(maxsplit=5) for line in maps]
@@ -46,8 +46,7 @@ def touched_pages() -> list[Pages]:
 
 
 def make_own(pages: list[Pages]) -> None:
-    """In a fork, what its parent had found or been given page by page: a copy's own first touch of each costs a fault,
-    and a copy of it where it is written to, that a process which did its imports itself has behind it."""
+    """Pre-fault the parent's pages in the child, so that copy-on-write faults are not timed."""
     libc = ctypes.CDLL(None)
     for address, size, writable in pages:
         advice = _POPULATE_WRITE if writable else _POPULATE_READ
@@ -55,11 +54,12 @@ def make_own(pages: list[Pages]) -> None:
 
 
 def in_a_fork(task: Callable[[], Any]) -> Any:
-    """What `task` returns (anything JSON holds) in a copy of this process, which keeps nothing of it: no memory, no
-    pool of buffers, no thread. Where a system has no fork, in this process.
+    """Run `task` in a forked child and return its result (which must be JSON-serialisable).
+
+    Memory, buffer pools and threads of the task end with the child. Without os.fork, the task runs in this process.
 
     Raises:
-        RuntimeError: the copy died, after it said why.
+        RuntimeError: the child failed; its traceback is printed.
     """
     if not hasattr(os, "fork"):
         return task()
@@ -73,7 +73,7 @@ def in_a_fork(task: Callable[[], Any]) -> Any:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
-        raise RuntimeError(f"A process of a benchmark ended with status {os.waitstatus_to_exitcode(status)}.")
+        raise RuntimeError(f"A benchmark process ended with status {os.waitstatus_to_exitcode(status)}.")
     return json.loads(answer)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The correctness checks that stand before every figure."""
+"""Correctness checks: a figure is only reported if its gate passes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from benchmarks.registry import GateError
 
 Tensors = Mapping[str, torch.Tensor]
-# What a run has checked already, in this process or in one before it.
+# Gates that have passed, in this process or an earlier one of the same invocation.
 PASSED: set[str] = set()
 
 
 def once(gate: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A gate of models, run once for those of the same configuration (and so, by `models.build`, the same weights)."""
+    """Run a gate once per configuration (`models.build` gives equal configurations equal weights)."""
 
     def check(model: Any) -> None:
         key = f"{gate.__name__} {model.config.to_json_string()}"
@@ -28,14 +28,16 @@ def once(gate: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |actual - expected| over max |expected|; NaN stays NaN, which passes no comparison."""
+    """max |actual - expected| / max |expected|. NaN propagates, and fails every comparison."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
 def near(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raises:
-    GateError: other shapes, or a relative error over `tolerance`; the message names `what`.
+    """Check the shape and the relative error.
+
+    Raises:
+        GateError: the shapes differ or the relative error exceeds `tolerance`; the message names `what`.
     """
     if actual.shape != expected.shape:
         raise GateError(f"{what}: {tuple(actual.shape)} is not {tuple(expected.shape)}")
@@ -45,10 +47,10 @@ def near(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: flo
 
 
 def all_near(what: str, actual: Tensors, expected: Tensors, tolerance: float) -> None:
-    """`near` for tensors by name.
+    """Apply `near` to each pair of tensors of the same name.
 
     Raises:
-        GateError: as `near`, or other names.
+        GateError: as `near`, or the names differ.
     """
     if actual.keys() != expected.keys():
         raise GateError(f"{what}: {sorted(actual.keys() ^ expected.keys())} on one side only")
@@ -57,7 +59,7 @@ def all_near(what: str, actual: Tensors, expected: Tensors, tolerance: float) ->
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: Tensors, d_out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output and the gradient of every floating input of `function(**inputs)`, for the cotangent `d_out`."""
+    """The output of `function(**inputs)` and its gradients, given `d_out`, for every floating-point input."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     out = function(**leaves)
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
@@ -66,7 +68,7 @@ def gradients(function: Callable[..., torch.Tensor], inputs: Tensors, d_out: tor
 
 
 def parameter_gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The loss and its gradient by every parameter that it depends on."""
+    """The loss and its gradient with respect to every parameter that it depends on."""
     model.zero_grad()
     loss.backward()
     found = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}

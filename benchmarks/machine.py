@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Where and with what a figure was measured."""
+"""The machine, versions and settings of a benchmark run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lalm.modeling.ops.dense.matrix_product import linear
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "transformers", "numpy", "linear-attention-transformer", "flash-linear-attention", "triton")
-# What decides how fast a CPU multiplies.
+# Instruction sets that determine matrix-product throughput.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
-# What users may set that changes speed: threads, the allocator, our kernels.
+# Environment variables that affect speed: threads, the allocator, our kernels.
 _ENVIRONMENT = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_", "THP_", "LD_PRELOAD", "LALM_CPP", "ONEDNN_", "ATEN_CPU")
 
 
 def describe() -> dict[str, Any]:
-    """Date, commit, versions, threads and hardware, and how fast this machine multiplies large matrices now."""
+    """Date, commit, versions, threads, hardware, and the current throughput of large matrix products."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -40,12 +40,12 @@ def describe() -> dict[str, Any]:
 
 
 def matrix_product_rates() -> dict[str, float]:
-    """GFLOP/s of large products by dtype: the ceiling of everything here, as far as the machine keeps its pace."""
+    """GFLOP/s of large matrix products by dtype: the practical peak of this machine at this moment."""
     return {str(dtype)[6:]: matrix_product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 def hardware() -> dict[str, Any]:
-    """Model and instructions of the CPU, number of cores, memory in GiB, and the GPU if there is one."""
+    """CPU model, instruction sets, cores, memory in GiB, and the GPU if there is one."""
     found = _cpuinfo()
     flags = set(found.get("flags", found.get("Features", "")).split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
@@ -59,12 +59,12 @@ def hardware() -> dict[str, Any]:
 
 
 def matrix_product_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """GFLOP/s of products of square matrices on the CPU: the best of what fits into two seconds, three at least."""
+    """GFLOP/s of square matrix products on the CPU: the best of at least three runs and two seconds."""
     a = torch.randn(size, size).to(dtype)
     times: list[float] = []
     while len(times) < 4 or sum(times) < 2:
         start = time.perf_counter()
-        linear(a, a)  # by the faster of torch's libraries
+        linear(a, a)  # with the faster of MKL and oneDNN
         times.append(time.perf_counter() - start)
     return round(2e-9 * size**3 / min(times[1:]), 1)
 

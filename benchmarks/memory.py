@@ -1,11 +1,10 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Peak memory of one thing in a process of its own: `python -m benchmarks.memory train_step gla 512 2048`.
+"""Peak memory of one job in its own process: `python -m benchmarks.memory train_step gla 512 2048`.
 
-What counts is the high-water mark of resident memory (VmHWM) over what was resident before: it sees the buffers of
-matrix libraries and C++ kernels and what the allocator does not give back, which torch's profiler does not. It must be
-a fresh process, as memory that was freed before would be used again unseen; and it is not `ru_maxrss`, which a child
-inherits from the parent that started it. A first run over few tokens comes before, so that weights, the optimizer's
-averages and libraries are no part of the figure.
+The figure is the high-water mark of resident memory (VmHWM) minus the resident memory at the start. Unlike torch's
+profiler it includes buffers of matrix libraries and C++ kernels, and memory that the allocator retains. It needs a
+fresh process, because reused memory would not be counted, and cannot use `ru_maxrss`, which a child inherits from its
+parent. A first run over a few tokens excludes weights, optimizer state and libraries from the figure.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def measured_apart(job: str, names: Sequence[str], lengths: Sequence[int]) -> dict[str, dict[str, float]]:
-    """MiB that the job takes with each name, at each length (ascending); every name has a process of its own, and two
-    of them run at a time."""
+    """Peak MiB of the job by name and (ascending) length. Each name has its own process; two run at a time."""
 
     def one(name: str) -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.memory", job, name, *map(str, lengths)]
@@ -42,7 +40,7 @@ def measured_apart(job: str, names: Sequence[str], lengths: Sequence[int]) -> di
 
 
 def in_rounds(job: str, names: Sequence[str], lengths: Sequence[int]) -> Callable[[str, int], float]:
-    """What the job takes with a name at a length, MiB; asked for the same once more, all are measured anew."""
+    """A function that returns the peak MiB for a name and a length; asking for the same pair again remeasures all."""
     found: dict[tuple[str, int], float] = {}
 
     def peak(name: str, length: int) -> float:
@@ -55,10 +53,10 @@ def in_rounds(job: str, names: Sequence[str], lengths: Sequence[int]) -> Callabl
 
 
 def keep_freed_memory() -> None:
-    """From now on in this process, where it runs on glibc: what is freed stays for the next tensor.
+    """Tell glibc not to return freed memory to the system, from now on in this process.
 
-    By default blocks of over 32 MiB go back to the system each time, and it clears every page again before the next
-    tensor gets it: a fifth of a step at 32,768 tokens, more or less as the blocks before it happen to lie.
+    By default, blocks over 32 MiB are returned, and the system clears every page again for the next tensor. That takes
+    about a fifth of a step of 32,768 tokens, depending on how earlier blocks are laid out.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -67,7 +65,7 @@ def keep_freed_memory() -> None:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes resident now, and the most there ever were. (Where there is no /proc, the latter twice.)"""
+    """Current and peak resident bytes (without /proc, the peak twice)."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -78,7 +76,7 @@ def resident() -> tuple[int, int]:
 
 
 def train_step(name: str) -> Callable[[int], Any]:
-    """Runs a train step of a language model over so many tokens."""
+    """A function that runs a train step of a language model on the given number of tokens."""
     from benchmarks import models
 
     model = models.build(name)
@@ -86,17 +84,17 @@ def train_step(name: str) -> Callable[[int], Any]:
 
 
 def encode(name: str) -> Callable[[int], Any]:
-    """Runs a sentence encoder over a text of so many tokens."""
+    """A function that runs a sentence encoder on one text of the given number of tokens."""
     from benchmarks import cases_encoder
 
     encoder = cases_encoder.encoder(name)
     for weight in encoder.parameters():
-        weight.sum()  # of a file mapped to memory each page comes when it is first read, and texts read few words
+        weight.sum()  # page in the memory-mapped file: a text reads few rows of the embeddings
     return lambda length: cases_encoder.encode(encoder, *cases_encoder.batch(1, length))
 
 
 def peaks(run: Callable[[int], Any], lengths: list[int]) -> dict[int, float]:
-    """MiB by length over what the first run left, ascending, so that each sets the mark anew."""
+    """Peak MiB by length, above the level after a first run; in ascending order, so that each sets a new peak."""
     run(_WARM_UP)
     gc.collect()
     start, _ = resident()

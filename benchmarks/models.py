@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The models that are compared, of equal width, depth, heads and vocabulary, and what is done with them."""
+"""The models to compare, of equal width, depth, heads and vocabulary, and the steps that are timed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lalm
 from benchmarks import gates
+from lalm.modeling.layers import speed_up
 
 SIZES: dict[str, Any] = {
     "vocab_size": 8000,
@@ -24,27 +25,27 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-# Every causal variant; what is not named is its default.
+# Every causal variant with its defaults, plus the fields named here.
+_FIELDS: dict[str, dict[str, Any]] = {"local_global": {"num_local_heads": 4}}
 VARIANTS: dict[str, tuple[type[lalm.LalmConfig], dict[str, Any]]] = {
-    "linear": (lalm.LinearAttentionConfig, {}),
-    "gla": (lalm.GLAConfig, {}),
-    "retnet": (lalm.RetNetConfig, {}),
-    "delta_net": (lalm.DeltaNetConfig, {}),
-    "gated_delta_net": (lalm.DeltaNetConfig, {"use_decay_gate": True}),
-    "based": (lalm.BasedConfig, {}),
-    "local_global": (lalm.LocalGlobalConfig, {"num_local_heads": 4}),
-    "lam": (lalm.LamConfig, {"is_causal": True}),
+    (name := variant.config.model_type.removeprefix("lalm_")): (
+        variant.config,
+        {"is_causal": True} | _FIELDS.get(name, {}),
+    )
+    for variant in lalm.VARIANTS
 }
-LLAMA = "llama"
-CHECKED = 160  # tokens of the gates: more than two chunks
-# float32. Most are within 2e-5; the norms of RetNet's fresh, tiny outputs make 3e-3 of the same rounding.
+VARIANTS["gated_delta_net"] = (lalm.DeltaNetConfig, {"is_causal": True, "use_decay_gate": True})
+# The stock Llama, and the same with our matrix products, which leaves the attention as the difference.
+LLAMA, LLAMA_SAME_GEMM = "llama", "llama_same_gemm"
+CHECKED = 160  # tokens that the gates check: more than two chunks
+# float32. Most errors are below 2e-5; RetNet normalises tiny outputs at initialisation, which amplifies it to 3e-3.
 TOLERANCE = 5e-3
-_SHORT = 64  # tokens of a step that only makes what later ones find
+_SHORT = 64  # tokens of the step that allocates the optimizer state
 
 
 def config_of(name: str, **changes) -> Any:
-    """A variant's configuration, or with the width of their MLP (3 * 512, gated) Llama's."""
-    if name == LLAMA:
+    """The configuration of a variant, or of a Llama whose MLP is as wide as theirs (3 * 512, gated)."""
+    if name in (LLAMA, LLAMA_SAME_GEMM):
         return LlamaConfig(**SIZES | {"intermediate_size": 1536, "attn_implementation": "sdpa"} | changes)
     config_class, fields = VARIANTS[name]
     return config_class(**SIZES | fields | changes)
@@ -52,21 +53,23 @@ def config_of(name: str, **changes) -> Any:
 
 @cache
 def build(name: str, **changes) -> Any:
-    """The causal language model, with the weights that training starts from; one object a name and changes."""
+    """The freshly initialised causal language model; cached per name and changes."""
     torch.manual_seed(0)
-    config = config_of(name, **changes)
-    if name == LLAMA:
-        return LlamaForCausalLM(config).eval()
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config_of(name, **changes)).eval()
+    if name == LLAMA_SAME_GEMM:
+        for layer in model.modules():
+            if type(layer) is torch.nn.Linear:
+                speed_up(layer)
+    return model
 
 
 def tokens(length: int, vocabulary: int = SIZES["vocab_size"]) -> torch.Tensor:
-    """Ids `[1, T]`; a shorter text is the beginning of a longer one."""
+    """Ids `[1, T]`; a shorter sequence is the prefix of a longer one."""
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
 
 
 def facts(model: Any, count: int) -> dict[str, int]:
-    """Parameters, those that multiply every token (all but the embeddings), and tokens of a sample."""
+    """The number of parameters, of those used in matrix products (no embeddings), and of tokens per sample."""
     total = sum(x.numel() for x in model.parameters())
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     tied = model.config.tie_word_embeddings
@@ -74,8 +77,8 @@ def facts(model: Any, count: int) -> dict[str, int]:
 
 
 def train_step(model: Any, ids: torch.Tensor, bfloat16: bool = False) -> Callable[[], None]:
-    """Forward with loss, backward, AdamW; without a cache, which nobody needs for training. With `bfloat16` the
-    forward pass runs under autocast, as Trainer does it. The averages of AdamW exist already."""
+    """Forward with loss, backward, AdamW; no cache. With `bfloat16` the forward pass runs under autocast, as in
+    Trainer. The state of AdamW is allocated before."""
     optimizer = _optimizer(model)
 
     def run(ids: torch.Tensor = ids) -> None:
@@ -96,7 +99,7 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def prefill(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """The cache of a text and the logits after its last token."""
+    """Fill a cache with a sequence and compute the logits of its last token."""
 
     def run() -> None:
         model.eval()
@@ -108,7 +111,7 @@ def prefill(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 @torch.no_grad()
 def fill(model: Any, ids: torch.Tensor, cache: Any = None, piece: int = 4096) -> Any:
-    """`ids` added to a cache, on all cores: it is not this that is timed."""
+    """Add `ids` to a cache, using all cores because this is not timed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, torch.multiprocessing.cpu_count()))
     cache = DynamicCache(config=model.config) if cache is None else cache
@@ -118,8 +121,18 @@ def fill(model: Any, ids: torch.Tensor, cache: Any = None, piece: int = 4096) ->
     return cache
 
 
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys, values and states in a cache."""
+    kept: list[torch.Tensor | None] = []
+    for layer in cache.layers:
+        kept += [getattr(layer, name, None) for name in ("keys", "values")]
+        for kind in ("conv_states", "recurrent_states"):
+            kept += getattr(layer, kind, {}).values()
+    return sum(x.numel() * x.element_size() for x in kept if x is not None)
+
+
 def decode(model: Any, cache: Callable[[], Any], count: int) -> Callable[[], None]:
-    """`count` tokens, one at a time, after what `cache()` holds, which they are added to."""
+    """Decode `count` tokens one at a time, appending them to `cache()`."""
     ids = tokens(count)
 
     def run() -> None:
@@ -132,7 +145,7 @@ def decode(model: Any, cache: Callable[[], Any], count: int) -> Callable[[], Non
 
 @contextmanager
 def specification(model: Any) -> Iterator[None]:
-    """Inside, the model steps through its recurrences."""
+    """Within this context the model runs token by token, through its recurrence."""
     chosen = model.config.linear_attn_implementation
     model.config.linear_attn_implementation = "recurrent"
     try:
@@ -143,7 +156,7 @@ def specification(model: Any) -> Iterator[None]:
 
 @gates.once
 def trains_exactly(model: Any) -> None:
-    """Gate: loss and gradients of every parameter are those of the recurrent specification."""
+    """Gate: the loss and every parameter gradient equal those of the token-by-token recurrence."""
     ids = tokens(CHECKED, model.config.vocab_size)
 
     def loss() -> torch.Tensor:
@@ -158,7 +171,7 @@ def trains_exactly(model: Any) -> None:
 @gates.once
 @torch.no_grad()
 def decodes_exactly(model: Any) -> None:
-    """Gate: the logits of a text in one piece, and of its last tokens one by one, are the specification's."""
+    """Gate: prefill and then decoding one token at a time give the logits of the token-by-token recurrence."""
     ids = tokens(CHECKED, model.config.vocab_size)
     head = CHECKED - 8
     cache = DynamicCache(config=model.config)

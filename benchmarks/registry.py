@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""What is measured: cases of contestants that run in turn, and the ratios between them that have a target."""
+"""The benchmark cases: what runs in each, and which ratios between its runs have a target."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from typing import Any
 
 
 class GateError(AssertionError):
-    """A contestant computes something else than it should; none of its figures is reported."""
+    """A run computes a wrong result, so none of its figures is reported."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One thing that runs.
+class Run:
+    """One thing that is timed or measured.
 
     Args:
-        run: takes one sample: returns None to have its wall time taken, or the sample itself (s, or MiB).
-        gate: the correctness check on the tensors that `run` works on; raises GateError. It also pays for what only
-            the first call pays for (kernels that are compiled, say). None for other people's code that nothing here
-            is to be equal to.
-        facts: what the JSON keeps beside the samples: parameters, tokens, the form of an op that ran, ...
+        call: takes one sample: returns None to have its wall time taken, or the sample itself (seconds or MiB).
+        gate: checks the result of `call` on the same tensors and raises GateError if it is wrong. It also absorbs
+            one-time costs such as kernel compilation. None for third-party code, which is not checked.
+        facts: stored in the JSON along with the samples: parameters, tokens, context length, ...
     """
 
-    run: Callable[[], float | None]
+    call: Callable[[], float | None]
     gate: Callable[[], None] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table. A figure is `baseline / ours` with the target as the least (how many times faster), or
-    under `at_most` `ours / baseline` with the target as the most."""
+    """One line of the table: a speedup, `baseline / ours`, that should be at least `target`; under `at_most` a cost,
+    `ours / baseline`, that should be at most `target`."""
 
     ours: str
     baseline: str
@@ -53,42 +52,42 @@ class Ratio:
 
 
 @dataclass
-class Contest:
-    """Contestants by name, in the order of a round, and the ratios that are reported."""
+class Comparison:
+    """Runs by name, in the order of a round, and the ratios to report."""
 
-    contestants: dict[str, Contestant]
+    runs: dict[str, Run]
     ratios: list[Ratio]
     dtype: str = "float32"
     unit: str = "ms"
 
-    def only(self, pattern: str) -> Contest:
-        """The ratios whose `ours` matches a shell pattern, and who takes part in them; everything for "*"."""
+    def only(self, pattern: str) -> Comparison:
+        """Keep the ratios whose `ours` matches a shell pattern, and the runs they need; "*" keeps everything."""
         if pattern == "*":
             return self
         ratios = [ratio for ratio in self.ratios if fnmatch(ratio.ours, pattern)]
-        named = {name for ratio in ratios for name in (ratio.ours, ratio.baseline)}
-        kept = {name: contestant for name, contestant in self.contestants.items() if name in named}
-        return Contest(kept, ratios, self.dtype, self.unit)
+        needed = {name for ratio in ratios for name in (ratio.ours, ratio.baseline)}
+        kept = {name: run for name, run in self.runs.items() if name in needed}
+        return Comparison(kept, ratios, self.dtype, self.unit)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A contest to be.
+    """A benchmark case.
 
     Args:
-        what: ours against whom, for the list and for the line of a case that cannot run.
-        build: makes the models and tensors.
-        budget: seconds for the samples; rounds follow from it.
-        warm_up: run a round that is not counted; the contestants of long cases have their gates only.
-        least_rounds: rounds that run whatever the budget.
+        what: what is compared with what; shown by --list and when the case cannot run.
+        build: creates the models and tensors.
+        budget: seconds for the samples; determines the number of rounds.
+        warm_up: run one uncounted round first; long cases rely on their gates instead.
+        least_rounds: minimum number of rounds, regardless of the budget.
         needs: "cpu" or "cuda".
-        long: left out by --quick.
-        extra: runs under --full or by its own name only: it would not fit into 20 minutes.
+        long: skipped by --quick.
+        extra: only runs under --full or when named, because it would not fit into 20 minutes.
     """
 
     name: str
     what: str
-    build: Callable[[], Contest]
+    build: Callable[[], Comparison]
     budget: float = 10.0
     warm_up: bool = True
     least_rounds: int = 3
@@ -100,11 +99,11 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def register(name: str, what: str, build: Callable[[], Contest], **settings) -> None:
+def register(name: str, what: str, build: Callable[[], Comparison], **settings) -> None:
     """Add a case.
 
     Raises:
-        ValueError: there is one of that name already.
+        ValueError: the name is taken.
     """
     if name in CASES:
         raise ValueError(f"There is a case {name!r} already.")
@@ -112,7 +111,7 @@ def register(name: str, what: str, build: Callable[[], Contest], **settings) -> 
 
 
 def select(patterns: list[str], full: bool = False, quick: bool = False) -> list[Case]:
-    """The cases whose names match a shell pattern, all without patterns, in the order of registration.
+    """The cases whose names match a shell pattern, or all if there are no patterns, in the order of registration.
 
     Raises:
         ValueError: a pattern matches nothing.

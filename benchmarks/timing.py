@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Samples taken in turn, and their medians and quartiles."""
+"""Interleaved samples, their medians and quartiles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.memory import resident
 
-Runs = dict[str, Callable[[], float | None]]
+Calls = dict[str, Callable[[], float | None]]
 MOST_ROUNDS = 25
-_NEW, _TRIES = 1 << 22, 3  # bytes that are much to get during a sample
+_NEW, _TRIES = 1 << 22, 3  # growth in bytes that makes a sample invalid; attempts per sample
 
 
 class Spread(NamedTuple):
@@ -29,23 +29,23 @@ class Spread(NamedTuple):
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Quartiles interpolate between neighbours, so that two samples have some too."""
+    """Median and interpolated quartiles."""
     values = list(values)
     q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
     return Spread(median, q1, q3, len(values))
 
 
-def sample(run: Callable[[], float | None]) -> float:
-    """What one call returns, or how many seconds it takes; taken again if the process had to get memory for it.
+def sample(call: Callable[[], float | None]) -> float:
+    """Return what the call returns, or its wall time in seconds; retry if the process grew during the call.
 
-    A step that comes after others finds its memory there. Where the system has to find it, a virtual machine may take
-    14 microseconds a page: a second for 280 MiB.
+    In steady state a step reuses memory. Mapping new pages can take 14 microseconds per page on a virtual machine,
+    which is a second for 280 MiB.
     """
     for _ in range(_TRIES):
         before = resident()[0]
         _wait()
         start = time.perf_counter()
-        value = run()
+        value = call()
         _wait()
         taken = time.perf_counter() - start if value is None else value
         if resident()[0] - before < _NEW:
@@ -55,7 +55,7 @@ def sample(run: Callable[[], float | None]) -> float:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect now and not inside."""
+    """Collect garbage now, and not within this context."""
     gc.collect()
     gc.disable()
     try:
@@ -64,19 +64,19 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def alternate(runs: Runs, budget: float, least_rounds: int = 3, warm_up: bool = True) -> dict[str, list[float]]:
-    """Run A B C, A B C, ...: what disturbs the machine for a while disturbs all alike.
+def alternate(calls: Calls, budget: float, least_rounds: int = 3, warm_up: bool = True) -> dict[str, list[float]]:
+    """Take samples in the order A B C, A B C, ..., so that disturbances of the machine affect all alike.
 
     Args:
-        budget: seconds. After `least_rounds` a round begins only if one as long as the last fits.
-        warm_up: a first round that is not counted.
+        budget: seconds. After `least_rounds`, a round only starts if one as long as the last still fits.
+        warm_up: run a first round that is not counted.
 
     Returns:
-        the samples of every run, as many of each.
+        The samples by name, equally many of each.
     """
-    for run in runs.values() if warm_up else ():
-        sample(run)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for call in calls.values() if warm_up else ():
+        sample(call)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     start = last = time.perf_counter()
     for number in range(MOST_ROUNDS):
         now = time.perf_counter()
@@ -84,8 +84,8 @@ def alternate(runs: Runs, budget: float, least_rounds: int = 3, warm_up: bool = 
             break
         last = now
         with no_garbage_collection():
-            for name, run in runs.items():
-                samples[name].append(sample(run))
+            for name, call in calls.items():
+                samples[name].append(sample(call))
     return samples
 
 

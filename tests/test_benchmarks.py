@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import lalm
 from benchmarks import cases_ops, gates, memory, plot, run, timing
 from benchmarks.forks import in_a_fork, make_own, touched_pages
 from benchmarks.gates import all_near, gradients, near
 from benchmarks.memory import peaks, resident
 from benchmarks.models import VARIANTS, build, decodes_exactly, tokens, train_step, trains_exactly
-from benchmarks.registry import CASES, Contest, Contestant, GateError, Ratio, register, select
+from benchmarks.registry import CASES, Comparison, GateError, Ratio, Run, register, select
 from benchmarks.timing import alternate, spread
 
 TINY = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -40,18 +41,18 @@ def machine():
 
 
 def fixed(seconds, gate=None, **facts):
-    return Contestant(lambda: seconds, gate, facts)
+    return Run(lambda: seconds, gate, facts)
 
 
 def wrong():
     raise GateError("output: relative error 1.0e+00 over 1e-04")
 
 
-def contest(gate=None, facts=None):
+def comparison(gate=None, facts=None):
     facts = facts or {}
-    contestants = {"slow": fixed(0.4, **facts), "fast": fixed(0.1, gate, **facts), "even": fixed(0.4)}
+    runs = {"slow": fixed(0.4, **facts), "fast": fixed(0.1, gate, **facts), "even": fixed(0.4)}
     ratios = [Ratio("fast", "slow", "[1, 8]", 3), Ratio("even", "slow", "[1, 8]", 3)]
-    return Contest(contestants, [*ratios, Ratio("fast", "slow", "[1, 8]", 0.3, at_most=True)])
+    return Comparison(runs, [*ratios, Ratio("fast", "slow", "[1, 8]", 0.3, at_most=True)])
 
 
 def test_the_registry_has_every_row_of_the_targets():
@@ -61,20 +62,20 @@ def test_the_registry_has_every_row_of_the_targets():
     wanted |= {f"encoder_{shape}" for shape in ("64x16", "32x32", "32x64", "1x512", "1x2048", "1x8192_bf16")}
     assert wanted | {"encoder_memory", "gpu_dual_state"} <= set(CASES)
     assert all(case.what and case.name == name for name, case in CASES.items())
-    assert len(VARIANTS) == 8
+    assert len(VARIANTS) == len(lalm.VARIANTS) + 1  # and gated DeltaNet
 
 
 def test_selection(cases):
-    register("a_1", "", contest)
-    register("a_2", "", contest, long=True)
-    register("b", "", contest, extra=True)
+    register("a_1", "", comparison)
+    register("a_2", "", comparison, long=True)
+    register("b", "", comparison, extra=True)
     assert [case.name for case in select([])] == ["a_1", "a_2"]
     assert [case.name for case in select([], full=True, quick=True)] == ["a_1", "b"]
     assert [case.name for case in select(["b", "a*"])] == ["a_1", "a_2", "b"]
     with pytest.raises(ValueError, match="No case is called 'c'"):
         select(["c"])
     with pytest.raises(ValueError, match="'b' already"):
-        register("b", "", contest)
+        register("b", "", comparison)
 
 
 def test_a_sample_that_had_to_get_memory_is_taken_again(monkeypatch):
@@ -110,8 +111,8 @@ def test_rounds_alternate_and_follow_the_budget(monkeypatch):
 
 
 def test_table_json_and_picture(cases, tmp_path, capsys):
-    register("train_64", "", partial(contest, facts={"tokens": 64, "matrix_parameters": 10**6}), budget=0)
-    register("gpu_something", "our model against theirs", contest, needs="cuda")
+    register("train_64", "", partial(comparison, facts={"tokens": 64, "matrix_parameters": 10**6}), budget=0)
+    register("gpu_something", "our model against theirs", comparison, needs="cuda")
     path = tmp_path / "out.json"
     assert run.main(["--json", str(path), "--quick"]) == 0
     table = capsys.readouterr().out
@@ -124,7 +125,7 @@ def test_table_json_and_picture(cases, tmp_path, capsys):
     first = report["lines"][0]
     assert {"case", "ours", "baseline", "shape", "dtype", "unit", "target", "at_most", "ratio", "met"} <= first.keys()
     assert first["ours_value"] == {"median": 100, "q1": 100, "q3": 100, "n": 1}
-    assert report["cases"]["train_64"]["contestants"]["fast"]["facts"]["tokens"] == 64
+    assert report["cases"]["train_64"]["runs"]["fast"]["facts"]["tokens"] == 64
     assert "our model against theirs: no GPU" in table
     picture = tmp_path / "speed.png"
     plot.main([str(path), "--output", str(picture)])
@@ -132,14 +133,14 @@ def test_table_json_and_picture(cases, tmp_path, capsys):
 
 
 def test_a_failed_gate_withholds_its_figures(cases, tmp_path, capsys):
-    register("op", "", partial(contest, wrong), budget=0)
+    register("op", "", partial(comparison, wrong), budget=0)
     path = tmp_path / "out.json"
     assert run.main(["--json", str(path)]) == 1
     report = json.loads(path.read_text())
     statuses = [line["status"] for line in report["lines"]]
     assert statuses == ["gate failed", "measured", "gate failed"]
     assert not {"ratio", "met", "ours_value"} & report["lines"][0].keys()
-    assert report["cases"]["op"]["contestants"]["fast"]["samples"] == []
+    assert report["cases"]["op"]["runs"]["fast"]["samples"] == []
     table = capsys.readouterr().out
     for part in ("gate failed fast: output: relative error", "1.00x [1.00, 1.00]"):
         assert part in table
@@ -154,7 +155,7 @@ def test_a_broken_case_does_not_stop_the_others(cases, capsys):
 
     register("broken", "this", broken)
     register("absent", "that", absent)
-    register("op", "", contest, budget=0)
+    register("op", "", comparison, budget=0)
     assert run.main(["--only", "fast"]) == 1
     table = capsys.readouterr().out
     for part in ("broke TypeError: a bug", "not installed No module named 'theirs'", "2 met"):
@@ -178,7 +179,7 @@ def test_gates_see_differences():
 def test_ops_pass_their_gates_and_a_wrong_one_does_not(name):
     op = cases_ops.OPS[name]
     x = op.inputs(80)
-    ours, specification = (partial(cases_ops.output_of, form) for form in (op.form(x), op.recurrent))
+    ours, specification = (partial(cases_ops.output_of, form) for form in (op.auto, op.recurrent))
     cases_ops.follows(ours, specification, x)
     cases_ops.forward_backward(ours, x)()
     with pytest.raises(GateError, match="output"):

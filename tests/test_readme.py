@@ -1,5 +1,7 @@
-"""The README's commands exist and parse, its Python runs, and what it names is there."""
+"""The commands of the documentation exist and parse, its Python runs, and what it names is there."""
 
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -17,19 +19,25 @@ from lalm.training.clm.arguments import parse_arguments
 from lalm.training.sts.arguments import parse_sts_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages whose commands must parse, and whose Python must run from top to bottom.
+GUIDES = ("README.md", "docs/using.md", "docs/training.md", "docs/example_gla.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+GENERATED = ("docs/variant_tables.py", "docs/api.py")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
-MAKE = sorted(
-    {match for line in [*COMMANDS, README] for match in re.findall(r"\bmake (demo|test|check|bench|help)\b", line)}
-)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for page in GUIDES for block in blocks(page, "bash") for line in block.splitlines()]
+MAKE = sorted({match for page in PAGES for match in re.findall(r"\bmake (demo|test|check|bench|help)\b", read(page))})
 RUN_CLM = [line for line in COMMANDS if "run_clm.py" in line]
 RUN_STS = [line for line in COMMANDS if "run_sts.py" in line]
+MODULES = sorted({match for line in COMMANDS for match in re.findall(r"python -m ([\w.]+)", line)})
 
 
 def test_the_two_commands_are_there():
@@ -87,45 +95,102 @@ def demo_folder(tmp_path_factory):
     return folder
 
 
-def test_python_blocks_run_in_order(demo_folder, monkeypatch, capsys):
+def run_python(page):
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_python_blocks_run(page, demo_folder, monkeypatch):
+    monkeypatch.chdir(demo_folder)
+    assert isinstance(run_python(page)["model"], GLAForCausalLM)
+
+
+def test_python_blocks_of_the_guide_run_in_order(demo_folder, monkeypatch, capsys):
     monkeypatch.chdir(demo_folder)
     assert AutoTokenizer.from_pretrained("runs/demo").pad_token_id == 0
-    names = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    names = run_python("docs/using.md")
     assert names["loss"].isfinite()
     assert "generated_text" in capsys.readouterr().out
     assert type(names["classifier"]) is lalm.LinearAttentionForSequenceClassification
     assert isinstance(names["model"], GLAForCausalLM)
 
 
+def test_the_example_trains_and_shows_its_gates(capsys):
+    names = run_python("docs/example_gla.md")
+    assert names["losses"][-1] < names["losses"][0] - 2
+    assert sorted(names["gates"]) == [0, 1]
+    assert all(((gate > 0) & (gate < 1)).all() for gate in names["gates"].values())
+    assert names["output"].sequences.shape == (1, 98)
+    assert (names["recurrent"] - names["chunk"]).abs().max() < 1e-12
+    assert "half-lives" in capsys.readouterr().out
+
+
 def test_every_variant_and_feature_map_is_listed():
+    options = read("docs/models.md")
     for row in lalm.VARIANTS:
-        assert f"`{row.config.model_type}`" in README
+        assert f"`{row.config.model_type}`" in read("README.md")
+        assert f"`{row.config.model_type}`" in options
     feature_maps = get_args(lalm.LinearAttentionConfig.__dataclass_fields__["feature_map"].type)
     assert len(feature_maps) > 5
-    assert [name for name in feature_maps if name not in README] == []
+    assert [name for name in feature_maps if name not in options] == []
 
 
 def test_fields_in_the_table_exist():
-    table = README[README.index("| fields | meaning |") : README.index("A misspelt field")]
+    options = read("docs/models.md")
+    table = options[options.index("| fields | meaning |") : options.index("A misspelt field")]
     named = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:] if line))
     assert len(named) > 20
     assert set(named) <= set(lalm.LalmConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/adding_a_variant.md"])
-def test_links_and_paths_lead_somewhere(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    folder = (ROOT / document).parent
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/log.md"])
+def test_links_and_paths_lead_somewhere(page):
+    text = read(page)
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text) if not link.startswith("http")]
+    folder = (ROOT / page).parent
     assert [link for link in links if not (folder / link).exists()] == []
-    paths = re.findall(r"`((?:modeling|configuration|tests|lalm|docs|recipes)/[\w/.]*)`", text)
+    paths = re.findall(r"`((?:modeling|configuration|tests|lalm|docs|recipes|experiments|benchmarks)/[\w/.]*)`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_tables_of_the_variants_are_those_of_the_code():
-    check = subprocess.run(
-        [sys.executable, "docs/variant_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_of_the_commands_exist(module):
+    assert importlib.util.find_spec(module)
+
+
+@pytest.mark.parametrize("script", GENERATED)
+def test_generated_pages_are_up_to_date(script):
+    check = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+XEON = ("2026-11-21-cpu-late", "2026-11-21-cpu-late-train-8192")
+EPYC = ("2026-11-22-cpu-zen5-last",)
+
+
+def speed_rows(results):
+    """The rows of a speed table, from results files of which the last one counts."""
+    columns = [f"{what}_{length}" for what in ("train", "prefill") for length in (512, 2048, 8192)] + [
+        "decode",
+        "memory",
+    ]
+    ratios = {}
+    for name in results:
+        for line in json.loads(read(f"benchmarks/results/{name}.json"))["lines"]:
+            if line["case"] in columns and line["baseline"].startswith("llama"):
+                ratios[line["ours"].split()[0], line["case"]] = f"{line['ratio']['median']:.2f}"
+    models = list(dict.fromkeys(model for model, _ in ratios))
+    return [f"| `{model}` | {' | '.join(ratios[model, column] for column in columns)} |" for model in models]
+
+
+@pytest.mark.parametrize(("page", "tables"), [("README.md", [XEON]), ("docs/speed.md", [XEON, EPYC])])
+def test_speed_tables_hold_what_was_measured(page, tables):
+    shown = [line for line in read(page).splitlines() if re.fullmatch(r"\| `\w+` (\| \d+\.\d\d ){8}\|", line)]
+    assert shown == [row for results in tables for row in speed_rows(results)]
+
+
+def test_the_readme_is_one_page():
+    assert len(read("README.md").splitlines()) <= 150
