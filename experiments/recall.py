@@ -105,7 +105,7 @@ class Plan:
         """Refuse what cannot be trained or asked, before anything is."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected = typing.get_origin(field.type) or field.type
+            expected: Any = typing.get_origin(field.type) or field.type
             if not isinstance(value, (int, float) if expected is float else expected) or not value:
                 raise UserError(f"{field.name} must be of type {expected.__name__} and not empty or 0, got {value!r}")
             if expected in (int, float) and value < 0:
@@ -214,8 +214,9 @@ def train(plan: Plan, name: str, rate: float, seed: int, place: Path) -> tuple[A
     """A trained model, and parameters, seconds and losses of its run."""
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(plan.config(name))
+    slices = enumerate(plan.training_slices())
     texts = concatenate_datasets(
-        [plan.texts(*one, plan.train_texts, TRAIN_SEED * seed + i) for i, one in enumerate(plan.training_slices())]
+        [plan.texts(length, pairs, plan.train_texts, TRAIN_SEED * seed + i) for i, (length, pairs) in slices]
     )
     arguments = TrainingArguments(
         output_dir=str(place),

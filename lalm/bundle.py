@@ -98,7 +98,8 @@ def merge(target: str, names: Iterable[str], elsewhere: dict[str, tuple[str, dic
     Raises:
         ValueError: a name that has to be changed stands in an f-string, whose places Python 3.11 does not tell.
     """
-    modules, owners, places = [_parse(name) for name in names], {}, dict(elsewhere)
+    modules, places = [_parse(name) for name in names], dict(elsewhere)
+    owners: dict[str, str] = {}
     for module in modules:
         renamed = {}
         for name, origin in module.bindings().items():
@@ -155,8 +156,8 @@ def _renames(module: _Module, renamed: dict[str, str]):
     def visit(node: ast.AST, hidden: frozenset[str], in_string: bool):
         if isinstance(node, ast.FunctionDef | ast.Lambda):
             hidden = hidden | _locals(node)
-        name = getattr(node, "id", None)
-        if name in renamed and name not in hidden:
+        if isinstance(node, ast.Name) and node.id in renamed and node.id not in hidden:
+            name = node.id
             if in_string:
                 raise ValueError(
                     f"{module.name}: {name} stands in an f-string and is defined elsewhere too: rename it."

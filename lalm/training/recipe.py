@@ -63,9 +63,7 @@ def read_recipe(path: str, known: Sequence[str], depth: int = 0) -> dict:
     if base is None:
         return recipe
     if not isinstance(base, str) or depth == DEEPEST:
-        raise UserError(
-            f"the recipe {path}: based_on must be the path of a recipe that is not based on this one"
-        )
+        raise UserError(f"the recipe {path}: based_on must be the path of a recipe that is not based on this one")
     return _merge(read_recipe(str(Path(path).parent / base), known, depth + 1), recipe)
 
 

@@ -335,10 +335,15 @@ def _elementwise(name: str, *tensors: torch.Tensor | None, **sizes: int) -> ctyp
     return load_kernel(name, **sizes)
 
 
+def _is_fewer(numbers: int, threshold: int) -> bool:
+    """Whether there are fewer numbers; yes while compiling, where their count may be open."""
+    return torch.compiler.is_compiling() or numbers < threshold
+
+
 def rms_norm_kernel(x: torch.Tensor, weight: torch.Tensor) -> ctypes.CDLL | None:
     """The kernel for the RMS norm of `x`, None for plain torch."""
     fewest = WORTH_A_KERNEL if torch.is_grad_enabled() else WORTH_A_KERNEL_WITHOUT_GRADIENTS
-    return None if x.numel() < fewest else _elementwise("rms_norm", x, weight)
+    return None if _is_fewer(x.numel(), fewest) else _elementwise("rms_norm", x, weight)
 
 
 def activation_kernel(
@@ -346,6 +351,8 @@ def activation_kernel(
 ) -> ctypes.CDLL | None:
     """The kernel for activation `number` of x, times `factor` if there is one; None for plain torch. `generates_code`:
     torch generates code for each new shape, which takes longer than a few numbers do."""
+    if torch.compiler.is_compiling():
+        return None
     is_large = x.numel() >= WORTH_A_KERNEL
     pays = factor is not None if is_large else generates_code and not torch.is_grad_enabled()
     if not pays or (factor is not None and factor.shape != x.shape):
@@ -355,13 +362,13 @@ def activation_kernel(
 
 def short_conv_kernel(parts, weight: torch.Tensor, **sizes: int) -> ctypes.CDLL | None:
     """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]`, None for plain torch."""
-    work = parts[0].shape[:2].numel() * weight.numel()
-    return None if work < WORTH_A_CONV_KERNEL else _elementwise("short_conv", weight, *parts, **sizes)
+    work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
+    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, *parts, **sizes)
 
 
 def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The kernel for LAM's gates from their projection `x`, None for plain torch."""
-    return None if x.numel() < WORTH_A_GATE_KERNEL else _elementwise("lam_gates", x, *tensors)
+    return None if _is_fewer(x.numel(), WORTH_A_GATE_KERNEL) else _elementwise("lam_gates", x, *tensors)
 
 
 def threads(numbers: int, worth: int = WORTH_THREADS) -> int:

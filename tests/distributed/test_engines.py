@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.variants import ROWS
+from tests.distributed.engines import TRAINED
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"ddp": 2, "fsdp2": 4, "fsdp2-checkpointed": 2, "fsdp2-bfloat16": 2}
+RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-checkpointed": 2, "fsdp2-bfloat16": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", RUNS)
-@pytest.mark.parametrize("row", [row.name for row in ROWS])
+@pytest.mark.parametrize("row", [row.name for row in TRAINED])
 def test_equals_one_process(row, engine, results):
     errors = results[engine][row]
     assert isinstance(errors, dict), errors  # a traceback
