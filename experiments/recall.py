@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 import lalm  # noqa: F401  registers our models
 from benchmarks.machine import describe
-from benchmarks.timing import alternate, spread
+from benchmarks.timing import Calls, alternate, spread
 from lalm.errors import UserError, exit_on_user_error, nearest_hint, one_line
 from lalm.recall.task import evaluate_recall, multi_query_associative_recall
 from lalm.training.clm.decoding import decoding_error, decoding_seconds, read_texts, state_bytes
@@ -250,7 +250,8 @@ def cost(runs: Runs, chosen: dict[str, float]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a model decodes something else than it computes at once.
     """
-    plan, costs, timed = runs.plan, {}, {}
+    plan, costs = runs.plan, {}
+    timed: Calls = {}
     lengths = sorted({length for length, _ in plan.test} | {plan.decode_after})
     for name, rate in chosen.items():
         model = runs.load(name, rate, plan.seeds[0])

@@ -48,8 +48,7 @@ def whole(tensor):
 ENGINES = {
     "ddp": lambda model: DistributedDataParallel(model),
     "fsdp2": shard,
-    "fsdp2-checkpointed": lambda model: shard(model, checkpoint=True),
-    "fsdp2-bfloat16": lambda model: shard(model, dtype=torch.bfloat16),
+    "fsdp2-bfloat16": lambda model: shard(model, checkpoint=True, dtype=torch.bfloat16),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.engines import TRAINED
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-checkpointed": 2, "fsdp2-bfloat16": 2}
+RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-bfloat16": 2}
 
 
 @pytest.fixture(scope="module")
