@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Saved checkpoints that load anywhere: the code they need, written beside the weights, and writes that never damage.
 
-transformers loads a class named in config.json's `auto_map` from files that lie flat beside it and import each other
-as `from .name import ...`. The package is not flat and imports absolutely, so saving rewrites it on the way out.
+transformers loads a class named in config.json's `auto_map` from files that lie flat next to it and import each other
+as `from .name import ...`. Saving merges the package into a few such files, C++ sources included (bundle.py).
 `LalmConfig.save_pretrained` calls `export_code`; models, the Trainer and push_to_hub all pass through there.
 """
 
@@ -19,12 +19,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from lalm.bundle import checkpoint_sources
+
 _BUNDLED = re.compile(r"lalm\.(modeling|configuration)\b")
+KERNELS = Path(__file__).resolve().parent / "modeling" / "ops" / "kernels"
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> None:
-    """Write the modeling and configuration code of `config` flat into `save_directory` and set `config.auto_map`.
+    """Write the modeling and configuration code of `config` into `save_directory` and set `config.auto_map`.
 
     Every head of the variant gets an entry, so `AutoModel` loads a saved causal language model with
     `trust_remote_code=True` where lalm is not installed. Call it before config.json is written. Does nothing for a
@@ -39,7 +42,7 @@ def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> 
     if variant is None:
         return
     classes = {"AutoConfig": variant.config, **variant.models}
-    sources = bundle_sources(*sorted({cls.__module__ for cls in classes.values()}))
+    sources = checkpoint_sources(sorted({cls.__module__ for cls in classes.values()}), KERNELS)
     with staged_save(save_directory) as staging:
         for name, source in sources.items():
             (staging / name).write_text(source, encoding="utf-8")
