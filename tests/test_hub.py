@@ -131,6 +131,17 @@ def test_folder_holds_exactly_the_code_of_the_variant(tmp_path, variant):
     assert not written & others
 
 
+def test_the_code_of_the_checkpoint_is_that_of_the_package():
+    folder = Path(__file__).parents[1] / "checkpoints" / "lam-minilm-l6"
+    (row,) = [row for row in lalm.VARIANTS if row.config is lalm.LamConfig]
+    modules = sorted({cls.__module__ for cls in (row.config, *row.models.values())})
+    wanted = hub.checkpoint_sources(modules, hub.KERNELS)
+    written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    assert written == wanted, f"run: from lalm import LamConfig, hub; c = {str(folder)!r}; " + (
+        "hub.export_code(LamConfig.from_pretrained(c), c)"
+    )
+
+
 @VARIANTS
 def test_auto_map_names_every_head_and_reloads(tmp_path, variant):
     tiny_config(variant.config).save_pretrained(tmp_path)
