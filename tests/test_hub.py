@@ -137,9 +137,7 @@ def test_the_code_of_the_checkpoint_is_that_of_the_package():
     modules = sorted({cls.__module__ for cls in (row.config, *row.models.values())})
     wanted = hub.checkpoint_sources(modules, hub.KERNELS)
     written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
-    assert written == wanted, f"run: from lalm import LamConfig, hub; c = {str(folder)!r}; " + (
-        "hub.export_code(LamConfig.from_pretrained(c), c)"
-    )
+    assert written == wanted, f"run lalm.hub.export_code(LamConfig.from_pretrained(c), c) for c = {str(folder)!r}"
 
 
 @VARIANTS
