@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The code of a checkpoint in one file: modules of the package merged into one, kernels included as strings.
+"""The code of a checkpoint: modules of the package merged into a few files, with the C++ kernels as strings.
 
 transformers copies the files that a checkpoint's code imports, one warning each, and no others: a folder of modules
 would load slowly and without its C++ sources. `merge` joins them by their syntax trees and keeps their text, comments
@@ -18,7 +18,6 @@ from pathlib import Path
 
 _PACKAGE = re.compile(r"lalm\.(modeling|configuration)\b")
 _KERNELS = "KERNEL_SOURCES"  # the name in cpp_kernels.py whose value becomes a literal here
-_INCLUDE = re.compile(r'^#include "(\w+\.h)"', re.MULTILINE)
 _OPS = "linear_attention_ops"  # the file of the modules below the models
 _FUTURE = "from __future__ import annotations\n"
 
@@ -96,7 +95,7 @@ def merge(target: str, names: Iterable[str], elsewhere: dict[str, tuple[str, dic
         The source, and for every module `(target, {old name: new name})`.
 
     Raises:
-        ValueError: a name that has to be changed stands in an f-string, whose places Python 3.11 does not tell.
+        ValueError: an import or a name that cannot be rewritten.
     """
     modules, places = [_parse(name) for name in names], dict(elsewhere)
     owners: dict[str, str] = {}
@@ -121,6 +120,7 @@ def _section(module: _Module, target: str, places: dict) -> str:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             edits.append((node.lineno, 0, node.end_lineno, None, ""))
         elif isinstance(node, ast.ImportFrom) and _PACKAGE.match(node.module or ""):
+            _check_alone(module, node, lines)
             indent = " " * node.col_offset
             edits.append((node.lineno, 0, node.end_lineno, None, _new_import(node, target, places, indent)))
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == _KERNELS:
@@ -133,6 +133,15 @@ def _section(module: _Module, target: str, places: dict) -> str:
             lines[first - 1] = (line[:start] + text.encode() + line[stop:]).decode()
     text = "".join(line for line in lines if not line.startswith("# Copyright"))
     return f"# ---- {module.name} ----\n{text.strip()}\n"
+
+
+def _check_alone(module: _Module, node: ast.ImportFrom, lines: list[str]) -> None:
+    """Raise ValueError if an import, which is replaced by whole lines, shares one with other code."""
+    assert node.end_lineno is not None
+    before = lines[node.lineno - 1].encode()[: node.col_offset].strip()
+    after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].strip()
+    if before or (after and not after.startswith(b"#")):
+        raise ValueError(f"{module.name}, line {node.lineno}: give this import a line of its own.")
 
 
 def _new_import(node: ast.ImportFrom, target: str, places: dict, indent: str) -> str:
@@ -152,58 +161,47 @@ def _new_import(node: ast.ImportFrom, target: str, places: dict, indent: str) ->
 
 def _renames(module: _Module, renamed: dict[str, str]):
     """Edits `(line, start, line, stop, text)` that give the module's own names their new ones."""
-
-    def visit(node: ast.AST, hidden: frozenset[str], in_string: bool):
-        if isinstance(node, ast.FunctionDef | ast.Lambda):
-            hidden = hidden | _locals(node)
-        if isinstance(node, ast.Name) and node.id in renamed and node.id not in hidden:
-            name = node.id
-            if in_string:
-                raise ValueError(
-                    f"{module.name}: {name} stands in an f-string and is defined elsewhere too: rename it."
-                )
-            yield node.lineno, node.col_offset, node.lineno, node.end_col_offset, renamed[name]
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child, hidden, in_string or isinstance(node, ast.JoinedStr))
-
-    yield from visit(module.tree, frozenset(), False)
-    for node in module.tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in renamed:
-            start = node.col_offset + len("def " if isinstance(node, ast.FunctionDef) else "class ")
-            yield node.lineno, start, node.lineno, start + len(node.name), renamed[node.name]
-        elif isinstance(node, ast.Import | ast.ImportFrom) and not _PACKAGE.match(getattr(node, "module", None) or ""):
-            for alias in node.names:
-                if (alias.asname or alias.name) in renamed:
-                    raise ValueError(f"{module.name}: {ast.unparse(node)!r} takes a name that is used elsewhere.")
+    for top in module.tree.body:
+        if isinstance(top, ast.FunctionDef | ast.ClassDef) and top.name in renamed:
+            start = top.col_offset + len("def " if isinstance(top, ast.FunctionDef) else "class ")
+            yield top.lineno, start, top.lineno, start + len(top.name), renamed[top.name]
+    for name in _fixed_names(module.tree) & renamed.keys():
+        raise ValueError(f"{module.name}: {name} is defined in another module too and cannot be renamed: rename it.")
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Name) and node.id in renamed:
+            yield node.lineno, node.col_offset, node.lineno, node.end_col_offset, renamed[node.id]
 
 
-def _locals(node: ast.FunctionDef | ast.Lambda) -> frozenset[str]:
-    arguments = node.args
-    given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    names = {argument.arg for argument in given if argument is not None}
-    if isinstance(node, ast.FunctionDef):
-        stored = [x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
-        names |= {x.id for x in stored}
-    return frozenset(names)
+def _fixed_names(tree: ast.Module) -> set[str]:
+    """Names that `_renames` cannot change: what is imported from outside the package, what is local to a function, and
+    what stands in an f-string, whose places Python 3.11 does not tell."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and not _PACKAGE.match(getattr(node, "module", None) or ""):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.FunctionDef):
+            found |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        elif isinstance(node, ast.JoinedStr):
+            found |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+    return found
 
 
-def kernels_of(names: Iterable[str], folder: Path) -> dict[str, str]:
+def kernels_of(names: Iterable[str]) -> dict[str, str]:
     """The C++ sources that the modules name, and their headers, by file name."""
+    from lalm.modeling.ops.cpp_kernels import KERNEL_SOURCES, kernel_files  # not at the top: lalm imports this module
+
     users = [_parse(name).tree for name in names if _short(name) != "cpp_kernels"]
-    words = {x.value for tree in users for x in ast.walk(tree) if isinstance(x, ast.Constant)}
-    pending = [path.name for path in sorted(folder.glob("*.cpp")) if path.stem in words]
-    found: dict[str, str] = {}
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found[name] = (folder / name).read_text(encoding="utf-8")
-            pending += _INCLUDE.findall(found[name])
-    return dict(sorted(found.items()))
+    constants = [x.value for tree in users for x in ast.walk(tree) if isinstance(x, ast.Constant)]
+    kernels = {word for word in constants if isinstance(word, str) and f"{word}.cpp" in KERNEL_SOURCES}
+    return {file: KERNEL_SOURCES[file] for file in sorted({file for name in kernels for file in kernel_files(name)})}
 
 
-def checkpoint_sources(modules: Iterable[str], kernels: Path) -> dict[str, str]:
+@functools.cache
+def checkpoint_sources(*modules: str) -> dict[str, str]:
     """The files that the models and configurations defined in `modules` need along with their weights, by name: the
-    configuration, the model, its ops with the C++ sources in `kernels` that they use, and what is imported late.
+    configuration, the model, its ops with the C++ sources that they use, and what is imported inside functions.
 
     Raises:
         ValueError: an import or a name that cannot be rewritten.
@@ -221,7 +219,7 @@ def checkpoint_sources(modules: Iterable[str], kernels: Path) -> dict[str, str]:
     for target, names in groups.items():
         files[f"{target}.py"], found = merge(target, names, places)
         places |= found
-    sources = kernels_of(ops, kernels)
+    sources = kernels_of(ops)
     literal = "".join(f"    {name!r}: r'''{text}''',\n" for name, text in sources.items())
     return {name: text.replace("_KERNELS_HERE", f"{{\n{literal}}}") for name, text in files.items()}
 

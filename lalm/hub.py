@@ -1,15 +1,12 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Saved checkpoints that load anywhere: the code they need, written beside the weights, and writes that never damage.
+"""Saved checkpoints that load anywhere: the code they need, written next to the weights, and writes that never damage.
 
 transformers loads a class named in config.json's `auto_map` from files that lie flat next to it and import each other
 as `from .name import ...`. Saving merges the package into a few such files, C++ sources included (bundle.py).
 `LalmConfig.save_pretrained` calls `export_code`; models, the Trainer and push_to_hub all pass through there.
 """
 
-import ast
 import contextlib
-import functools
-import importlib.util
 import os
 import re
 import tempfile
@@ -21,8 +18,6 @@ from transformers import PreTrainedConfig
 
 from lalm.bundle import checkpoint_sources
 
-_BUNDLED = re.compile(r"lalm\.(modeling|configuration)\b")
-KERNELS = Path(__file__).resolve().parent / "modeling" / "ops" / "kernels"
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -42,32 +37,12 @@ def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> 
     if variant is None:
         return
     classes = {"AutoConfig": variant.config, **variant.models}
-    sources = checkpoint_sources(sorted({cls.__module__ for cls in classes.values()}), KERNELS)
+    sources = checkpoint_sources(*sorted({cls.__module__ for cls in classes.values()}))
     with staged_save(save_directory) as staging:
         for name, source in sources.items():
             (staging / name).write_text(source, encoding="utf-8")
-    auto_map = {name: f"{_flat_name(cls.__module__)}.{cls.__name__}" for name, cls in classes.items()}
+    auto_map = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
     config.auto_map = _foreign_entries(config, Path(save_directory), set(sources)) | auto_map
-
-
-def bundle_sources(*modules: str) -> dict[str, str]:
-    """The source of `modules` and of all that they import from the package, by flat file name, imports rewritten.
-
-    Raises:
-        ValueError: if two modules have the same base name, or an import has a form that cannot be rewritten.
-    """
-    found: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    pending = list(modules)
-    while pending:
-        module = pending.pop()
-        name = f"{_flat_name(module)}.py"
-        if found.setdefault(name, module) != module:
-            raise ValueError(f"{module} and {found[name]} would both be saved as {name}: rename one of them.")
-        if name not in sources:
-            sources[name], imported = _flatten(module)
-            pending += imported
-    return sources
 
 
 @contextlib.contextmanager
@@ -117,29 +92,3 @@ def _foreign_entries(config: PreTrainedConfig, folder: Path, ours: set[str]) -> 
         if file not in ours and (folder / file).is_file():
             kept[name] = reference
     return kept
-
-
-def _flat_name(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-@functools.cache
-def _flatten(module: str) -> tuple[str, tuple[str, ...]]:
-    """The source of `module` with imports from the package made relative and flat, and the modules it imports."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
-        raise ValueError(f"{module} is not a module with a source file: import names from the file that defines them.")
-    lines = Path(spec.origin).read_text(encoding="utf-8").splitlines(keepends=True)
-    imported: list[str] = []
-    for node in ast.walk(ast.parse("".join(lines))):
-        if not isinstance(node, ast.ImportFrom) or not node.module or not _BUNDLED.match(node.module):
-            continue
-        line = lines[node.lineno - 1]
-        start = f"from {node.module} import "
-        if not line.lstrip().startswith(start):
-            raise ValueError(
-                f"{spec.origin}:{node.lineno}: cannot rewrite this import; begin the line with {start!r}."
-            )
-        lines[node.lineno - 1] = line.replace(start, f"from .{_flat_name(node.module)} import ", 1)
-        imported.append(node.module)
-    return "".join(lines), tuple(imported)

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.utils import hub as transformers_hub
 
 import lalm
-from lalm import hub
+from lalm import bundle, hub
 from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_gla import GLAForCausalLM
 from lalm.modeling.ops import cpp_kernels as cpp
 
+KERNELS = Path(cpp.__file__).with_name("kernels")
 SCRIPT = Path(__file__).with_name("load_without_lalm.py")
 INPUT_IDS = torch.arange(6)[None]
 VARIANTS = pytest.mark.parametrize("variant", lalm.VARIANTS, ids=lambda row: row.config.model_type)
@@ -122,7 +124,7 @@ def test_folder_holds_exactly_the_code_of_the_variant(tmp_path, variant):
     assert written == names | late | {"linear_attention_ops.py"}
     text = (tmp_path / "linear_attention_ops.py").read_text()
     for kernel in ("kernel.h", "rms_norm.cpp", "few_rows.cpp"):  # what every variant runs on a CPU
-        assert (hub.KERNELS / kernel).read_text() in text
+        assert (KERNELS / kernel).read_text() in text
     for file in tmp_path.glob("*.py"):
         # transformers' own reading of the file: no import that needs lalm, no sibling that is missing
         assert "lalm" not in get_imports(file), file.name
@@ -135,7 +137,7 @@ def test_the_code_of_the_checkpoint_is_that_of_the_package():
     folder = Path(__file__).parents[1] / "checkpoints" / "lam-minilm-l6"
     (row,) = [row for row in lalm.VARIANTS if row.config is lalm.LamConfig]
     modules = sorted({cls.__module__ for cls in (row.config, *row.models.values())})
-    wanted = hub.checkpoint_sources(modules, hub.KERNELS)
+    wanted = bundle.checkpoint_sources(*modules)
     written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
     assert written == wanted, f"run lalm.hub.export_code(LamConfig.from_pretrained(c), c) for c = {str(folder)!r}"
 
@@ -255,16 +257,59 @@ def test_weights_of_an_older_save_do_not_shadow_the_new_ones(tmp_path):
     assert [path.name for path in tmp_path.glob("model*") if path.suffix != ".py"] == ["model.safetensors"]
 
 
+@pytest.fixture
+def merged(tmp_path, monkeypatch):
+    """The module made of sources by name, which `merge` joins in their order."""
+
+    def run(**sources):
+        for name, source in sources.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        text, _ = bundle.merge("one", tuple(sources), {})
+        module = types.ModuleType("one")
+        exec(compile(text, "one", "exec"), vars(module))
+        return module
+
+    yield run
+    bundle._parse.cache_clear()
+
+
+def test_modules_that_define_the_same_name_keep_their_own(merged):
+    module = merged(
+        first="_SIZE = 1\n\n\ndef _helper():\n    return _SIZE\n\n\ndef one():\n    return _helper()\n",
+        second="_SIZE = 2\ndef _helper():\n    return 10 * _SIZE\ndef two(é='é', _=_SIZE):\n    return _helper()\n",
+        third="class _helper:\n    def get(self):\n        return _helper, 'ü', [_helper for _ in range(2)]\n",
+    )
+    assert (module.one(), module.two()) == (1, 20)
+    assert module._helper_third().get()[2] == [module._helper_third] * 2
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def _same():\n    return 2\n\n\ndef f(_same):\n    return _same\n",
+        "def _same():\n    return 2\n\n\ndef f():\n    _same = 3\n    return _same\n",
+        "_same = 2\nx = f'{_same}'\n",
+        "from math import pi as _same\n",
+    ],
+    ids=["argument", "local", "f-string", "import"],
+)
+def test_a_name_that_cannot_be_changed_is_named(merged, source):
+    with pytest.raises(ValueError, match="second: _same is defined in another module too"):
+        merged(first="_same = 1\n", second=source)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1; from lalm.modeling.ops.diagonal.gla import chunk_gla", "awkward.py:1: cannot rewrite"),
-        ("from lalm.modeling import ops", "lalm.modeling is not a module with a source file"),
+        ("x = 1; from lalm.modeling.ops.diagonal.gla import chunk_gla\n", "awkward, line 1: give this import a line"),
+        ("from lalm.modeling.ops.diagonal.gla import chunk_gla; x = 1\n", "awkward, line 1: give this import a line"),
+        ("from lalm.modeling import ops\n", "lalm.modeling is not a module with a source file"),
     ],
 )
 def test_an_import_that_cannot_be_rewritten_is_named(tmp_path, monkeypatch, source, message):
     (tmp_path / "awkward.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    hub._flatten.cache_clear()
+    bundle._parse.cache_clear()
     with pytest.raises(ValueError, match=message):
-        hub.bundle_sources("awkward")
+        bundle.checkpoint_sources("lalm.configuration.configuration_gla", "awkward")

@@ -2607,7 +2607,7 @@ struct Taylor {
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"', re.MULTILINE)
 
 
-def _files(name: str) -> list[str]:
+def kernel_files(name: str) -> list[str]:
     """The file of a kernel and the headers that it includes."""
     found = [f"{name}.cpp"]
     for file in found:  # which grows on the way
@@ -2632,7 +2632,7 @@ def _processor() -> bytes:
 @cache
 def _hash(name: str) -> bytes:
     """What the libraries of a kernel depend on, along with their sizes: its source, its headers, the processor."""
-    sources = "".join(KERNEL_SOURCES[file] for file in _files(name))
+    sources = "".join(KERNEL_SOURCES[file] for file in kernel_files(name))
     return hashlib.blake2b(sources.encode() + _processor(), digest_size=10).digest()
 
 
@@ -2879,7 +2879,7 @@ def _compile(plan: _Plan, made: str) -> None:
     if not compiler:
         raise _NoCompiler("there is no C++ compiler")
     folder = os.path.dirname(made)
-    for file in _files(plan.name):
+    for file in kernel_files(plan.name):
         with open(os.path.join(folder, file), "w", encoding="utf-8") as source:
             source.write(KERNEL_SOURCES[file])
     end = time.monotonic() + _PATIENCE
