@@ -309,7 +309,7 @@ class LalmConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As the base class, and writes the model's code beside the weights, so that it loads without lalm."""
+        """As the base class, and writes the model's code next to the weights, so that it loads without lalm."""
         try:
             from lalm.hub import export_code
         except ImportError:  # running as remote code: transformers copies the files it was loaded from

@@ -13,7 +13,7 @@ class DeltaNetConfig(LalmConfig):
     `use_decay_gate=True` makes it Gated DeltaNet, whose authors use `expand_v=2` and heads of size 256 besides.
 
     Args:
-        use_decay_gate: let the state decay, by one content-dependent factor a head and token.
+        use_decay_gate: let the state decay, by one content-dependent factor per head and token.
         use_output_gate: multiply the normed output by `swish(x W)`; None means exactly when `use_decay_gate` is on.
         allow_neg_eigval: write strengths up to 2 instead of 1, which lets a state transition have negative eigenvalues
             and so track parity and the like (Grazzi et al., arXiv 2411.12537).

@@ -19,7 +19,7 @@ class LinearAttentionConfig(LalmConfig):
         feature_map: map on q and k: "elu" (elu + 1), "relu", "exp", "softmax" (over the head), "taylor" (second-order
             expansion of exp; of size `1 + d + d (d + 1) / 2`: choose a small `expand_k`), "identity", "dpfp", "favor"
             (random features), "hedgehog" (learned) or "elementwise_product" (of two learned maps).
-        num_features: random features a head of "favor"; None for the key size of the head.
+        num_features: random features per head of "favor"; None for the key size of the head.
         dpfp_nu: number of shifted products of "dpfp"; it yields `2 * dpfp_nu` features a key channel.
         normalize: divide each output by the sum of its weights.
         output_norm: RMSNorm per head on the output; None means exactly when `normalize` is off.

@@ -47,7 +47,7 @@ class LocalGlobalConfig(LalmConfig):
             adds sinusoids to the embeddings besides rotating q and k; others as in `LalmConfig`.
         max_position_embeddings: positions that "axial" and "learned" have, -1 for 2048.
         hidden_act: None for "gelu", "leaky_relu" (slope 0.01) under semantics "v0.2.1".
-        semantics: "0.19" normalises causal linear attention by one sum a token and takes exp features; "v0.2.1"
+        semantics: "0.19" normalises causal linear attention by one sum per token and takes exp features; "v0.2.1"
             normalises each feature, takes elu + 1, and has neither biases in the MLP nor a final norm.
 
     Raises:

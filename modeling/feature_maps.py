@@ -18,7 +18,7 @@ from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
-    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost beside 1."""
+    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost next to 1."""
     return x.clamp(max=0).exp() + x.relu()
 
 
@@ -56,7 +56,7 @@ class FavorFeatures(nn.Module):
 
 
 class HedgehogFeatures(nn.Module):
-    """Learned map: softmax of W x beside softmax of -W x (Zhang et al., arXiv 2402.04347); W starts as identity."""
+    """Learned map: softmax of W x next to softmax of -W x (Zhang et al., arXiv 2402.04347); W starts as identity."""
 
     def __init__(self, size: int):
         super().__init__()

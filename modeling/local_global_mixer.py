@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The mixers of the local-global transformer: heads that attend inside windows beside heads of linear attention.
+"""The mixers of the local-global transformer: heads that attend inside windows, along with heads of linear attention.
 
 Follows linear-attention-transformer (Wang; its versions 0.19 and 0.2.1). Shapes: B batch, T tokens, S tokens of a
 context, H heads, K head size, D = hidden_size, which need not be H K.

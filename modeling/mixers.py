@@ -103,7 +103,7 @@ class Mixer(nn.Module):
         if cache is not None:
             tokens = hidden_states.shape[1]
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
-        del q, k, v  # nothing below needs them, and a long text makes them large
+        del q, k, v  # nothing below needs them, and long sequences make them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 
     def attend(

@@ -176,8 +176,8 @@ def positions(
 
 def attends_in_blocks(config: PreTrainedConfig, length: int, cache: Cache | None) -> bool:
     """Whether sliding layers run `sliding_attention`, linear in T, rather than the stock interface with a mask
-    `[T, T]`: where all of a text comes at once. A block meets the keys of two windows (three, if both sides count), so
-    that up to about three windows the stock attention is as fast or faster."""
+    `[T, T]`: where whole sequences come at once. A block meets the keys of two windows (three, if both sides count):
+    up to about three windows the stock attention is as fast or faster."""
     return (
         not torch.compiler.is_compiling()
         and config._attn_implementation == "sdpa"

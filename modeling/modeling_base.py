@@ -179,10 +179,10 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
             attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
             position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
             past_key_values: a DynamicCache or StaticCache made from this model's configuration; with `use_cache`
-                (the configuration's default) a forward makes one, except while it trains. Fill it with one
-                document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
+                (the configuration's default) a forward makes one, except while it trains. Fill it with one document
+                per row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
             seq_idx: `[B, T]`, packed documents by number.
-            cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
+            cu_seq_lens_q: `[N + 1]`, boundaries of the packed documents of one row (B = 1).
 
         Raises:
             ValueError: an input does not fit; the message names it. Also inside torch's context_parallel.
@@ -201,7 +201,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         fresh, seen = True, 0
         if past_key_values is not None:
             if not is_causal:
-                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
+                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole sequence at once.")
             adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
         elif use_cache and is_causal and not (self.training and torch.is_grad_enabled()):

@@ -124,7 +124,7 @@ class LalmForCausalLM(_Head, GenerationMixin):
         *, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs
     ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
         """What generate() makes of a mask `[B, S + T]` beforehand: nothing where it does not compile, since whoever
-        puts tokens before the text (PEFT's prompt tuning) has to find the mask of all tokens."""
+        puts tokens in front (PEFT's prompt tuning) has to find the mask of all tokens."""
         if isinstance(past_key_values, DynamicCache):
             return attention_mask
         if kwargs["inputs_embeds"].device.type != "cpu":
@@ -267,7 +267,7 @@ class LalmForSequenceClassification(_Head):
 
 
 class LalmForTokenClassification(_Head):
-    """One label a token."""
+    """One label per token."""
 
     names = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 

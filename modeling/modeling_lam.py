@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""LAM: a post-norm encoder whose tokens are mixed by two memories a head, fast and slow (dual-state delta rule).
+"""LAM: a post-norm encoder whose tokens are mixed by two memories per head, fast and slow (dual-state delta rule).
 
 Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
 than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of

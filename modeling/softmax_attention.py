@@ -102,7 +102,7 @@ class SoftmaxAttention(nn.Module):
         layout: SequenceLayout,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
+        """o `[B, T, H, K]`, of sequences of which nothing is cached yet; q, k, v in the caller's order of tokens."""
         if cache is not None:
             past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
             cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)

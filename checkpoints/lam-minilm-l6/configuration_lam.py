@@ -344,7 +344,7 @@ class LalmConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As the base class, and writes the model's code beside the weights, so that it loads without lalm."""
+        """As the base class, and writes the model's code next to the weights, so that it loads without lalm."""
         try:
             from lalm.hub import export_code
         except ImportError:  # running as remote code: transformers copies the files it was loaded from
@@ -372,13 +372,13 @@ class LamConfig(LalmConfig):
     the design has a switch, so that its worth can be measured.
 
     Args:
-        num_memories: memories a head: 2 (fast and slow), or 1 (a gated delta rule).
+        num_memories: memories per head: 2 (fast and slow), or 1 (a gated delta rule).
         decay_init: how much each memory keeps from token to token before training, fast one first; in (0, 1).
-        use_adaptive_decay: decays that depend on the token; False leaves one learned constant a head and memory.
+        use_adaptive_decay: decays that depend on the token; False leaves one learned constant per head and memory.
         use_flux: share the write out between the memories by the resonance flux psi = sigmoid(k^T M v + b); False
             writes to both in full.
         use_leak: let the memories take from each other, by a share that depends on the token and is at most a half.
-        use_delta_rule: write what v has over what the memory holds for k; False writes v itself.
+        use_delta_rule: write the error v - S^T k; False writes v itself (plain linear attention).
         use_output_norm: RMSNorm on the output of every head.
         use_output_gate: multiply the output by `sigmoid(x W)`.
     """

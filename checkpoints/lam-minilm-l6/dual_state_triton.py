@@ -22,7 +22,7 @@ and back, from dU: dR = T^T dU, dA = -dR U^T. The gradient of a step comes from 
 Tokens past the end have k = q = beta = 0, g = 0 and C = I, and change nothing.
 
 Rows of size R = M C run over memories and, inside a memory, over tokens: 64 rows make full use of four warps. Buffers,
-for every head of every text and every chunk of it, `entering` and `leaving` for the states between chunks:
+for every head of every sequence and every chunk of it, `entering` and `leaving` for the states between chunks:
     solve T, between N `[R, R]`; scores `[R, C]`, the earlier token first; entering, leaving `[M, K, V]`;
     updates U, errors dR `[R, V]`; factors `[2 M + 2, R]`: rows b < M are P_ab,i and rows M + a are G_ab,j, both along
     R; row 2 M is (rho_i^T P_i)_b along R, row 2 M + 1 begins with C_last P_last.
@@ -46,8 +46,8 @@ def place(chunk, length, heads, C: tl.constexpr):
     """Of the running number of a chunk: its first token, that one's place in `[B T]` and its row in `[B T H, *]`."""
     chunks = tl.cdiv(length, C)
     head, first = chunk // chunks, (chunk % chunks) * C
-    text = (head // heads) * length + first
-    return first, text, text * heads + head % heads
+    at_token = (head // heads) * length + first
+    return first, at_token, at_token * heads + head % heads
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def prepare(
 ):  # fmt: skip
     R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
-    first, text, row = place(chunk, length, heads, C)
+    first, at_token, row = place(chunk, length, heads, C)
     index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
     there, rows = first + index % C < length, row + index % C * heads
     later = tile(k, row + tokens * heads, key_size, columns, first + tokens < length)
@@ -111,7 +111,7 @@ def prepare(
         for a in tl.static_range(M):
             decay = tl.exp(tl.load(g + at * M + a, mask=inside, other=0.0))
             if starts is not None:
-                decay = tl.where(tl.load(starts + text + i, mask=inside, other=0) != 0, 0.0, decay)
+                decay = tl.where(tl.load(starts + at_token + i, mask=inside, other=0) != 0, 0.0, decay)
             strengths += (tl.load(beta + at * M + a, mask=inside, other=0.0),)
             reads += (tl.load(read + at * M + a, mask=inside, other=0.0) * scale,)
             for b in tl.static_range(M):
@@ -460,7 +460,7 @@ def gate_gradients(
     R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, R)
-    first, text, row = place(chunk, length, heads, C)
+    first, at_token, row = place(chunk, length, heads, C)
     token, memory = index % C, index // C
     there, rows, last = first + token < length, row + token * heads, token == C - 1
     factor, share = factors + chunk * (2 * M + 2) * R, shares + chunk * (2 * M + 4) * R
@@ -477,7 +477,7 @@ def gate_gradients(
 
     decay = tl.exp(tl.load(g + rows * M + memory, mask=there, other=0.0))
     if starts is not None:
-        decay = tl.where(tl.load(starts + text + token, mask=there, other=0) != 0, 0.0, decay)
+        decay = tl.where(tl.load(starts + at_token + token, mask=there, other=0) != 0, 0.0, decay)
     reading = tl.load(read + rows * M + memory, mask=there, other=0.0) * scale
     d_rho = tl.load(share + 2 * M * R + index) + tl.load(share + (2 * M + 3) * R + index)
     d_decay, d_reading = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
@@ -543,13 +543,13 @@ class _Launch:
     def __init__(self, q, k, v, g, scale, delta, chunk_size):
         batch, length, heads, key_size = q.shape
         value_size, memories = v.shape[-1], g.shape[-1]
-        texts, rows = batch * heads, memories * chunk_size
-        self.chunks = texts * -(-length // chunk_size)
+        sequences, rows = batch * heads, memories * chunk_size
+        self.chunks = sequences * -(-length // chunk_size)
         self.scale, self.delta, self.like = scale, delta, g
-        few = texts * -(-value_size // _COLUMNS) < _PROGRAMS
+        few = sequences * -(-value_size // _COLUMNS) < _PROGRAMS
         columns = _FEWEST if few or value_size <= _FEWEST or key_size > _LONGEST_KEY // 2 else _COLUMNS
         blocks = -(-value_size // columns)
-        self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
+        self.scans, self.reads = (sequences, blocks), (self.chunks, blocks)
         precision = _precision(q, k, v)
         self.of_gates = {"length": length, "heads": heads, "M": memories, "C": chunk_size, "PRECISION": precision}
         self.of_keys = self.of_gates | {"key_size": key_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
@@ -557,7 +557,7 @@ class _Launch:
         self.pairs, self.scores = (rows, rows), (rows, chunk_size)
         self.factors, self.shares = (2 * memories + 2, rows), (2 * memories + 4, rows)
         self.states, self.updates = (memories, key_size, value_size), (rows, value_size)
-        self.ends = (texts, *self.states)
+        self.ends = (sequences, *self.states)
 
     def buffer(self, shape):
         return self.like.new_empty(self.chunks, *shape)
@@ -652,8 +652,8 @@ def triton_dual(
     fits = fits and compute_dtype(q, k, v, g, beta, read, leak) == torch.float32
     if not fits or (q.device.type == "cpu" and not interpreted()):
         raise RuntimeError(
-            f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories a head and keys of at most {_LONGEST_KEY} "
-            "channels. Use linear_attn_implementation='auto'."
+            f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories per head and keys of at most "
+            f"{_LONGEST_KEY} channels. Use linear_attn_implementation='auto'."
         )
     tensors = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (g, beta, read, leak)]
     state = None if state is None else state.float().contiguous()

@@ -128,7 +128,7 @@ from torch.nn import functional as F
 
 @dataclass
 class SequenceLayout:
-    """Padding and document borders of a batch `[B, T]`. Both fields are None for a plain batch, which costs nothing.
+    """Padding and document boundaries of a batch `[B, T]`. All fields are None for a plain batch, which costs nothing.
 
     Args:
         mask: bool `[B, T]`, False on padding. Padding is inert: the state passes through it unchanged, whatever
@@ -304,13 +304,13 @@ def check_state(state: torch.Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def segments_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """Document ids `[1, T]` of `length` tokens packed with borders `cu_seqlens [N + 1]`; documents may be empty."""
+    """Document ids `[1, T]` of `length` tokens packed with boundaries `cu_seqlens [N + 1]`; documents may be empty."""
     positions = torch.arange(length, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)[None]
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: str = "cu_seqlens") -> None:
-    """Raise ValueError unless `cu_seqlens` is a valid list of borders of one packed row of `length` tokens."""
+    """Raise ValueError unless `cu_seqlens` is a valid list of boundaries of one packed row of `length` tokens."""
     if batch != 1:
         raise ValueError(f"{name} describes one packed row: flatten the batch to B = 1 first, got B = {batch}.")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -319,9 +319,9 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: st
         raise ValueError(f"{name} must hold integers, got {cu_seqlens.dtype}.")
     if hides_values():
         return
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
-        raise ValueError(f"{name} must rise from 0 to T = {length}, got {borders}.")
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != length or any(a > b for a, b in itertools.pairwise(boundaries)):
+        raise ValueError(f"{name} must rise from 0 to T = {length}, got {boundaries}.")
 
 
 def per_document(
@@ -523,7 +523,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_factor)
 namespace {
 
 constexpr int TOKENS = 16;           // of a block at most
-constexpr int SUMS = REGISTERS / 2;  // beside them, registers hold operands
+constexpr int SUMS = REGISTERS / 2;  // the other registers hold operands
 
 inline vec& aligned(float* x) { return *reinterpret_cast<vec*>(x); }
 inline const vec& aligned(const float* x) { return *reinterpret_cast<const vec*>(x); }
@@ -639,7 +639,7 @@ inline void keep_below(float (&x)[TOKENS][TOKENS], int rows) {  // zeros on the 
 // leaves the state that enters every SEGMENT tokens; the backward pass recomputes those between, a segment at a time, in
 // the second-level cache. A core reads a segment of all its heads before the next one, for they lie side by side.
 //
-// Compiled for one KEY, VALUE, M (memories a head), DELTA (0 writes v itself, not what it has over the memory), SEGMENT.
+// Compiled for one KEY, VALUE, M (memories per head), DELTA (0 writes v itself, not the error against the memory), SEGMENT.
 // Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay, beta, read [B, T, H, M], coupling [B, T, H, M, M], states
 // [B, H, M, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
 // with skip != 0 is padding and does nothing else. Null decays and reads are 1, a null coupling leaks nothing.
@@ -988,19 +988,19 @@ void backward(const Inputs* in, const float* d_o, const float* kept, const Gradi
   for (int64_t index = 0; index < groups.total; ++index) {
     Backward& w = work;
     const Task task(x, groups, index, held);
-    std::vector<size_t> borders = {0};  // of segments, in blocks
-    while (borders.back() < task.blocks.size()) borders.push_back(task.end(borders.back()));
+    std::vector<size_t> boundaries = {0};  // of segments, in blocks
+    while (boundaries.back() < task.blocks.size()) boundaries.push_back(task.end(boundaries.back()));
     EACH_HEAD(head) {
       task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
       task.state(head).empty |= task.tokens.ends_empty;
     }
-    for (size_t s = borders.size() - 1; s-- > 0;) {
-      const size_t count = borders[s + 1] - borders[s];
-      const Block* const blocks = &task.blocks[borders[s]];
+    for (size_t s = boundaries.size() - 1; s-- > 0;) {
+      const size_t count = boundaries[s + 1] - boundaries[s];
+      const Block* const blocks = &task.blocks[boundaries[s]];
       if (entering.size() < count) entering.resize(count);
       EACH_HEAD(head) {
         if (s)
-          entering[0].load(kept + task.kept_place(head, task.segment(borders[s])));
+          entering[0].load(kept + task.kept_place(head, task.segment(boundaries[s])));
         else
           entering[0].load(x.state ? x.state + task.place(head) : nullptr);
         for (size_t i = 0; i < count; ++i) {
@@ -1343,7 +1343,7 @@ struct Workspace {
 // S forwards (the rest of dq). The gradient of a log decay g = log a follows from these: <D, S> changes at a token by
 // q dq - k dk, row by row; its exact value is taken every ANCHOR blocks.
 //
-// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED,
+// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number per head, 2 a number per key row), NORMALIZED,
 // TAYLOR (0, or the size of q and k, of which a block makes KEY features: they never exist all at once).
 // Layouts: q, k [B, T, H, SIZE], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], states [B, H, KEY, VALUE], or
 // under NORMALIZED [B, H, KEY, VALUE + 1], whose last column is z, skip and starts [B, T] (may be null). A token with
@@ -1882,7 +1882,7 @@ struct Window {
 }  // namespace
 ''',
     'few_rows.cpp': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// x W^T + b for a few rows x, the next tokens of a few texts: as fast as the weights come from memory. Each core reads
+// x W^T + b for a few rows x, the next tokens of a few sequences: as fast as the weights come from memory. Each core reads
 // its weights once, in the order in which they lie, and asks memory for what follows; libraries that read several rows
 // of W side by side get half of what a memory gives.
 //
@@ -1969,7 +1969,7 @@ extern "C" void forward(const Inputs& in, float* y) {
 }
 ''',
     'kernel.h': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// What the C++ kernels share: vectors as wide as the machine's registers, rows of a state, the tokens of a text.
+// What the C++ kernels share: vectors as wide as the machine's registers, rows of a state, the tokens of a sequence.
 
 #pragma once
 
@@ -2132,8 +2132,8 @@ struct Group {
 }  // namespace
 ''',
     'lam_gates.cpp': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// The gates of LAM with two memories (lam_gates.py): all that is done to their projection, a token at a time.
-// N tokens, D directions, H heads, 7 numbers a head: write strength, 2 read weights, 2 decays, 2 leaks.
+// The gates of LAM with two memories (lam_gates.py): all that is done to their projection, token by token.
+// N tokens, D directions, H heads, 7 numbers per head: write strength, 2 read weights, 2 decays, 2 leaks.
 
 #include "kernel.h"
 
@@ -2794,7 +2794,7 @@ def needed(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.C
     return library
 
 
-def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def boundaries(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where a row has padding and where documents start, `[B, T]` each, for a kernel."""
     skip, starts = None if layout.mask is None else (~layout.mask).contiguous(), layout.starts()
     return skip, None if starts is None else starts.contiguous()
@@ -4295,8 +4295,8 @@ def positions(
 
 def attends_in_blocks(config: PreTrainedConfig, length: int, cache: Cache | None) -> bool:
     """Whether sliding layers run `sliding_attention`, linear in T, rather than the stock interface with a mask
-    `[T, T]`: where all of a text comes at once. A block meets the keys of two windows (three, if both sides count), so
-    that up to about three windows the stock attention is as fast or faster."""
+    `[T, T]`: where whole sequences come at once. A block meets the keys of two windows (three, if both sides count):
+    up to about three windows the stock attention is as fast or faster."""
     return (
         not torch.compiler.is_compiling()
         and config._attn_implementation == "sdpa"
@@ -4653,7 +4653,7 @@ from transformers import initialization as init
 
 
 def elu_features(x: torch.Tensor) -> torch.Tensor:
-    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost beside 1."""
+    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236, eq. 7), written so that exp(x) is not lost next to 1."""
     return x.clamp(max=0).exp() + x.relu()
 
 
@@ -4691,7 +4691,7 @@ class FavorFeatures(nn.Module):
 
 
 class HedgehogFeatures(nn.Module):
-    """Learned map: softmax of W x beside softmax of -W x (Zhang et al., arXiv 2402.04347); W starts as identity."""
+    """Learned map: softmax of W x next to softmax of -W x (Zhang et al., arXiv 2402.04347); W starts as identity."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -4803,7 +4803,7 @@ def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
 
 
-class Borders(NamedTuple):
+class Boundaries(NamedTuple):
     """Masks that keep documents apart; all are products of 0 and 1 over `[B, 1, N, ...]`."""
 
     pair_BNCC: torch.Tensor  # query and key share a document
@@ -4812,7 +4812,7 @@ class Borders(NamedTuple):
     passes_BN1: torch.Tensor  # one document spans the whole chunk
 
 
-def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> Borders | None:
+def chunk_boundaries(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> Boundaries | None:
     """The masks of documents `segments [B, T]` cut into chunks; None for one document a row."""
     if segments is None:
         return None
@@ -4821,7 +4821,7 @@ def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.d
     last = segments[..., -1:]
     entering = torch.cat([segments[:, :, :1, :1], last[:, :, :-1]], dim=2)
     # A document is contiguous, so equal ids of the first and the last token mean that all between are equal too.
-    return Borders(
+    return Boundaries(
         (segments[..., :, None] == segments[..., None, :]).to(dtype),
         (segments == entering)[..., None].to(dtype),
         (segments == last)[..., None].to(dtype),
@@ -5060,18 +5060,18 @@ class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
     def __init__(self, q, k, v, g, state, segments, factored):
-        self.q, self.k, self.borders = q, k, chunk_borders(segments, q.shape[-2], q.dtype)
+        self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
             self._set_factors(g, factored)
         self.q_scaled = q if self.q_factor is None else q * self.q_factor
         self.k_scaled = k if self.k_factor is None else k * self.k_factor
-        if self.borders is None:
+        if self.boundaries is None:
             self.q_reads, self.k_writes = self.q_scaled, self.k_scaled
         else:
-            self.q_reads = self.q_scaled * self.borders.reads_BNC1
-            self.k_writes = self.k_scaled * self.borders.writes_BNC1
-            passes = self.borders.passes_BN1
+            self.q_reads = self.q_scaled * self.boundaries.reads_BNC1
+            self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
+            passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
         updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
         self.states, self.final = _scan(updates, self.decay, state)
@@ -5092,7 +5092,7 @@ class _Chunks:
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
         scores = scores.tril_()
-        return scores if self.borders is None else scores.mul_(self.borders.pair_BNCC)
+        return scores if self.boundaries is None else scores.mul_(self.boundaries.pair_BNCC)
 
     def scores(self) -> torch.Tensor:
         if self.bounded is None:
@@ -5112,8 +5112,8 @@ class _Chunks:
         """Gradients of q and k through what they read from and write to the state, in place."""
         if self.q_factor is not None and self.k_factor is not None:
             d_reads, d_writes = d_reads.mul_(self.q_factor), d_writes.mul_(self.k_factor)
-        if self.borders is not None:
-            d_reads, d_writes = d_reads.mul_(self.borders.reads_BNC1), d_writes.mul_(self.borders.writes_BNC1)
+        if self.boundaries is not None:
+            d_reads, d_writes = d_reads.mul_(self.boundaries.reads_BNC1), d_writes.mul_(self.boundaries.writes_BNC1)
         return d_reads, d_writes
 
 
@@ -5162,7 +5162,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_borders(chunks, d_state, d_leaving, d_final)
+            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
             dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
             dq.addcmul_(d_own, k_c)
             dk.addcmul_(d_own, q_c)
@@ -5173,18 +5173,18 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_borders(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
     first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
     between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 
-def _gate_gradient(changes, borders, g) -> torch.Tensor:
+def _gate_gradient(changes, boundaries, g) -> torch.Tensor:
     """dL/dg, which is <dL/dS, S> before a token; the token takes q dq - k dk away."""
     if g.shape[-1] == 1:
-        changes, borders = changes.sum(-1, keepdim=True), borders.sum(-1, keepdim=True)
-    sums = running_sums(changes, borders[:, :, :-1], borders[:, :, 1:])
+        changes, boundaries = changes.sum(-1, keepdim=True), boundaries.sum(-1, keepdim=True)
+    sums = running_sums(changes, boundaries[:, :, :-1], boundaries[:, :, 1:])
     return from_chunks(sums, g.shape[1]).to(g.dtype)
 
 
@@ -5316,7 +5316,7 @@ def cpp_diagonal(
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *borders(layout))
+    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final
@@ -5395,17 +5395,17 @@ def _run_fla(
     documents = layout.document_ids()
     cu_seqlens = last = None
     if documents is not None:
-        # The kernels know documents as pieces of one long row: lay the rows end to end and cut at every border.
+        # The kernels know documents as pieces of one long row: lay the rows end to end and cut at every boundary.
         cuts = torch.ones(batch, length, dtype=torch.bool, device=documents.device)
         cuts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        borders = cuts.flatten().nonzero().flatten()
-        cu_seqlens = torch.cat([borders, borders.new_tensor([batch * length])]).to(torch.int32)
-        first = torch.searchsorted(borders, torch.arange(batch, device=borders.device) * length)
-        last = torch.cat([first[1:], first.new_tensor([len(borders)])]) - 1
+        boundaries = cuts.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat([boundaries, boundaries.new_tensor([batch * length])]).to(torch.int32)
+        first = torch.searchsorted(boundaries, torch.arange(batch, device=boundaries.device) * length)
+        last = torch.cat([first[1:], first.new_tensor([len(boundaries)])]) - 1
         qkv = tuple(x.flatten(0, 1)[None] for x in qkv)
         gates = {name: x.flatten(0, 1)[None] for name, x in gates.items()}
         if state is not None:
-            state = state.new_zeros(len(borders), *state.shape[1:]).index_copy(0, first, state)
+            state = state.new_zeros(len(boundaries), *state.shape[1:]).index_copy(0, first, state)
     common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
     o, final = kernel(*qkv, **gates, **common)
     if last is not None:
@@ -5638,7 +5638,7 @@ Tokens of a document lie in windows of w. With W(i) = floor(i / w), token i atte
     causal:         W(j) is W(i) - 1 or W(i), and j <= i            (w to 2 w - 1 tokens back, not a sliding window)
     bidirectional:  W(j) is W(i) - 1, W(i) or W(i) + 1
 The cost is linear in T: blocks of w queries meet blocks of 2 w or 3 w keys. Where documents, padding or a past move
-the borders of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
+the boundaries of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
 
 `sliding_attention` has windows that slide with the token; there too blocks of w queries meet 2 w or 3 w keys.
 """
@@ -5658,7 +5658,7 @@ class LocalState(NamedTuple):
     """What causal local attention remembers: the last tokens of the document, back to the start of the window before
     the one that the next token falls into."""
 
-    window: torch.Tensor  # keys beside values [B, 2 w, H, K + V], the latest last; 0 where there are fewer
+    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], the latest last; 0 where there are fewer
     filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
 
 
@@ -5686,7 +5686,7 @@ def local_attention(
         scale: factor on q . k; None for `K ** -0.5`.
         causal: False attends both sides, without states.
         dropout: probability, on the attention weights.
-        layout: padding and document borders of a batch.
+        layout: padding and document boundaries of a batch.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
@@ -5730,7 +5730,7 @@ def local_attention(
 
 
 def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout):
-    """A whole text that the first window holds: every query sees all before it, or all."""
+    """Whole sequences that fit into the first window: every query sees all before it, or all."""
     length = q.shape[1]
     o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
     if not output_final_state:
@@ -5784,7 +5784,7 @@ def sliding_attention(
         scale: factor on q . k; None for `K ** -0.5`.
         causal: False attends both sides.
         dropout: probability, on the attention weights.
-        layout: padding and document borders of a batch.
+        layout: padding and document boundaries of a batch.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v.
@@ -6075,7 +6075,7 @@ def run_dual(
 
 
 # ---- lalm.modeling.ops.delta.delta_rule_cpp ----
-"""The delta rule, with one memory a head or several that leak into each other, by a C++ kernel for the CPU.
+"""The delta rule, with one memory per head, or several that leak into each other, by a C++ kernel for the CPU.
 
 `cpp_delta` and `cpp_dual` are the float32 forms of `recurrent_delta` and `recurrent_dual`, in blocks of tokens that
 stay in the caches of a core. Time and memory grow linearly; for the backward pass they keep the inputs and a state
@@ -6217,7 +6217,7 @@ def cpp_dual(
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
     tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]
-    skip, starts = borders(layout)
+    skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
@@ -6238,7 +6238,7 @@ def cpp_delta(
     layout: SequenceLayout,
     wants_state: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta` in C++, as `cpp_dual` with one memory a head."""
+    """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
     arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
     o, final = cpp_dual(*arguments, wants_state=wants_state)
@@ -6520,12 +6520,12 @@ def dual_state_delta(
         scale: factor on q; None for `K ** -0.5`.
         initial_state: `[N, H, M, K, V]`; None for zeros.
         output_final_state: also return the state after the last token.
-        cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
-        layout: padding and document borders of a batch; its rows have one state each (N = B).
+        cu_seqlens: integer `[N + 1]`, boundaries of N documents packed in one row (B = 1), each with its own states.
+        layout: padding and document boundaries of a batch; its rows have one state each (N = B).
         causal: False adds what each token reads from a second pass over the reversed document, without states. g,
             beta, read and coupling then have a first axis of 2: those of the first and of the second pass, both in
-            the order of the text.
-        use_delta_rule: False writes beta_a v instead of what v has over what the memory holds already.
+            the order of the sequence.
+        use_delta_rule: False writes beta_a v instead of beta_a times the error v - S_a^T k.
         implementation: "recurrent", "chunk", "cpp" or "auto", as for `gla`, or "triton": Triton kernels on a GPU, for
             1, 2 or 4 memories, not in float64.
         chunk_size: tokens of a chunk. A sequence of one chunk is one triangular solve; for a longer one the backward
@@ -6694,7 +6694,7 @@ def cpp_lam_gates(
     """The gates of two memories, D directions and H heads.
 
     Args:
-        x: what is projected, `[B, T, D H 7]`; of a head the write strength, two read weights, decays and leaks.
+        x: what is projected, `[B, T, D H 7]`; per head the write strength, two read weights, two decays and two leaks.
         k, v: unit keys and values, `[B, T, H, K]` and `[B, T, H, V]`.
         flux_weight: `[H, K, V]`; k^T W v + flux_bias is what the first memory's share of a write is the sigmoid of.
         decay_bias, flux_bias: `[D, H, 2]` and `[D, H]`.

@@ -107,7 +107,7 @@ class Mixer(nn.Module):
         if cache is not None:
             tokens = hidden_states.shape[1]
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
-        del q, k, v  # nothing below needs them, and a long text makes them large
+        del q, k, v  # nothing below needs them, and long sequences make them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
 
     def attend(
@@ -281,7 +281,7 @@ class SoftmaxAttention(nn.Module):
         layout: SequenceLayout,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """o `[B, T, H, K]`, of a text of which nothing has been cached; q, k, v in the caller's order of tokens."""
+        """o `[B, T, H, K]`, of sequences of which nothing is cached yet; q, k, v in the caller's order of tokens."""
         if cache is not None:
             past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
             cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)
@@ -478,10 +478,10 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
             attention_mask: `[B, S + T]` with S tokens in the cache, 1 for real tokens; padding may stand anywhere.
             position_ids: `[B, T]`. In a first forward, positions that start again begin a new packed document.
             past_key_values: a DynamicCache or StaticCache made from this model's configuration; with `use_cache`
-                (the configuration's default) a forward makes one, except while it trains. Fill it with one
-                document a row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
+                (the configuration's default) a forward makes one, except while it trains. Fill it with one document
+                per row: positions, and the softmax layers of a hybrid, go on from all tokens that were cached.
             seq_idx: `[B, T]`, packed documents by number.
-            cu_seq_lens_q: `[N + 1]`, borders of the packed documents of one row (B = 1).
+            cu_seq_lens_q: `[N + 1]`, boundaries of the packed documents of one row (B = 1).
 
         Raises:
             ValueError: an input does not fit; the message names it. Also inside torch's context_parallel.
@@ -500,7 +500,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         fresh, seen = True, 0
         if past_key_values is not None:
             if not is_causal:
-                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole text at once.")
+                raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole sequence at once.")
             adopt_cache(past_key_values, self.config, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
         elif use_cache and is_causal and not (self.training and torch.is_grad_enabled()):
@@ -680,7 +680,7 @@ class LalmForCausalLM(_Head, GenerationMixin):
         *, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs
     ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
         """What generate() makes of a mask `[B, S + T]` beforehand: nothing where it does not compile, since whoever
-        puts tokens before the text (PEFT's prompt tuning) has to find the mask of all tokens."""
+        puts tokens in front (PEFT's prompt tuning) has to find the mask of all tokens."""
         if isinstance(past_key_values, DynamicCache):
             return attention_mask
         if kwargs["inputs_embeds"].device.type != "cpu":
@@ -823,7 +823,7 @@ class LalmForSequenceClassification(_Head):
 
 
 class LalmForTokenClassification(_Head):
-    """One label a token."""
+    """One label per token."""
 
     names = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
@@ -864,7 +864,7 @@ __all___modeling_heads = [
 
 
 # ---- lalm.modeling.modeling_lam ----
-"""LAM: a post-norm encoder whose tokens are mixed by two memories a head, fast and slow (dual-state delta rule).
+"""LAM: a post-norm encoder whose tokens are mixed by two memories per head, fast and slow (dual-state delta rule).
 
 Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
 than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of

@@ -41,7 +41,7 @@ def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
 
 
-class Borders(NamedTuple):
+class Boundaries(NamedTuple):
     """Masks that keep documents apart; all are products of 0 and 1 over `[B, 1, N, ...]`."""
 
     pair_BNCC: torch.Tensor  # query and key share a document
@@ -50,7 +50,7 @@ class Borders(NamedTuple):
     passes_BN1: torch.Tensor  # one document spans the whole chunk
 
 
-def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> Borders | None:
+def chunk_boundaries(segments: torch.Tensor | None, chunk_size: int, dtype: torch.dtype) -> Boundaries | None:
     """The masks of documents `segments [B, T]` cut into chunks; None for one document a row."""
     if segments is None:
         return None
@@ -59,7 +59,7 @@ def chunk_borders(segments: torch.Tensor | None, chunk_size: int, dtype: torch.d
     last = segments[..., -1:]
     entering = torch.cat([segments[:, :, :1, :1], last[:, :, :-1]], dim=2)
     # A document is contiguous, so equal ids of the first and the last token mean that all between are equal too.
-    return Borders(
+    return Boundaries(
         (segments[..., :, None] == segments[..., None, :]).to(dtype),
         (segments == entering)[..., None].to(dtype),
         (segments == last)[..., None].to(dtype),

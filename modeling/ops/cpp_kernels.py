@@ -252,7 +252,7 @@ def needed(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.C
     return library
 
 
-def borders(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def boundaries(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where a row has padding and where documents start, `[B, T]` each, for a kernel."""
     skip, starts = None if layout.mask is None else (~layout.mask).contiguous(), layout.starts()
     return skip, None if starts is None else starts.contiguous()

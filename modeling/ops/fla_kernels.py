@@ -73,17 +73,17 @@ def _run_fla(
     documents = layout.document_ids()
     cu_seqlens = last = None
     if documents is not None:
-        # The kernels know documents as pieces of one long row: lay the rows end to end and cut at every border.
+        # The kernels know documents as pieces of one long row: lay the rows end to end and cut at every boundary.
         cuts = torch.ones(batch, length, dtype=torch.bool, device=documents.device)
         cuts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        borders = cuts.flatten().nonzero().flatten()
-        cu_seqlens = torch.cat([borders, borders.new_tensor([batch * length])]).to(torch.int32)
-        first = torch.searchsorted(borders, torch.arange(batch, device=borders.device) * length)
-        last = torch.cat([first[1:], first.new_tensor([len(borders)])]) - 1
+        boundaries = cuts.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat([boundaries, boundaries.new_tensor([batch * length])]).to(torch.int32)
+        first = torch.searchsorted(boundaries, torch.arange(batch, device=boundaries.device) * length)
+        last = torch.cat([first[1:], first.new_tensor([len(boundaries)])]) - 1
         qkv = tuple(x.flatten(0, 1)[None] for x in qkv)
         gates = {name: x.flatten(0, 1)[None] for name, x in gates.items()}
         if state is not None:
-            state = state.new_zeros(len(borders), *state.shape[1:]).index_copy(0, first, state)
+            state = state.new_zeros(len(boundaries), *state.shape[1:]).index_copy(0, first, state)
     common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
     o, final = kernel(*qkv, **gates, **common)
     if last is not None:

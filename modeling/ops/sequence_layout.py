@@ -16,7 +16,7 @@ from lalm.modeling.ops.autograd import hides_values
 
 @dataclass
 class SequenceLayout:
-    """Padding and document borders of a batch `[B, T]`. Both fields are None for a plain batch, which costs nothing.
+    """Padding and document boundaries of a batch `[B, T]`. All fields are None for a plain batch, which costs nothing.
 
     Args:
         mask: bool `[B, T]`, False on padding. Padding is inert: the state passes through it unchanged, whatever
@@ -192,13 +192,13 @@ def check_state(state: torch.Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def segments_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """Document ids `[1, T]` of `length` tokens packed with borders `cu_seqlens [N + 1]`; documents may be empty."""
+    """Document ids `[1, T]` of `length` tokens packed with boundaries `cu_seqlens [N + 1]`; documents may be empty."""
     positions = torch.arange(length, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)[None]
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: str = "cu_seqlens") -> None:
-    """Raise ValueError unless `cu_seqlens` is a valid list of borders of one packed row of `length` tokens."""
+    """Raise ValueError unless `cu_seqlens` is a valid list of boundaries of one packed row of `length` tokens."""
     if batch != 1:
         raise ValueError(f"{name} describes one packed row: flatten the batch to B = 1 first, got B = {batch}.")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -207,9 +207,9 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int, name: st
         raise ValueError(f"{name} must hold integers, got {cu_seqlens.dtype}.")
     if hides_values():
         return
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
-        raise ValueError(f"{name} must rise from 0 to T = {length}, got {borders}.")
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != length or any(a > b for a, b in itertools.pairwise(boundaries)):
+        raise ValueError(f"{name} must rise from 0 to T = {length}, got {boundaries}.")
 
 
 def per_document(

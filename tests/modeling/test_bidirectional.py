@@ -23,7 +23,7 @@ from tests.modeling.exact import (
     tokens,
     weights_like,
 )
-from tests.modeling.test_packing import FORMS, LENGTHS, borders, spans
+from tests.modeling.test_packing import FORMS, LENGTHS, boundaries, spans
 from tests.modeling.test_padding import KINDS, mask_of
 from tests.variants import ENCODER_HEADS, ENCODERS, every_encoder
 
@@ -84,7 +84,7 @@ def test_documents_are_alone(row, form):
     model, ids = row.build(MASKED), tokens(1, sum(LENGTHS))
     embeds = model.get_input_embeddings()(ids)
     cotangent = weights_like(logits_of(model, ids))
-    logits, grad, parameters = backward(model, embeds, cotangent, **borders(LENGTHS, (form,)))
+    logits, grad, parameters = backward(model, embeds, cotangent, **boundaries(LENGTHS, (form,)))
     total = {}
     for span in spans(LENGTHS):
         expected, expected_grad, more = backward(model, embeds[:, span], cotangent[:, span])

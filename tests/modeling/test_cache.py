@@ -45,7 +45,7 @@ def test_pieces_are_one_forward(row, sizes):
 
 @few_rows
 def test_pieces_across_chunks(row):
-    """Long enough for several chunks of 64, cut inside and at their borders."""
+    """Long enough for several chunks of 64, cut inside and at their boundaries."""
     model, ids = row.build(max_position_embeddings=256), tokens(1, 200)
     logits, cache = run(model, ids)
     pieces, pieces_cache = run_in_pieces(model, ids, [64, 1, 100, 35])

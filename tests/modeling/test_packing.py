@@ -1,4 +1,4 @@
-"""Each packed document gets what it gets alone, whichever of the three forms names the borders."""
+"""Each packed document gets what it gets alone, whichever of the three forms names the boundaries."""
 
 import itertools
 
@@ -23,7 +23,7 @@ FORMS = ("position_ids", "cu_seq_lens", "seq_idx")
 every_form = pytest.mark.parametrize("forms", [*[(form,) for form in FORMS], FORMS], ids="+".join)
 
 
-def borders(lengths, forms=FORMS):
+def boundaries(lengths, forms=FORMS):
     """The keyword arguments that DataCollatorWithFlattening would give for one row of documents."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     given = {}
@@ -49,7 +49,7 @@ def spans(lengths):
 def test_documents_are_alone(row, forms, use_cache):
     model, ids = row.build(), tokens(1, sum(LENGTHS))
     with torch.no_grad():
-        logits = model(ids, use_cache=use_cache, **borders(LENGTHS, forms)).logits
+        logits = model(ids, use_cache=use_cache, **boundaries(LENGTHS, forms)).logits
         for span in spans(LENGTHS):
             assert_close(logits[:, span], model(ids[:, span], use_cache=False).logits, f"tokens {span}")
 
@@ -60,7 +60,7 @@ def test_gradients_are_alone(row, form):
     model, ids = row.build(), tokens(1, sum(LENGTHS))
     embeds = model.get_input_embeddings()(ids)
     cotangent = weights_like(torch.empty(*ids.shape, model.config.vocab_size, dtype=torch.float64))
-    _, grad, parameters = backward(model, embeds, cotangent, **borders(LENGTHS, (form,)))
+    _, grad, parameters = backward(model, embeds, cotangent, **boundaries(LENGTHS, (form,)))
     total = {}
     for span in spans(LENGTHS):
         _, expected, more = backward(model, embeds[:, span], cotangent[:, span])
@@ -74,7 +74,7 @@ def test_gradients_are_alone(row, form):
 def test_rows_of_different_packing(row, forms):
     packings = ([3, 8, 1, 6], [12, 2, 4], [18])
     model, ids = row.build(), tokens(3, 18)
-    given = [borders(lengths, forms) for lengths in packings]
+    given = [boundaries(lengths, forms) for lengths in packings]
     given = {name: torch.cat([one[name] for one in given]) for name in given[0]}
     with torch.no_grad():
         logits = model(ids, use_cache=False, **given).logits
@@ -92,17 +92,19 @@ def test_packed_row_with_a_padded_tail(row, forms):
     mask[:, -3:] = 0
     lengths = [*LENGTHS[:-1], LENGTHS[-1] + 3]
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask, use_cache=False, **borders(lengths, forms)).logits
+        logits = model(ids, attention_mask=mask, use_cache=False, **boundaries(lengths, forms)).logits
     for span in spans(LENGTHS):
         assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}")
 
 
 @few_rows
 def test_position_ids_with_a_mask_of_ones(row):
-    """A tokenizer's all-ones attention_mask beside packed position_ids must not switch the borders off."""
+    """A tokenizer's all-ones attention_mask beside packed position_ids must not switch the boundaries off."""
     model, ids = row.build(), tokens(1, sum(LENGTHS))
     with torch.no_grad():
-        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, **borders(LENGTHS, FORMS[:1])).logits
+        logits = model(
+            ids, attention_mask=torch.ones_like(ids), use_cache=False, **boundaries(LENGTHS, FORMS[:1])
+        ).logits
     for span in spans(LENGTHS):
         assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}")
 
@@ -113,7 +115,7 @@ def test_position_ids_with_a_mask_of_ones(row):
 def test_softmax_implementations(row, implementation, form):
     model, ids = row.build(attn_implementation=implementation), tokens(1, sum(LENGTHS))
     with torch.no_grad():
-        logits = model(ids, use_cache=False, **borders(LENGTHS, (form,))).logits
+        logits = model(ids, use_cache=False, **boundaries(LENGTHS, (form,))).logits
     for span in spans(LENGTHS):
         # Stock eager attention takes its softmax in float32.
         assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}", tolerance=1e-6)
@@ -122,11 +124,11 @@ def test_softmax_implementations(row, implementation, form):
 @few_rows
 @pytest.mark.parametrize("form", FORMS)
 def test_long_documents(row, form):
-    """Borders inside chunks of 64, at their edges, and documents of several chunks."""
+    """Boundaries inside chunks of 64, at their edges, and documents of several chunks."""
     lengths = [64, 1, 130, 63, 2]
     model, ids = row.build(max_position_embeddings=300), tokens(1, sum(lengths))
     with torch.no_grad():
-        logits = model(ids, use_cache=False, **borders(lengths, (form,))).logits
+        logits = model(ids, use_cache=False, **boundaries(lengths, (form,))).logits
     for span in spans(lengths):
         assert_close(logits[:, span], run(model, ids[:, span])[0], f"tokens {span}")
 
@@ -136,7 +138,7 @@ def test_states_after_packing_are_the_last_documents(row):
     model, ids = row.build(), tokens(1, sum(LENGTHS))
     expected = run(model, ids[:, spans(LENGTHS)[-1]])[1]
     for form in FORMS:
-        assert_same_states(run(model, ids, **borders(LENGTHS, (form,)))[1], expected)
+        assert_same_states(run(model, ids, **boundaries(LENGTHS, (form,)))[1], expected)
 
 
 @few_rows
@@ -169,7 +171,7 @@ def test_one_document_is_no_packing(row):
     model, ids = row.build(), tokens(1, 17)
     expected, expected_cache = run(model, ids)
     for form in FORMS:
-        actual, cache = run(model, ids, **borders([17], (form,)))
+        actual, cache = run(model, ids, **boundaries([17], (form,)))
         assert_close(actual, expected, form)
         assert_same_states(cache, expected_cache)
 
@@ -191,7 +193,7 @@ def test_shared_position_ids_broadcast(row):
     model, ids = row.build(), tokens(3, 9)
     expected, _ = run(model, ids)
     assert_close(run(model, ids, position_ids=torch.arange(9)[None])[0], expected, "plain positions")
-    packed = borders([4, 5], ("position_ids",))
+    packed = boundaries([4, 5], ("position_ids",))
     with torch.no_grad():
         logits = model(ids, use_cache=False, **packed).logits
     for span in spans([4, 5]):
@@ -199,7 +201,7 @@ def test_shared_position_ids_broadcast(row):
 
 
 @few_rows
-def test_contradictory_or_wrong_borders_are_refused(row):
+def test_contradictory_or_wrong_boundaries_are_refused(row):
     model, ids = row.build(), tokens(2, 6)
     ends = torch.tensor([0, 4, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens"):

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from lalm.modeling import model_inputs
 from lalm.modeling.model_inputs import attends_in_blocks
 from tests.modeling.exact import assert_close, assert_same_gradients, backward, run, tokens, weights_like
-from tests.modeling.test_packing import borders
+from tests.modeling.test_packing import boundaries
 from tests.variants import ENCODERS, ROWS
 
 LENGTH = 29
@@ -42,7 +42,7 @@ def given(kind):
     """Padding and packed documents of two rows, as keyword arguments."""
     kwargs = {}
     if "packed" in kind:
-        kwargs["seq_idx"] = torch.cat([borders([3, 14, 12], ("seq_idx",))["seq_idx"]] * 2)
+        kwargs["seq_idx"] = torch.cat([boundaries([3, 14, 12], ("seq_idx",))["seq_idx"]] * 2)
         kwargs["seq_idx"][1] = torch.arange(LENGTH) // 9
     if kind not in ("plain", "packed"):
         mask = kwargs["attention_mask"] = torch.ones(2, LENGTH, dtype=torch.long)

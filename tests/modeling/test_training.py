@@ -134,10 +134,10 @@ def test_compiled_forward_and_backward(row):
     """One graph for the training step, with packed documents and, in the other variant, padding in it."""
     model, ids = row.build(num_hidden_layers=1).train(), tokens(2, LENGTH)
     if row.name == "gla_plain":
-        border = {"position_ids": torch.cat([torch.arange(7), torch.arange(LENGTH - 7)]).repeat(2, 1)}
+        boundary = {"position_ids": torch.cat([torch.arange(7), torch.arange(LENGTH - 7)]).repeat(2, 1)}
     else:
-        border = {"attention_mask": torch.ones_like(ids).index_fill(1, torch.arange(5), 0)}
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False} | border
+        boundary = {"attention_mask": torch.ones_like(ids).index_fill(1, torch.arange(5), 0)}
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False} | boundary
     loss, expected = gradients_of(model, **batch)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

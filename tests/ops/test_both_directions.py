@@ -74,9 +74,9 @@ def test_padding_and_documents(case, form):
 @every_case
 def test_packed_row(case):
     x = inputs(case, 30, batch=1)
-    borders = torch.tensor([0, 4, 4, 19, 30])
+    boundaries = torch.tensor([0, 4, 4, 19, 30])
     segments = torch.tensor([0] * 4 + [2] * 15 + [3] * 11)[None]
-    actual = without_state(case.chunk, case, x, cu_seqlens=borders)
+    actual = without_state(case.chunk, case, x, cu_seqlens=boundaries)
     assert relative_error(actual, dense(case, x, segments=segments)) < 1e-10
 
 

@@ -151,11 +151,11 @@ def test_padding_is_inert(op):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_packed_documents_are_apart(op, causal):
     x = make(45, batch=1, causal=causal)
-    borders = [0, 3, 4, 4, 30, 45]
-    cu_seqlens = torch.tensor(borders)
+    boundaries = [0, 3, 4, 4, 30, 45]
+    cu_seqlens = torch.tensor(boundaries)
     o, state = op(**x, cu_seqlens=cu_seqlens, output_final_state=causal, causal=causal)
     gates = ("g", "beta", "read", "coupling")
-    for index, (start, end) in enumerate(itertools.pairwise(borders)):
+    for index, (start, end) in enumerate(itertools.pairwise(boundaries)):
         if start == end:
             continue
         axis = {name: 2 if name in gates and not causal else 1 for name in NAMES}

@@ -118,11 +118,11 @@ def test_sizes_of_keys_and_values(key, value):
 @pytest.mark.usefixtures("short_chunks")
 def test_packed_documents():
     x = small(21, batch=1)
-    borders = torch.tensor([0, 3, 3, 21])
+    boundaries = torch.tensor([0, 3, 3, 21])
     expected = run(
-        recurrent_dual_state_delta, {name: tensor.double() for name, tensor in x.items()}, cu_seqlens=borders
+        recurrent_dual_state_delta, {name: tensor.double() for name, tensor in x.items()}, cu_seqlens=boundaries
     )
-    assert_same(run(on_device, x, cu_seqlens=borders), expected, TOLERANCE)
+    assert_same(run(on_device, x, cu_seqlens=boundaries), expected, TOLERANCE)
 
 
 @runs_kernels

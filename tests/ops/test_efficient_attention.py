@@ -109,7 +109,7 @@ def in_pieces(x, cuts, layout, forms=(chunk_efficient_attention,), **options):
     for number, stop in enumerate([*cuts, x["q"].shape[1]]):
         part = SequenceLayout(*(None if t is None else t[:, start:stop] for t in (layout.mask, layout.segments)))
         form = forms[number % len(forms)]
-        # What a piece continues is its row's first document: the border itself must lie inside a piece.
+        # What a piece continues is its row's first document: the boundary itself must lie inside a piece.
         o, state = form(*(x[n][:, start:stop] for n in "qkv"), state, True, layout=part, **options)
         outs.append(o)
         start = stop
@@ -140,7 +140,7 @@ def test_pieces_are_the_whole(forms, cuts, kind, size, semantics, steep):
 @both_semantics
 @both_ranges
 def test_pieces_with_documents(form, cuts, size, semantics, steep):
-    """Borders inside the pieces: the state enters the first document of a piece and leaves the last."""
+    """Boundaries inside the pieces: the state enters the first document of a piece and leaves the last."""
     x, layout = make(LENGTH, steep=steep), make_layout("packed_scattered")
     options = {"blindspot_size": size, "semantics": semantics}
     whole, final = recurrent_efficient_attention(*x.values(), output_final_state=True, layout=layout, **options)

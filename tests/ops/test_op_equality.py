@@ -5,7 +5,7 @@ import torch
 
 from tests.ops.cases import CASE_IDS, CASES, call, gradients, make_inputs, quadratic, relative_error, tensors
 
-# Around the chunk (64) and sub-chunk (16) borders, and the shortest sequences.
+# Around the chunk (64) and sub-chunk (16) boundaries, and the shortest sequences.
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 130, 193)
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 

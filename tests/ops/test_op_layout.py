@@ -15,7 +15,7 @@ LENGTH = 83
 
 
 def mask_of(kind, length=LENGTH):
-    """Two rows padded differently. Padding crosses sub-chunk and chunk borders."""
+    """Two rows padded differently. Padding crosses sub-chunk and chunk boundaries."""
     mask = torch.ones(2, length, dtype=torch.bool)
     if kind == "left":
         mask[0, :19] = mask[1, :70] = False
@@ -108,8 +108,8 @@ def test_segments_are_documents_alone(case, form):
         lambda x: call(fn, case, x, layout=layout(segments=SEGMENTS)), x, out_weight, state_weight
     )
     for b in range(2):
-        borders = [0, *(SEGMENTS[b].diff().nonzero()[:, 0] + 1).tolist(), LENGTH]
-        for start, stop in itertools.pairwise(borders):
+        boundaries = [0, *(SEGMENTS[b].diff().nonzero()[:, 0] + 1).tolist(), LENGTH]
+        for start, stop in itertools.pairwise(boundaries):
             alone = rows(x, b, slice(start, stop))
             if start > 0:
                 alone["initial_state"] = torch.zeros_like(alone["initial_state"])
@@ -136,24 +136,24 @@ def test_segments_and_mask_together(case, form):
     assert relative_error(actual_final, final) < 1e-11
 
 
-BORDERS = ([0, 1, 4, 20, 84, 90], [0, 0, 30, 30, 90, 90], [0, 90], [0, 16, 32, 48, 64, 80, 90])
+BOUNDARIES = ([0, 1, 4, 20, 84, 90], [0, 0, 30, 30, 90, 90], [0, 90], [0, 16, 32, 48, 64, 80, 90])
 
 
 @every_case
 @both_forms
-@pytest.mark.parametrize("borders", BORDERS, ids=["short", "with_empty", "one", "aligned"])
-def test_cu_seqlens(case, form, borders):
+@pytest.mark.parametrize("boundaries", BOUNDARIES, ids=["short", "with_empty", "one", "aligned"])
+def test_cu_seqlens(case, form, boundaries):
     """A state in and a state out for each document; an empty one hands its state through."""
     fn, x = getattr(case, form), make_inputs(case, 90, batch=1)
-    documents = len(borders) - 1
+    documents = len(boundaries) - 1
     gen = torch.Generator().manual_seed(5)
     x["initial_state"] = torch.rand(documents, *x["initial_state"].shape[1:], generator=gen, dtype=torch.float64)
-    cu_seqlens = torch.tensor(borders)
+    cu_seqlens = torch.tensor(boundaries)
     out_weight = torch.randn(x["v"].shape, dtype=torch.float64)
     state_weight = torch.randn(x["initial_state"].shape, dtype=torch.float64)
     out, final, grads = gradients(lambda x: call(fn, case, x, cu_seqlens=cu_seqlens), x, out_weight, state_weight)
     assert final.shape == x["initial_state"].shape
-    for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+    for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         state = x["initial_state"][n : n + 1]
         if start == stop:
             assert torch.equal(final[n : n + 1], state)

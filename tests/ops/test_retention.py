@@ -24,7 +24,7 @@ def make_inputs(length=LENGTH, **kwargs):
 
 
 def mask_and_segments():
-    """Two rows, padded left and in between, with documents that begin inside chunks and at their border."""
+    """Two rows, padded left and in between, with documents that begin inside chunks and at their boundary."""
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     mask[0, :9] = mask[0, 70:90] = mask[1, 3::4] = False
     segments = torch.tensor([[0] * 40 + [1] * 3 + [2] * 107, [5] * 128 + [1] * 22])
@@ -86,10 +86,10 @@ def test_gradients_agree(length):
 
 def test_forms_agree_on_packed_rows():
     """cu_seqlens, a state in and out for each document, an empty one among them."""
-    x, borders = make_inputs(90, batch=1), torch.tensor([0, 4, 4, 70, 90])
+    x, boundaries = make_inputs(90, batch=1), torch.tensor([0, 4, 4, 70, 90])
     states = torch.randn(4, *x["initial_state"].shape[1:], dtype=torch.float64)
     results = [
-        form(*tensors(CASE, x), initial_state=states, output_final_state=True, cu_seqlens=borders)
+        form(*tensors(CASE, x), initial_state=states, output_final_state=True, cu_seqlens=boundaries)
         for form in FORMS.values()
     ]
     assert torch.equal(results[0][1][1], states[1])

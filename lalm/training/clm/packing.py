@@ -192,7 +192,7 @@ class PackingCollator:
 
     Positions restart at 0 at each document and at the start of the block. Short blocks are padded on the right; the
     padding is a document of its own without labels, so no attention mask is needed, and none is given: with one, the
-    attention of transformers would not look for document borders.
+    attention of transformers would not look for document boundaries.
     """
 
     block_size: int

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import Borders, chunk_borders, from_chunks, running_sums, scan, to_chunks
+from lalm.modeling.ops.chunks import Boundaries, chunk_boundaries, from_chunks, running_sums, scan, to_chunks
 from lalm.modeling.ops.dispatch import must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
@@ -71,7 +71,7 @@ def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[
 def _decays(g: torch.Tensor) -> torch.Tensor:
     """`[..., C]` log decays -> D `[..., C, C]`: exp of the sum of g after j up to i for j <= i, else 0.
 
-    Summed directly, since a difference of running sums would lose small decays beside large ones.
+    Summed directly, since a difference of running sums would lose small decays next to large ones.
     """
     size = g.shape[-1]
     lower = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()
@@ -85,9 +85,9 @@ class _Chunks:
     To the state they are `o = inside + reads S_in` and `S_out = passes S_in + writes`.
     """
 
-    def __init__(self, q, k, v, g, beta, borders: Borders | None):
+    def __init__(self, q, k, v, g, beta, boundaries: Boundaries | None):
         self.q, self.k, self.v, self.beta, self.value_size = q, k, v, beta, v.shape[-1]
-        self._set_decays(g, borders)
+        self._set_decays(g, boundaries)
         scores = q @ k.transpose(-1, -2)
         self.scores = scores.tril_() if self.between is None else scores.mul_(self.between)
         self.overlap = self._between(k @ k.transpose(-1, -2))
@@ -103,7 +103,7 @@ class _Chunks:
         self.passes = -writes[..., self.value_size :]
         self.passes.diagonal(dim1=-2, dim2=-1).add_(self.keep)
 
-    def _set_decays(self, g: torch.Tensor | None, borders: Borders | None) -> None:
+    def _set_decays(self, g: torch.Tensor | None, boundaries: Boundaries | None) -> None:
         """What stands between two tokens, before a token, after it, and over the whole chunk; None for nothing."""
         self.between = self.read = self.write = None
         self.is_gated = g is not None
@@ -111,12 +111,12 @@ class _Chunks:
         if g is not None:
             self.between, self.read = _decays(g[..., 0]), g.cumsum(-2).exp()
             self.write, self.keep = self.between[..., -1, :, None], self.read[..., -1, :]
-        if borders is not None:
-            pairs = borders.pair_BNCC.tril()
+        if boundaries is not None:
+            pairs = boundaries.pair_BNCC.tril()
             self.between = pairs if self.between is None else self.between * pairs
-            self.read = _times(borders.reads_BNC1, self.read)
-            self.write = _times(borders.writes_BNC1, self.write)
-            self.keep = borders.passes_BN1 * self.keep
+            self.read = _times(boundaries.reads_BNC1, self.read)
+            self.write = _times(boundaries.writes_BNC1, self.write)
+            self.keep = boundaries.passes_BN1 * self.keep
 
     def _between(self, pairs: torch.Tensor) -> torch.Tensor:
         return pairs if self.between is None else pairs.mul_(self.between)
@@ -176,7 +176,7 @@ def _prepare(q, k, v, g, beta, scale, segments, chunk_size) -> _Chunks:
     dtype = compute_dtype(q, k, v, g, beta)
     q_c, k_c, v_c, beta_c = (to_chunks(x, chunk_size, dtype) for x in (q, k, v, beta[..., None]))
     g_c = None if g is None else to_chunks(g[..., None], chunk_size, dtype)
-    return _Chunks(q_c * scale, k_c, v_c, g_c, beta_c, chunk_borders(segments, chunk_size, dtype))
+    return _Chunks(q_c * scale, k_c, v_c, g_c, beta_c, chunk_boundaries(segments, chunk_size, dtype))
 
 
 def _plain(ctx, q, k, v, g, beta, state, segments) -> tuple[torch.Tensor, torch.Tensor]:

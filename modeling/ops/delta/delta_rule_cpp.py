@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The delta rule, with one memory a head or several that leak into each other, by a C++ kernel for the CPU.
+"""The delta rule, with one memory per head, or several that leak into each other, by a C++ kernel for the CPU.
 
 `cpp_delta` and `cpp_dual` are the float32 forms of `recurrent_delta` and `recurrent_dual`, in blocks of tokens that
 stay in the caches of a core. Time and memory grow linearly; for the backward pass they keep the inputs and a state
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, borders, call, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
 from lalm.modeling.ops.delta.dual_recurrence import run_dual
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -146,7 +146,7 @@ def cpp_dual(
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
     tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]
-    skip, starts = borders(layout)
+    skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
@@ -167,7 +167,7 @@ def cpp_delta(
     layout: SequenceLayout,
     wants_state: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta` in C++, as `cpp_dual` with one memory a head."""
+    """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
     arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
     o, final = cpp_dual(*arguments, wants_state=wants_state)

@@ -90,12 +90,12 @@ def dual_state_delta(
         scale: factor on q; None for `K ** -0.5`.
         initial_state: `[N, H, M, K, V]`; None for zeros.
         output_final_state: also return the state after the last token.
-        cu_seqlens: integer `[N + 1]`, borders of N documents packed in one row (B = 1), each with its own states.
-        layout: padding and document borders of a batch; its rows have one state each (N = B).
+        cu_seqlens: integer `[N + 1]`, boundaries of N documents packed in one row (B = 1), each with its own states.
+        layout: padding and document boundaries of a batch; its rows have one state each (N = B).
         causal: False adds what each token reads from a second pass over the reversed document, without states. g,
             beta, read and coupling then have a first axis of 2: those of the first and of the second pass, both in
-            the order of the text.
-        use_delta_rule: False writes beta_a v instead of what v has over what the memory holds already.
+            the order of the sequence.
+        use_delta_rule: False writes beta_a v instead of beta_a times the error v - S_a^T k.
         implementation: "recurrent", "chunk", "cpp" or "auto", as for `gla`, or "triton": Triton kernels on a GPU, for
             1, 2 or 4 memories, not in float64.
         chunk_size: tokens of a chunk. A sequence of one chunk is one triangular solve; for a longer one the backward

@@ -182,7 +182,7 @@ def gate_gradients(
     R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, R)
-    first, text, row = place(chunk, length, heads, C)
+    first, at_token, row = place(chunk, length, heads, C)
     token, memory = index % C, index // C
     there, rows, last = first + token < length, row + token * heads, token == C - 1
     factor, share = factors + chunk * (2 * M + 2) * R, shares + chunk * (2 * M + 4) * R
@@ -199,7 +199,7 @@ def gate_gradients(
 
     decay = tl.exp(tl.load(g + rows * M + memory, mask=there, other=0.0))
     if starts is not None:
-        decay = tl.where(tl.load(starts + text + token, mask=there, other=0) != 0, 0.0, decay)
+        decay = tl.where(tl.load(starts + at_token + token, mask=there, other=0) != 0, 0.0, decay)
     reading = tl.load(read + rows * M + memory, mask=there, other=0.0) * scale
     d_rho = tl.load(share + 2 * M * R + index) + tl.load(share + (2 * M + 3) * R + index)
     d_decay, d_reading = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)

@@ -17,7 +17,7 @@ and back, from dU: dR = T^T dU, dA = -dR U^T. The gradient of a step comes from 
 Tokens past the end have k = q = beta = 0, g = 0 and C = I, and change nothing.
 
 Rows of size R = M C run over memories and, inside a memory, over tokens: 64 rows make full use of four warps. Buffers,
-for every head of every text and every chunk of it, `entering` and `leaving` for the states between chunks:
+for every head of every sequence and every chunk of it, `entering` and `leaving` for the states between chunks:
     solve T, between N `[R, R]`; scores `[R, C]`, the earlier token first; entering, leaving `[M, K, V]`;
     updates U, errors dR `[R, V]`; factors `[2 M + 2, R]`: rows b < M are P_ab,i and rows M + a are G_ab,j, both along
     R; row 2 M is (rho_i^T P_i)_b along R, row 2 M + 1 begins with C_last P_last.
@@ -42,8 +42,8 @@ def place(chunk, length, heads, C: tl.constexpr):
     """Of the running number of a chunk: its first token, that one's place in `[B T]` and its row in `[B T H, *]`."""
     chunks = tl.cdiv(length, C)
     head, first = chunk // chunks, (chunk % chunks) * C
-    text = (head // heads) * length + first
-    return first, text, text * heads + head % heads
+    at_token = (head // heads) * length + first
+    return first, at_token, at_token * heads + head % heads
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def prepare(
 ):  # fmt: skip
     R: tl.constexpr = M * C
     chunk = tl.program_id(0).to(tl.int64)
-    first, text, row = place(chunk, length, heads, C)
+    first, at_token, row = place(chunk, length, heads, C)
     index, tokens, columns = tl.arange(0, R), tl.arange(0, C), tl.arange(0, BK)
     there, rows = first + index % C < length, row + index % C * heads
     later = tile(k, row + tokens * heads, key_size, columns, first + tokens < length)
@@ -107,7 +107,7 @@ def prepare(
         for a in tl.static_range(M):
             decay = tl.exp(tl.load(g + at * M + a, mask=inside, other=0.0))
             if starts is not None:
-                decay = tl.where(tl.load(starts + text + i, mask=inside, other=0) != 0, 0.0, decay)
+                decay = tl.where(tl.load(starts + at_token + i, mask=inside, other=0) != 0, 0.0, decay)
             strengths += (tl.load(beta + at * M + a, mask=inside, other=0.0),)
             reads += (tl.load(read + at * M + a, mask=inside, other=0.0) * scale,)
             for b in tl.static_range(M):

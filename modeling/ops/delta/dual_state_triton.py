@@ -36,13 +36,13 @@ class _Launch:
     def __init__(self, q, k, v, g, scale, delta, chunk_size):
         batch, length, heads, key_size = q.shape
         value_size, memories = v.shape[-1], g.shape[-1]
-        texts, rows = batch * heads, memories * chunk_size
-        self.chunks = texts * -(-length // chunk_size)
+        sequences, rows = batch * heads, memories * chunk_size
+        self.chunks = sequences * -(-length // chunk_size)
         self.scale, self.delta, self.like = scale, delta, g
-        few = texts * -(-value_size // _COLUMNS) < _PROGRAMS
+        few = sequences * -(-value_size // _COLUMNS) < _PROGRAMS
         columns = _FEWEST if few or value_size <= _FEWEST or key_size > _LONGEST_KEY // 2 else _COLUMNS
         blocks = -(-value_size // columns)
-        self.scans, self.reads = (texts, blocks), (self.chunks, blocks)
+        self.scans, self.reads = (sequences, blocks), (self.chunks, blocks)
         precision = _precision(q, k, v)
         self.of_gates = {"length": length, "heads": heads, "M": memories, "C": chunk_size, "PRECISION": precision}
         self.of_keys = self.of_gates | {"key_size": key_size, "BK": max(16, 1 << (key_size - 1).bit_length())}
@@ -50,7 +50,7 @@ class _Launch:
         self.pairs, self.scores = (rows, rows), (rows, chunk_size)
         self.factors, self.shares = (2 * memories + 2, rows), (2 * memories + 4, rows)
         self.states, self.updates = (memories, key_size, value_size), (rows, value_size)
-        self.ends = (texts, *self.states)
+        self.ends = (sequences, *self.states)
 
     def buffer(self, shape):
         return self.like.new_empty(self.chunks, *shape)
@@ -145,8 +145,8 @@ def triton_dual(
     fits = fits and compute_dtype(q, k, v, g, beta, read, leak) == torch.float32
     if not fits or (q.device.type == "cpu" and not interpreted()):
         raise RuntimeError(
-            f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories a head and keys of at most {_LONGEST_KEY} "
-            "channels. Use linear_attn_implementation='auto'."
+            f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories per head and keys of at most "
+            f"{_LONGEST_KEY} channels. Use linear_attn_implementation='auto'."
         )
     tensors = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (g, beta, read, leak)]
     state = None if state is None else state.float().contiguous()

@@ -119,7 +119,7 @@ def cpp_lam_gates(
     """The gates of two memories, D directions and H heads.
 
     Args:
-        x: what is projected, `[B, T, D H 7]`; of a head the write strength, two read weights, decays and leaks.
+        x: what is projected, `[B, T, D H 7]`; per head the write strength, two read weights, two decays and two leaks.
         k, v: unit keys and values, `[B, T, H, K]` and `[B, T, H, V]`.
         flux_weight: `[H, K, V]`; k^T W v + flux_bias is what the first memory's share of a write is the sigmoid of.
         decay_bias, flux_bias: `[D, H, 2]` and `[D, H]`.

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, borders, call, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
 from lalm.modeling.ops.diagonal.diagonal_recurrence import normalized, recurrent_diagonal
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -132,7 +132,7 @@ def cpp_diagonal(
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *borders(layout))
+    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

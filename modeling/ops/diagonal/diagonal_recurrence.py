@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import chunk_borders, from_chunks, running_sums, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import chunk_boundaries, from_chunks, running_sums, scan, suffix_sums, to_chunks
 from lalm.modeling.ops.dispatch import chunks_of_decays, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
@@ -184,18 +184,18 @@ class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
     def __init__(self, q, k, v, g, state, segments, factored):
-        self.q, self.k, self.borders = q, k, chunk_borders(segments, q.shape[-2], q.dtype)
+        self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
             self._set_factors(g, factored)
         self.q_scaled = q if self.q_factor is None else q * self.q_factor
         self.k_scaled = k if self.k_factor is None else k * self.k_factor
-        if self.borders is None:
+        if self.boundaries is None:
             self.q_reads, self.k_writes = self.q_scaled, self.k_scaled
         else:
-            self.q_reads = self.q_scaled * self.borders.reads_BNC1
-            self.k_writes = self.k_scaled * self.borders.writes_BNC1
-            passes = self.borders.passes_BN1
+            self.q_reads = self.q_scaled * self.boundaries.reads_BNC1
+            self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
+            passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
         updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
         self.states, self.final = _scan(updates, self.decay, state)
@@ -216,7 +216,7 @@ class _Chunks:
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
         scores = scores.tril_()
-        return scores if self.borders is None else scores.mul_(self.borders.pair_BNCC)
+        return scores if self.boundaries is None else scores.mul_(self.boundaries.pair_BNCC)
 
     def scores(self) -> torch.Tensor:
         if self.bounded is None:
@@ -236,8 +236,8 @@ class _Chunks:
         """Gradients of q and k through what they read from and write to the state, in place."""
         if self.q_factor is not None and self.k_factor is not None:
             d_reads, d_writes = d_reads.mul_(self.q_factor), d_writes.mul_(self.k_factor)
-        if self.borders is not None:
-            d_reads, d_writes = d_reads.mul_(self.borders.reads_BNC1), d_writes.mul_(self.borders.writes_BNC1)
+        if self.boundaries is not None:
+            d_reads, d_writes = d_reads.mul_(self.boundaries.reads_BNC1), d_writes.mul_(self.boundaries.writes_BNC1)
         return d_reads, d_writes
 
 
@@ -286,7 +286,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_borders(chunks, d_state, d_leaving, d_final)
+            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
             dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
             dq.addcmul_(d_own, k_c)
             dk.addcmul_(d_own, q_c)
@@ -297,16 +297,16 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_borders(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
     first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
     between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 
-def _gate_gradient(changes, borders, g) -> torch.Tensor:
+def _gate_gradient(changes, boundaries, g) -> torch.Tensor:
     """dL/dg, which is <dL/dS, S> before a token; the token takes q dq - k dk away."""
     if g.shape[-1] == 1:
-        changes, borders = changes.sum(-1, keepdim=True), borders.sum(-1, keepdim=True)
-    sums = running_sums(changes, borders[:, :, :-1], borders[:, :, 1:])
+        changes, boundaries = changes.sum(-1, keepdim=True), boundaries.sum(-1, keepdim=True)
+    sums = running_sums(changes, boundaries[:, :, :-1], boundaries[:, :, 1:])
     return from_chunks(sums, g.shape[1]).to(g.dtype)

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int TOKENS = 16;           // of a block at most
-constexpr int SUMS = REGISTERS / 2;  // beside them, registers hold operands
+constexpr int SUMS = REGISTERS / 2;  // the other registers hold operands
 
 inline vec& aligned(float* x) { return *reinterpret_cast<vec*>(x); }
 inline const vec& aligned(const float* x) { return *reinterpret_cast<const vec*>(x); }

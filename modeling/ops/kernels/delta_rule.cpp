@@ -7,7 +7,7 @@
 // leaves the state that enters every SEGMENT tokens; the backward pass recomputes those between, a segment at a time, in
 // the second-level cache. A core reads a segment of all its heads before the next one, for they lie side by side.
 //
-// Compiled for one KEY, VALUE, M (memories a head), DELTA (0 writes v itself, not what it has over the memory), SEGMENT.
+// Compiled for one KEY, VALUE, M (memories per head), DELTA (0 writes v itself, not the error against the memory), SEGMENT.
 // Layouts: q, k [B, T, H, KEY], v, o [B, T, H, VALUE], decay, beta, read [B, T, H, M], coupling [B, T, H, M, M], states
 // [B, H, M, KEY, VALUE], skip and starts [B, T] (may be null). A token with starts != 0 begins from an empty state; one
 // with skip != 0 is padding and does nothing else. Null decays and reads are 1, a null coupling leaks nothing.
@@ -356,19 +356,19 @@ void backward(const Inputs* in, const float* d_o, const float* kept, const Gradi
   for (int64_t index = 0; index < groups.total; ++index) {
     Backward& w = work;
     const Task task(x, groups, index, held);
-    std::vector<size_t> borders = {0};  // of segments, in blocks
-    while (borders.back() < task.blocks.size()) borders.push_back(task.end(borders.back()));
+    std::vector<size_t> boundaries = {0};  // of segments, in blocks
+    while (boundaries.back() < task.blocks.size()) boundaries.push_back(task.end(boundaries.back()));
     EACH_HEAD(head) {
       task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
       task.state(head).empty |= task.tokens.ends_empty;
     }
-    for (size_t s = borders.size() - 1; s-- > 0;) {
-      const size_t count = borders[s + 1] - borders[s];
-      const Block* const blocks = &task.blocks[borders[s]];
+    for (size_t s = boundaries.size() - 1; s-- > 0;) {
+      const size_t count = boundaries[s + 1] - boundaries[s];
+      const Block* const blocks = &task.blocks[boundaries[s]];
       if (entering.size() < count) entering.resize(count);
       EACH_HEAD(head) {
         if (s)
-          entering[0].load(kept + task.kept_place(head, task.segment(borders[s])));
+          entering[0].load(kept + task.kept_place(head, task.segment(boundaries[s])));
         else
           entering[0].load(x.state ? x.state + task.place(head) : nullptr);
         for (size_t i = 0; i < count; ++i) {

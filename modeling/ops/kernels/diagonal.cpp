@@ -11,7 +11,7 @@
 // S forwards (the rest of dq). The gradient of a log decay g = log a follows from these: <D, S> changes at a token by
 // q dq - k dk, row by row; its exact value is taken every ANCHOR blocks.
 //
-// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number a head, 2 a number a key row), NORMALIZED,
+// Compiled for one KEY, VALUE (a multiple of 16), DECAY (0 none, 1 a number per head, 2 a number per key row), NORMALIZED,
 // TAYLOR (0, or the size of q and k, of which a block makes KEY features: they never exist all at once).
 // Layouts: q, k [B, T, H, SIZE], v, o [B, T, H, VALUE], decay [B, T, H] or [B, T, H, KEY], states [B, H, KEY, VALUE], or
 // under NORMALIZED [B, H, KEY, VALUE + 1], whose last column is z, skip and starts [B, T] (may be null). A token with

@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// x W^T + b for a few rows x, the next tokens of a few texts: as fast as the weights come from memory. Each core reads
+// x W^T + b for a few rows x, the next tokens of a few sequences: as fast as the weights come from memory. Each core reads
 // its weights once, in the order in which they lie, and asks memory for what follows; libraries that read several rows
 // of W side by side get half of what a memory gives.
 //

@@ -1,5 +1,5 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// What the C++ kernels share: vectors as wide as the machine's registers, rows of a state, the tokens of a text.
+// What the C++ kernels share: vectors as wide as the machine's registers, rows of a state, the tokens of a sequence.
 
 #pragma once
 

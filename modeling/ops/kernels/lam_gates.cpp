@@ -1,6 +1,6 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// The gates of LAM with two memories (lam_gates.py): all that is done to their projection, a token at a time.
-// N tokens, D directions, H heads, 7 numbers a head: write strength, 2 read weights, 2 decays, 2 leaks.
+// The gates of LAM with two memories (lam_gates.py): all that is done to their projection, token by token.
+// N tokens, D directions, H heads, 7 numbers per head: write strength, 2 read weights, 2 decays, 2 leaks.
 
 #include "kernel.h"
 

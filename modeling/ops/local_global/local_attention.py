@@ -5,7 +5,7 @@ Tokens of a document lie in windows of w. With W(i) = floor(i / w), token i atte
     causal:         W(j) is W(i) - 1 or W(i), and j <= i            (w to 2 w - 1 tokens back, not a sliding window)
     bidirectional:  W(j) is W(i) - 1, W(i) or W(i) + 1
 The cost is linear in T: blocks of w queries meet blocks of 2 w or 3 w keys. Where documents, padding or a past move
-the borders of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
+the boundaries of the windows, blocks of w queries meet every key that could matter, 3 w or 5 w, and a mask picks.
 
 `sliding_attention` has windows that slide with the token; there too blocks of w queries meet 2 w or 3 w keys.
 """
@@ -31,7 +31,7 @@ class LocalState(NamedTuple):
     """What causal local attention remembers: the last tokens of the document, back to the start of the window before
     the one that the next token falls into."""
 
-    window: torch.Tensor  # keys beside values [B, 2 w, H, K + V], the latest last; 0 where there are fewer
+    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], the latest last; 0 where there are fewer
     filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
 
 
@@ -59,7 +59,7 @@ def local_attention(
         scale: factor on q . k; None for `K ** -0.5`.
         causal: False attends both sides, without states.
         dropout: probability, on the attention weights.
-        layout: padding and document borders of a batch.
+        layout: padding and document boundaries of a batch.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
@@ -103,7 +103,7 @@ def local_attention(
 
 
 def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout):
-    """A whole text that the first window holds: every query sees all before it, or all."""
+    """Whole sequences that fit into the first window: every query sees all before it, or all."""
     length = q.shape[1]
     o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
     if not output_final_state:
@@ -157,7 +157,7 @@ def sliding_attention(
         scale: factor on q . k; None for `K ** -0.5`.
         causal: False attends both sides.
         dropout: probability, on the attention weights.
-        layout: padding and document borders of a batch.
+        layout: padding and document boundaries of a batch.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v.

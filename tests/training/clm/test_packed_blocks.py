@@ -1,4 +1,4 @@
-"""Blocks: every token once, borders respected, labels that no document gives away to the next."""
+"""Blocks: every token once, boundaries respected, labels that no document gives away to the next."""
 
 import itertools
 
@@ -140,7 +140,7 @@ def test_max_tokens_stops_reading():
 
 
 def test_packed_documents_get_the_loss_they_get_alone(stream):
-    """With a stock softmax model: borders are seen through position_ids alone."""
+    """With a stock softmax model: boundaries are seen through position_ids alone."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=200, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
