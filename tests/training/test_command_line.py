@@ -215,7 +215,9 @@ PLANS = [path for path in RECIPES if path.name == "recall.yaml"]  # tests/traini
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path not in STAGES + PLANS], ids=lambda path: path.name)
 def test_every_recipe_parses_and_its_model_can_be_built(path):
-    model, data, training = parse_arguments([str(path)])
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    of_any_type = "model_type" not in recipe and "based_on" not in recipe
+    model, data, training = parse_arguments([str(path), *(["--model_type", "lalm_gla"] if of_any_type else [])])
     config = new_config(model, train_tokenizer(["a b"], 300), data.block_size)
     assert config.model_type == model.model_type
     for key, value in model.overrides.items():

@@ -210,7 +210,7 @@ def test_the_recipe_of_the_repository_reads():
     assert plan.config("llama").num_hidden_layers == plan.config("based f=8").num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("document", ["README.md", "model_cards/based.md"])
+@pytest.mark.parametrize("document", ["docs/training.md", "model_cards/based.md"])
 def test_the_command_in_the_documents_names_the_recipe(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     (command,) = re.findall(r"python -m experiments\.recall (.*)$", text, flags=re.MULTILINE)
