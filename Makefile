@@ -16,11 +16,11 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test test-fast check format bench clean
 
 help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; make test-fast leaves out the slow ones (3 minutes)"
 	@echo "make check   linter, formatter, type checker, structure linter for model files"
 	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"
 	@echo "make clean   remove $(VENV) and the tools' caches; runs/ stays"
@@ -43,9 +43,10 @@ demo: $(STAMP)
 	@echo "Loading $(DEMO_DIR) in a new process that does not import lalm:"
 	@$(BIN)/python -I experiments/generate_demo.py $(DEMO_DIR)
 
+test-fast: SELECT = -m "not slow"
 # One thread a worker: the models of the tests are tiny, and more threads slow them down.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+test test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(SELECT)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

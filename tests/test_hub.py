@@ -98,6 +98,7 @@ HEADS = [(row.config.model_type, head) for row in lalm.VARIANTS for head in row.
 
 @pytest.mark.parametrize(("model_type", "head"), HEADS)
 @pytest.mark.parametrize("round_trip", ["saved", "resaved"])
+@pytest.mark.slow
 def test_every_head_loads_without_lalm(remote, model_type, head, round_trip):
     folder, expected = remote
     name = f"{model_type}-{head}"

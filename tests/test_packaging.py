@@ -168,6 +168,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_imports_and_builds_a_model_without_optional_packages(built, tmp_path):
     """On a machine that has none of the extras; the installed copy of lalm is not the one that is imported."""
     zipfile.ZipFile(built).extractall(tmp_path)

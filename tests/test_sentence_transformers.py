@@ -17,6 +17,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from lalm import LamConfig, LamModel
 from tests.training.sts.tiny_models import SPECIAL, WORDS, sentence_transformer, sentences, student
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "lam-minilm-l6"
 TEXTS = ["", "a dog runs", "Собака бежит 犬が走る", *sentences(9, seed=3, longest=40), "the red house " * 15]
 

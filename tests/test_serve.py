@@ -19,6 +19,8 @@ from lalm.errors import exit_on_user_error
 from tests.modeling.exact import run, tokens
 from tests.variants import ROWS, each_variant
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"

@@ -275,8 +275,15 @@ def _params(rows):
     return [pytest.param(row, id=row.name) for row in rows]
 
 
-every_encoder = pytest.mark.parametrize("row", _params(ENCODERS))
-every_row = pytest.mark.parametrize("row", _params(ROWS))
+def _all(rows):
+    """Every row; those that are not the only one of their kind are left out of `make test-fast`."""
+    fast = [row.name.endswith(("_plain", "_encoder")) or row.name in FEW for row in rows]
+    marks = [() if kept else pytest.mark.slow for kept in fast]
+    return [pytest.param(row, id=row.name, marks=mark) for row, mark in zip(rows, marks, strict=True)]
+
+
+every_encoder = pytest.mark.parametrize("row", _all(ENCODERS))
+every_row = pytest.mark.parametrize("row", _all(ROWS))
 few_rows = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name in FEW]))
 each_variant = pytest.mark.parametrize("row", _params([row for row in ROWS if row.name.endswith("_plain")]))
-recurrent_rows = pytest.mark.parametrize("row", _params([row for row in ROWS if row.is_recurrent]))
+recurrent_rows = pytest.mark.parametrize("row", _all([row for row in ROWS if row.is_recurrent]))

@@ -11,6 +11,8 @@ import pytest
 
 from tests.distributed.engines import TRAINED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-bfloat16": 2}
 

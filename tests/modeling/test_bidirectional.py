@@ -158,6 +158,7 @@ def test_encoders_load_as_saved(row, head, tmp_path):
 
 
 @each_encoder
+@pytest.mark.slow
 def test_trains_and_fills_masks(row, tmp_path):
     """The stock collator, Trainer, Auto class and pipeline, on a text whose second words follow from the first."""
     words = ["<pad>", "<mask>", "<unk>", "red", "rose", "blue", "sky", "green", "leaf"]

@@ -8,6 +8,8 @@ from torch import nn
 from tests.modeling.exact import assert_close, tokens
 from tests.variants import ROWS
 
+pytestmark = pytest.mark.slow
+
 # One row of each recurrence, and of each layer that looks at neighbours.
 NAMES = (
     "linear_conv_qk_norm_rope",

@@ -166,6 +166,7 @@ def test_assisted_with_left_padding_and_another_turn(row):
     assert torch.equal(second, generate(model, prompt, attention_mask=mask))
 
 
+@pytest.mark.slow
 def test_assisted_sampling_has_the_targets_distribution():
     """Speculative sampling (arXiv 2211.17192) is exact only if the rolled-back state is."""
     row = next(row for row in ROWS if row.name == "gla_plain")

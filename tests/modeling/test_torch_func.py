@@ -52,6 +52,7 @@ def test_per_sample_gradients(row):
 
 @each_variant
 @pytest.mark.parametrize("head", ["CausalLM", "SequenceClassification", "TokenClassification"])
+@pytest.mark.slow
 def test_per_sample_gradients_of_heads(row, head):
     head = f"AutoModelFor{head}"
     check_per_sample(row.build(head), head, 1e-6)
@@ -63,6 +64,7 @@ def test_per_sample_gradients_of_encoders(row):
 
 
 @each_variant
+@pytest.mark.slow
 def test_per_sample_gradients_in_float32(row):
     """Where kernels would run."""
     check_per_sample(row.build(dtype=torch.float32, hidden_size=64), "AutoModelForCausalLM", 1e-3)
@@ -83,6 +85,7 @@ def test_ensemble(row):
 
 
 @each_variant
+@pytest.mark.slow
 def test_derivatives_by_inputs(row):
     """Along a direction, all of them, and twice, against reverse mode of the definition."""
     model = row.build(linear_attn_implementation="recurrent")

@@ -130,6 +130,7 @@ def test_bfloat16_autocast_and_weights(row):
 
 
 @each_variant
+@pytest.mark.slow
 def test_compiled_forward_and_backward(row):
     """One graph for the training step, with packed documents and, in the other variant, padding in it."""
     model, ids = row.build(num_hidden_layers=1).train(), tokens(2, LENGTH)

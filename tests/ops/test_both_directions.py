@@ -46,6 +46,7 @@ def without_state(form, case, x, **kwargs):
 @every_case
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("form", ["recurrent", "chunk"])
+@pytest.mark.slow
 def test_outputs_and_gradients(case, length, form):
     x = {name: None if t is None else t.requires_grad_() for name, t in inputs(case, length).items()}
     leaves = [t for t in x.values() if t is not None]

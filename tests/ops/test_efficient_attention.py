@@ -263,6 +263,7 @@ def test_backward_keeps_memory_linear_in_length(size, semantics):
 
 @both_forms
 @pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.slow
 def test_compiles(form, size):
     layout, x = make_layout("packed_scattered"), make(LENGTH)
     state = form(*make(5).values(), output_final_state=True, blindspot_size=size)[1]

@@ -148,6 +148,7 @@ def test_dropout_acts_on_the_weights():
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed_scattered"])
+@pytest.mark.slow
 def test_compiles(kind):
     x, layout = make(LENGTH), make_layout(kind)
     state = local_attention(*make(7).values(), 5, None, True)[1]

@@ -90,6 +90,7 @@ def numpy_recurrence(case, x):
 
 
 @every_case
+@pytest.mark.slow
 def test_hundred_thousand_tokens(case):
     x = make_inputs(case, 100_000, batch=1, heads=1, key=4, value=4, dtype=torch.float32) | {"initial_state": None}
     if x["g"] is not None:
@@ -156,6 +157,7 @@ def test_elu_sums_do_not_stall_in_bfloat16(case, form):
 
 @every_case
 @pytest.mark.parametrize("length", [512, 2048])
+@pytest.mark.slow
 def test_backward_keeps_few_bytes(case, length):
     """What autograd keeps of the chunk form is linear in T: about the inputs, not a state a token."""
     x = make_inputs(case, length, batch=1, heads=2, key=32, value=32, dtype=torch.float32)
@@ -189,6 +191,7 @@ def test_autocast_leaves_the_op_alone(case, form):
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda c: c.name)  # the slowest test here: two suffice
 @both_forms
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(case, form):
     """Traced forward and backward equal the eager ones, with padding and packing in the graph."""
     x = make_inputs(case, 9)

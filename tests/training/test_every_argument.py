@@ -161,6 +161,7 @@ def test_no_field_is_forgotten():
 
 
 @pytest.mark.parametrize("group", RUNS)
+@pytest.mark.slow
 def test_what_works(tiny_run, tmp_path, texts, group):
     flags = usable(RUNS[group])
     results = tiny_run("--do_train", "--do_eval", "--test_file", str(texts["test"]), "--max_steps", "2", *flags)

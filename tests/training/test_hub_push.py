@@ -16,6 +16,8 @@ import run_clm
 from lalm.errors import UserError, exit_on_user_error
 from tests.training.conftest import TINY_MODELS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(run_clm.__file__).parent
 
 

@@ -12,6 +12,8 @@ import yaml
 from experiments import recall
 from lalm.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 BASED = {"model_type": "lalm_based", "linear_attention_layers": [1], "sliding_attention_layers": []}
 PLAN = {
