@@ -35,14 +35,15 @@ class BasedConfig(LalmConfig):
             after it exists too, or the last layer of a shorter stack, without those that another list names.
         sliding_attention_layers: indices of the layers that are softmax attention over a sliding window; None for the
             layer after each of those.
-        sliding_window: tokens such a layer sees, its own included (the authors' `window_size` 256 is 128 back: 129).
+        sliding_window: tokens that such a layer sees, including the current one (the authors' `window_size` 256 is 128
+            back: 129).
         feature_dim: size of q and k of a linear head, before the Taylor features; takes the place of `expand_k`.
         conv_size: width in tokens of the gated convolution layers, and of the convolution on q, k and v of the linear
             layers under `use_short_conv`, which Based does without.
         position_embedding_type: "rope" rotates the softmax layers only.
 
     Raises:
-        ValueError: as `LalmConfig`; also a layer that stands in two lists.
+        ValueError: as `LalmConfig`; also a layer that is in two lists.
     """
 
     model_type = "lalm_based"

@@ -58,5 +58,5 @@ class LinearAttentionConfig(LalmConfig):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.feature_map == "dpfp" and self.dpfp_nu >= 2 * self.linear_key_dim:
             raise ValueError(
-                f"dpfp_nu = {self.dpfp_nu} must stay below twice the key size {self.linear_key_dim} of a head."
+                f"dpfp_nu = {self.dpfp_nu} must stay below twice the key size per head, {self.linear_key_dim}."
             )

@@ -25,8 +25,8 @@ class LocalGlobalConfig(LalmConfig):
     """In every layer some heads are softmax attention inside windows, the rest linear attention over everything.
 
     Args:
-        head_dim: size of a head; None for `hidden_size // num_attention_heads`. `hidden_size` need not be their sum.
-        num_local_heads: local heads, of `num_attention_heads`: one number for all layers, or a list with one a layer.
+        head_dim: head size; None for `hidden_size // num_attention_heads`. `hidden_size` need not be their sum.
+        num_local_heads: local heads, of `num_attention_heads`: one number, or a list with one per layer.
         local_attn_window_size: window of the local heads in tokens, 128 if None; a token sees its own and the previous
             window (both sides' neighbours under `is_causal=False`). Also the row length of the axial position table.
             `local_attn_window` is taken for the same.
@@ -120,12 +120,12 @@ class LocalGlobalConfig(LalmConfig):
 
     @property
     def linear_key_dim(self) -> int:
-        """Key size of a head, local or global."""
+        """Key size per head, local or global."""
         return cast(int, self.head_dim)
 
     @property
     def linear_value_dim(self) -> int:
-        """Value size of a head, local or global."""
+        """Value size per head, local or global."""
         return cast(int, self.head_dim)
 
     def validate_sizes(self) -> None:
@@ -146,7 +146,7 @@ class LocalGlobalConfig(LalmConfig):
         given, layers, heads = self.num_local_heads, self.num_hidden_layers, self.num_attention_heads
         if isinstance(given, list) and len(given) != layers:
             raise ValueError(
-                f"num_local_heads lists {len(given)} layers, num_hidden_layers is {layers}: give one number a layer."
+                f"num_local_heads lists {len(given)} layers, num_hidden_layers is {layers}: give one number per layer."
             )
         wrong = [count for count in (given if isinstance(given, list) else [given]) if not 0 <= count <= heads]
         if wrong:

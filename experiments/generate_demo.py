@@ -14,7 +14,7 @@ PROMPTS = ("The following", "A class", "If the object")
 
 
 def load(folder: Path):
-    """Return (tokenizer, model) of a checkpoint folder, by the code stored beside its weights."""
+    """Return (tokenizer, model) of a checkpoint folder, by the code stored with its weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """The cache of one linear-attention layer, known to the stock DynamicCache and StaticCache as "lalm_linear_attention".
 
-The stock linear layer counts no tokens and takes a layer without a convolution for one that has seen nothing, so a
-model made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
+The stock linear layer does not count tokens and treats a layer without a convolution as new, so a model
+made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
 the number of tokens.
 
 A state cannot be cut as keys and values can. A cache that is to be rolled back (`activate_past_recording`, by assisted
@@ -209,7 +209,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
-    """`conv_states` or `recurrent_states` of a layer, None where it has seen no token. (Cache.get_recurrent_state and
+    """`conv_states` or `recurrent_states` of a layer, None if it has seen no token. (Cache.get_recurrent_state and
     get_conv_state came with transformers 5.21.)"""
     if cache is None:
         return None

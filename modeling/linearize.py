@@ -150,7 +150,7 @@ def fit_output_projections(
 def attention_of(
     teacher: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What enters and what leaves each attention of a BERT-like teacher (before the residual), `[B, T, D]` a layer."""
+    """Inputs and outputs of each attention of a BERT-like teacher (before the residual), `[B, T, D]` per layer."""
     _, layers = _bert_parts(teacher)
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -181,7 +181,7 @@ def _watch(module: nn.Module, see: Callable):
 
 
 def _bert_parts(teacher: PreTrainedModel) -> tuple[Any, Any]:
-    """Embeddings and layers of a model of BERT's shape, bare or under a head."""
+    """Embeddings and layers of a BERT-like model, with or without a head."""
     base: Any = getattr(teacher, teacher.base_model_prefix, teacher)
     try:
         embeddings, layers = base.embeddings, base.encoder.layer

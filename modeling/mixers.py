@@ -24,7 +24,7 @@ Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
 class Mixer(nn.Module):
     """Base of the linear mixers: projections, positions and cache; a subclass adds `attend`, its op and output.
 
-    Shapes: B batch, T tokens, H heads, K and V key and value size of a head, D = hidden_size.
+    Shapes: B batch, T tokens, H heads, K and V key and value size per head, D = hidden_size.
     """
 
     layer_type: ClassVar[str] = RecurrentLayer._layer_type

@@ -2,7 +2,7 @@
 """LAM: a post-norm encoder whose tokens are mixed by two memories per head, fast and slow (dual-state delta rule).
 
 Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
-than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of
+than the seed: psi and the decays are per token, not per chunk or batch; the short convolution sees real tokens of
 its own document only and has no SiLU; the leak cannot make the memories grow (the bound is in dual_state.py).
 """
 

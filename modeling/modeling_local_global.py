@@ -3,7 +3,7 @@
 
 Code symbol -> upstream: mixer -> SelfAttention; mlp -> FeedForward; shift_tokens -> PreShiftTokens; AxialPositions ->
 AxialPositionalEmbedding; embedding_in and embedding_out -> ProjectInOut; context_mixer -> SelfAttention of a context.
-Other than upstream, ff_glu and ff_dropout act on every MLP, and padding never moves by a token shift.
+Unlike upstream, ff_glu and ff_dropout apply to every MLP, and the token shift never moves padding.
 """
 
 from collections.abc import Callable

@@ -41,7 +41,7 @@ class Family(NamedTuple):
     """How one model_type of flash-linear-attention relates to one of our configurations."""
 
     config: type[LalmConfig]
-    fields: dict[str, str]  # theirs -> ours, beside `_FIELDS`
+    fields: dict[str, str]  # theirs -> ours, in addition to `_FIELDS`
     required: dict[str, tuple]  # theirs -> the values that we can represent
     ours: dict[str, Any]  # our fields that are the same for every checkpoint
     output_norm: str = "o_norm"

@@ -148,7 +148,7 @@ def _shape_of_model(state: StateDict, fields: dict[str, Any]) -> dict[str, Any]:
     count = 1 + max(int(match[1] or match[3]) for match in layers)
     each = 2 if fields["receives_context"] else 1
     if count % each:
-        raise ValueError(f"receives_context=True has two pairs of sublayers a layer, the weights have {count}.")
+        raise ValueError(f"receives_context=True has two pairs of sublayers per layer, the weights have {count}.")
     heads, (size, dim) = fields["num_attention_heads"], state[queries[0]].shape
     if size % heads:
         raise ValueError(f"heads = {heads} does not divide the {size} rows of {queries[0]}: give the right heads.")

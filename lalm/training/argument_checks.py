@@ -122,7 +122,7 @@ def check_files(training: Any) -> None:
 
 
 def check_optimizer(training: Any) -> None:
-    """Make the optimizer for a layer of 2 x 2."""
+    """Create the optimizer for a 2 x 2 layer."""
     picky = any(name in str(training.optim) for name in PICKY_OPTIMIZERS)
     layer = torch.nn.Linear(2, 2)
     try:

@@ -157,7 +157,7 @@ def parse_dataclasses(
     merged over them, in the latter.
 
     Args:
-        reconcile: given the recipe and the names of the flags, returns what of the recipe holds beside them.
+        reconcile: given the recipe and the names of the flags, returns what still applies of the recipe.
 
     Raises:
         UserError: unknown names (the nearest one is given), wrong types, contradictory options.

@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Figures of a run, gathered from the Trainer and written beside the model."""
+"""Metrics of a run, collected from the Trainer and saved with the model."""
 
 import json
 import os

@@ -73,7 +73,7 @@ def suffix_sums(x: torch.Tensor) -> torch.Tensor:
 
 
 def running_sums(changes: torch.Tensor, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
-    """What stands before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as
+    """The sum before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as
     the chunk begins and ends, `[..., D]`. Each token takes the side with the smaller numbers to
     add up, for behind one with large numbers they are taken away again, and leave their rounding."""
     sizes = torch.linalg.vector_norm(changes, 1, dim=-1, keepdim=True)

@@ -95,7 +95,7 @@ def _hash(name: str) -> bytes:
 
 
 class HeadKernel(NamedTuple):
-    """A kernel compiled for the sizes of a head.
+    """A kernel compiled for given head sizes.
 
     Args:
         name: of its source file.

@@ -30,7 +30,7 @@ logger = logging.get_logger("transformers.lalm")
 # ---- Recurrences ----
 # Tokens. For fewer, stepping through them is faster than preparing one chunk.
 SHORT = 8
-# Numbers in the state of a head. Smaller states are not worth a kernel of their own.
+# State size per head, in numbers. Smaller states are not worth a kernel.
 SMALLEST_STATE = 512
 # Multiply-adds. A call with more of them earns the seconds of compiling a kernel for its size of head ...
 EARNS_COMPILING = 1 << 21

@@ -18,7 +18,7 @@ ENCODER = {"is_causal": False, "num_local_heads": 1}
 REFUSED = [
     ({"num_local_heads": 9}, "num_local_heads must be 0 to num_attention_heads = 8"),
     ({"num_local_heads": [1, -1] * 3}, "num_local_heads must be 0"),
-    ({"num_local_heads": [1, 2]}, "num_local_heads lists 2 layers.*one number a layer"),
+    ({"num_local_heads": [1, 2]}, "num_local_heads lists 2 layers.*one number per layer"),
     ({"local_attn_window_size": 0}, "local_attn_window_size must be at least 1"),
     ({"local_attn_window": 64, "local_attn_window_size": 32}, "two names of one field"),
     ({"blindspot_size": 0}, "blindspot_size must be at least 1"),

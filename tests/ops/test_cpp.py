@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""When C++ kernels are compiled, where they lie, and what happens where they cannot be had."""
+"""When C++ kernels are compiled, where they are kept, and the fallback if they cannot be compiled."""
 
 import os
 import shutil

@@ -30,7 +30,7 @@ def read_run(folder: Path) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: folder, model type, first and last training loss (nats a token), test perplexity, tokens a second."""
+    """Markdown: folder, model type, first and last loss (nats per token), test perplexity, tokens per second."""
     lines = ["| run | model | first loss | last loss | test perplexity | tokens/s |", "|---|---|---|---|---|---|"]
     for run in runs:
         losses = [loss for _, loss in loss_points(run["log"])[0]]

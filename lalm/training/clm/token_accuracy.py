@@ -10,7 +10,7 @@ _DESCRIPTION = "Share of the tokens whose most likely prediction is the token it
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: predicted token ids, one list a sequence, aligned with the references.
-    references: true token ids, one list a sequence; -100 marks a token that does not count.
+    references: true token ids, one list per sequence; tokens labelled -100 are ignored.
 Returns:
     accuracy: right / counted, nan if nothing counts.
     num_tokens: how many tokens were counted.

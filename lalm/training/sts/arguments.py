@@ -218,7 +218,9 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     layer_map: str = _option("uniform", "Which of the teacher's layers are matched: uniform, last, final (only one).")
     temperature: float = _option(0.04, "Temperature of the similarities in a batch.")
     margin: float = _option(0.2, "Contrastive margin, in cosine.")
-    sts_mse_weight: float = _option(10.0, "--stage finetune: weight of squared errors beside CoSENT on STS scores.")
+    sts_mse_weight: float = _option(
+        10.0, "--stage finetune: weight of the squared error next to CoSENT on STS scores."
+    )
     orthogonal_weight: float = _option(0.0, "Weight of |W W^T - I|^2 per row of the q, k and v projections.")
     retention_weight: float | None = _option(None, "Weight of |w - w_0|^2, the distance from the stage's start.")
     matryoshka_dims: list[int] | None = _option(None, "--stage finetune: sizes to which vectors may be cut: 384 128.")

@@ -190,7 +190,7 @@ def load_stsb(data_dir: str | None = None, splits: Sequence[str] = SPLITS, flag:
 
     Args:
         data_dir: a folder with a file for each split, such as stsb-en-{train,dev,test}.csv; None is the Hub's
-            `sentence-transformers/stsb` and, if that cannot be had, the pairs embedded in lalm, with a warning.
+            `sentence-transformers/stsb` and, if that cannot be loaded, the pairs that lalm contains, with a warning.
         splits: the splits that are needed: train, validation, test.
         flag: how errors call `data_dir`.
 
@@ -209,7 +209,7 @@ def load_stsb(data_dir: str | None = None, splits: Sequence[str] = SPLITS, flag:
         if is_disk_full(error):
             raise
         logger.warning(
-            "%s cannot be had (%s): the small set of sentence pairs embedded in lalm stands in, and its figures are "
+            "%s cannot be loaded (%s): a small set of sentence pairs inside lalm is used instead; its figures are "
             "not STS-B's; name a folder with the STS-B files by %s",
             *(HUB_NAME, one_line(error), flag),
         )

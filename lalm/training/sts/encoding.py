@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# English is at about 4.5 characters a token; fewer here, so that a batch rarely holds more tokens than it may
+# English has about 4.5 characters per token; fewer here, so that a batch rarely exceeds its budget of tokens
 CHARACTERS_A_TOKEN = 3.5
 # tokens from which on a text is long
 LONG = 512

@@ -56,7 +56,7 @@ def contrastive_margin(a_BE: Tensor, b_BE: Tensor, margin: float = 0.2, same_BB:
 
 
 def layer_error(student_BTD: Tensor, teacher_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """|S - T|^2 / |T|^2 over the real tokens: the mean squared error of a layer, free of the layer's scale.
+    """|S - T|^2 / |T|^2 over the real tokens: the mean squared error of a layer, relative to the layer's scale.
 
     As in TinyBERT (Jiao et al. 2020, arXiv 1909.10351) and LAM's stages 1 and 2, which leave the scale in.
     """

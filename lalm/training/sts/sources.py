@@ -116,7 +116,7 @@ def load_from_hub(name: str, flag: str, cache_dir: str | None, token: str | None
     """Load the train split of `org/name` or `org/name/config`.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it cannot be loaded.
     """
     owner, dataset, *config = name.split("/")
     try:

@@ -338,7 +338,7 @@ def build_stage(arguments: Arguments, found: TrainingData) -> Stage:
     """Load or make the student of a stage, load the teacher if it is needed, and put rows and loss together.
 
     Raises:
-        UserError: a model that cannot be had, or that does not fit the other.
+        UserError: a model cannot be loaded, or does not fit the other.
     """
     model_arguments, data, training = arguments
     device = "cpu" if training.use_cpu else str(training.device)

@@ -110,10 +110,10 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
                 weights[name].copy_(stored)
 
     def _find_best(self, folder: Path) -> None:
-        # a run that was moved, or is resumed from elsewhere, has its best checkpoint beside the others
+        # a run that was moved, or is resumed from elsewhere, has its best checkpoint next to the others
         best = self.state.best_model_checkpoint
-        if best and (beside := folder / Path(best).name).is_dir():
-            self.state.best_model_checkpoint = str(beside)
+        if best and (moved := folder / Path(best).name).is_dir():
+            self.state.best_model_checkpoint = str(moved)
 
     def _load_callback_state(self) -> None:
         # the Trainer leaves the count of an early stop out, or restores the callbacks with all flags of that moment

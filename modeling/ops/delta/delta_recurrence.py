@@ -104,7 +104,7 @@ class _Chunks:
         self.passes.diagonal(dim1=-2, dim2=-1).add_(self.keep)
 
     def _set_decays(self, g: torch.Tensor | None, boundaries: Boundaries | None) -> None:
-        """What stands between two tokens, before a token, after it, and over the whole chunk; None for nothing."""
+        """The decays between two tokens, before a token, after it, and over the whole chunk; None without decay."""
         self.between = self.read = self.write = None
         self.is_gated = g is not None
         self.keep: torch.Tensor | float = 1.0
@@ -149,7 +149,7 @@ class _Chunks:
         if not self.is_gated:
             return None
         pairs = d_system * self.system + d_scores * self.scores
-        pairs.diagonal(dim1=-2, dim2=-1).zero_()  # of a token with itself: no decay stands between
+        pairs.diagonal(dim1=-2, dim2=-1).zero_()  # a token with itself: no decay
         reads = (d_reading_k * self.reading_k + d_reads * _times(self.q, self.read)).sum(-1, keepdim=True)
         writes = (d_writing_k * self.writing_k).sum(-1, keepdim=True)
         through = (d_passes.diagonal(dim1=-2, dim2=-1).sum(-1) * _last(self.keep))[..., None]

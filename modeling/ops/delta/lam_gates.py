@@ -16,7 +16,7 @@ from lalm.modeling.ops.cpp_kernels import call, pointer
 from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, lam_gates_kernel, threads
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
-# The projected numbers of a head that the kernel knows, and where the decays stand among them.
+# The projections per head that the kernel supports, and where the decays are among them.
 COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
 

@@ -93,7 +93,7 @@ def diagonal_kernel(
 
     Args:
         key_size, value_size: K and V.
-        gate_size: numbers of a token's log decay per head: 0, 1 or as many as the state has rows.
+        gate_size: size of the log decay per token and head: 0, 1 or the number of rows of the state.
         normalized: for sums that are divided by z . q + eps.
         taylor: for the features that `taylor_features` makes of q and k.
     """

@@ -278,7 +278,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
-            # No gate stands between a token and itself. That share would be in q dq and in k dk, and leave its
+            # No gate acts between a token and itself. Its share would be in q dq and in k dk, and leave its
             # rounding, perhaps all there is of dg, in their difference: it comes in last.
             d_own = d_scores.diagonal(dim1=-2, dim2=-1).clone()[..., None]
             d_scores.diagonal(dim1=-2, dim2=-1).zero_()

@@ -7,7 +7,7 @@ import torch
 
 
 def num_taylor_features(size: int) -> int:
-    """Features of a head of `size`."""
+    """Number of Taylor features for head size `size`."""
     return 1 + size + size * (size + 1) // 2
 
 

@@ -224,7 +224,7 @@ def test_without_a_network_the_embedded_pairs_stand_in(caplog):
     assert splits.is_embedded
     assert {name: len(data) for name, data in splits.items()} == {"train": 160, "validation": 40, "test": 40}
     (record,) = [record for record in caplog.records if record.name == sts_data.__name__]
-    assert "sentence-transformers/stsb cannot be had" in record.message
+    assert "sentence-transformers/stsb cannot be loaded" in record.message
     assert "not STS-B's" in record.message
     assert list(load_stsb(splits=["test"])) == ["test"]
 
