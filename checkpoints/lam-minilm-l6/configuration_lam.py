@@ -98,7 +98,7 @@ class LalmConfig(PreTrainedConfig):
             not every variant has one.
         full_attention_layers: indices of the layers that are full softmax attention instead of linear.
         sliding_attention_layers: indices of the layers that are softmax attention over a sliding window.
-        sliding_window: tokens such a layer sees, its own included.
+        sliding_window: tokens that such a layer sees, including the current one.
         dropout: probability, on the embeddings and on what each mixer and MLP adds.
         attention_dropout: probability, on the weights of the softmax layers.
         initializer_range: standard deviation of the initial weights.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 Every number outside q, k, v is float32. In the order of a training step:
     prepare             all chunks at once: the products N and P, T = (I + A)^-1 by forward substitution, scores
-    scan                chunk after chunk, a program for a head and some columns of V: U, the states between the chunks
+    scan                chunk after chunk, a program per head and block of columns: U, the states between the chunks
     read_out            all chunks at once: o
     scan_back           the scan from the last chunk to the first: dR, the gradients of the states between the chunks
 and then those of dual_state_gradients.py, again all chunks at once.

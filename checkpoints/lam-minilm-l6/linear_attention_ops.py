@@ -2637,7 +2637,7 @@ def _hash(name: str) -> bytes:
 
 
 class HeadKernel(NamedTuple):
-    """A kernel compiled for the sizes of a head.
+    """A kernel compiled for given head sizes.
 
     Args:
         name: of its source file.
@@ -2950,7 +2950,7 @@ logger_dispatch = logging.get_logger("transformers.lalm")
 # ---- Recurrences ----
 # Tokens. For fewer, stepping through them is faster than preparing one chunk.
 SHORT = 8
-# Numbers in the state of a head. Smaller states are not worth a kernel of their own.
+# State size per head, in numbers. Smaller states are not worth a kernel.
 SMALLEST_STATE = 512
 # Multiply-adds. A call with more of them earns the seconds of compiling a kernel for its size of head ...
 EARNS_COMPILING = 1 << 21
@@ -3868,8 +3868,8 @@ def look_up(table: nn.Embedding, ids: torch.Tensor, what: str, field: str) -> to
 # ---- lalm.modeling.cache ----
 """The cache of one linear-attention layer, known to the stock DynamicCache and StaticCache as "lalm_linear_attention".
 
-The stock linear layer counts no tokens and takes a layer without a convolution for one that has seen nothing, so a
-model made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
+The stock linear layer does not count tokens and treats a layer without a convolution as new, so a model
+made of linear layers only could neither continue nor generate. This one does both. Its size does not depend on
 the number of tokens.
 
 A state cannot be cut as keys and values can. A cache that is to be rolled back (`activate_past_recording`, by assisted
@@ -4073,7 +4073,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
-    """`conv_states` or `recurrent_states` of a layer, None where it has seen no token. (Cache.get_recurrent_state and
+    """`conv_states` or `recurrent_states` of a layer, None if it has seen no token. (Cache.get_recurrent_state and
     get_conv_state came with transformers 5.21.)"""
     if cache is None:
         return None
@@ -4553,7 +4553,7 @@ def fit_output_projections(
 def attention_of(
     teacher: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What enters and what leaves each attention of a BERT-like teacher (before the residual), `[B, T, D]` a layer."""
+    """Inputs and outputs of each attention of a BERT-like teacher (before the residual), `[B, T, D]` per layer."""
     _, layers = _bert_parts(teacher)
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -4584,7 +4584,7 @@ def _watch(module: nn.Module, see: Callable):
 
 
 def _bert_parts(teacher: PreTrainedModel) -> tuple[Any, Any]:
-    """Embeddings and layers of a model of BERT's shape, bare or under a head."""
+    """Embeddings and layers of a BERT-like model, with or without a head."""
     base: Any = getattr(teacher, teacher.base_model_prefix, teacher)
     try:
         embeddings, layers = base.embeddings, base.encoder.layer
@@ -4618,7 +4618,7 @@ import torch
 
 
 def num_taylor_features(size: int) -> int:
-    """Features of a head of `size`."""
+    """Number of Taylor features for head size `size`."""
     return 1 + size + size * (size + 1) // 2
 
 
@@ -4835,7 +4835,7 @@ def suffix_sums(x: torch.Tensor) -> torch.Tensor:
 
 
 def running_sums(changes: torch.Tensor, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
-    """What stands before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as
+    """The sum before each token of a chunk `[..., C, D]`, where a token takes `changes` away: it is known as
     the chunk begins and ends, `[..., D]`. Each token takes the side with the smaller numbers to
     add up, for behind one with large numbers they are taken away again, and leave their rounding."""
     sizes = torch.linalg.vector_norm(changes, 1, dim=-1, keepdim=True)
@@ -5154,7 +5154,7 @@ class _ChunkDiagonal(torch.autograd.Function):
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
-            # No gate stands between a token and itself. That share would be in q dq and in k dk, and leave its
+            # No gate acts between a token and itself. Its share would be in q dq and in k dk, and leave its
             # rounding, perhaps all there is of dg, in their difference: it comes in last.
             d_own = d_scores.diagonal(dim1=-2, dim2=-1).clone()[..., None]
             d_scores.diagonal(dim1=-2, dim2=-1).zero_()
@@ -5277,7 +5277,7 @@ def diagonal_kernel(
 
     Args:
         key_size, value_size: K and V.
-        gate_size: numbers of a token's log decay per head: 0, 1 or as many as the state has rows.
+        gate_size: size of the log decay per token and head: 0, 1 or the number of rows of the state.
         normalized: for sums that are divided by z . q + eps.
         taylor: for the features that `taylor_features` makes of q and k.
     """
@@ -6591,7 +6591,7 @@ import torch
 from torch.nn import functional as F
 
 
-# The projected numbers of a head that the kernel knows, and where the decays stand among them.
+# The projections per head that the kernel supports, and where the decays are among them.
 COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
 

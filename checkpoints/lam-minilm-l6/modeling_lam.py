@@ -28,7 +28,7 @@ Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
 class Mixer(nn.Module):
     """Base of the linear mixers: projections, positions and cache; a subclass adds `attend`, its op and output.
 
-    Shapes: B batch, T tokens, H heads, K and V key and value size of a head, D = hidden_size.
+    Shapes: B batch, T tokens, H heads, K and V key and value size per head, D = hidden_size.
     """
 
     layer_type: ClassVar[str] = RecurrentLayer._layer_type
@@ -867,7 +867,7 @@ __all___modeling_heads = [
 """LAM: a post-norm encoder whose tokens are mixed by two memories per head, fast and slow (dual-state delta rule).
 
 Code symbol -> LAM's seed text: psi -> resonance flux; coupling -> cross-timescale leak; decay -> adaptive decay. Other
-than the seed: psi and the decays belong to a token, not to a chunk or batch; the short convolution sees real tokens of
+than the seed: psi and the decays are per token, not per chunk or batch; the short convolution sees real tokens of
 its own document only and has no SiLU; the leak cannot make the memories grow (the bound is in dual_state.py).
 """
 
