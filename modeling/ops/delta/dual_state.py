@@ -80,8 +80,7 @@ def dual_state_delta(
     """The dual-state delta rule.
 
     Args:
-        q, k: `[B, T, H, K]`; k of unit length, or the states may grow without bound.
-        v: `[B, T, H, V]`.
+        q, k, v: `[B, T, H, K]` and `[B, T, H, V]`; k of unit length, or the states may grow without bound.
         g: log decay of every memory `[B, T, H, M]`, at most 0, natural log. Any size is safe.
         beta: write strength of every memory `[B, T, H, M]`, in [0, 1].
         read: weight of every memory in the output `[B, T, H, M]`, of either sign.
@@ -98,21 +97,18 @@ def dual_state_delta(
         use_delta_rule: False writes beta_a v instead of beta_a times the error v - S_a^T k.
         implementation: "recurrent", "chunk", "cpp" or "auto", as for `gla`, or "triton": Triton kernels on a GPU, for
             1, 2 or 4 memories, not in float64.
-        chunk_size: tokens of a chunk. A sequence of one chunk is one triangular solve; for a longer one the backward
-            pass keeps the inputs and a few states and recomputes the rest.
+        chunk_size: tokens of a chunk; the backward pass keeps the inputs and a few states and recomputes the rest.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[N, H, M, K, V]` or None. States and sums are float32,
         or float64 if an input is.
 
     Raises:
-        ValueError: a shape does not fit, or the implementation does not exist for this input; the message names the
-            argument.
+        ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v, layout)
-    memories, tensors = g.shape[-1], (q, k, v, g, beta, read, coupling)
-    _check_gates(q, tensors[3:], causal)
-    keys, values = q.shape[-1], v.shape[-1]
+    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
+    _check_gates(q, (g, beta, read, coupling), causal)
     forms: dict[str, Callable] = {
         "recurrent": recurrent_dual,
         "chunk": partial(chunk_dual, chunk_size=chunk_size),
@@ -129,8 +125,8 @@ def dual_state_delta(
     if cu_seqlens is not None and layout is None and not causal:  # gates have an axis more, but nothing has a state
         check_cu_seqlens(cu_seqlens, *q.shape[:2])
         layout, cu_seqlens = SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1])), None
-    scale = keys**-0.5 if scale is None else scale
-    call = Call(scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+    call = Call(keys**-0.5 if scale is None else scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+    tensors = (q, k, v, g, beta, read, coupling)
     return run_rule(core, tensors, call, (q.shape[2], memories, keys, values), lambda _: both_directions)
 
 

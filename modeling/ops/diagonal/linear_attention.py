@@ -65,8 +65,7 @@ def linear_attention(
         an input is.
 
     Raises:
-        ValueError: a shape does not fit, or the implementation does not exist for this input; the message names the
-            argument.
+        ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v)
     if g is not None:
@@ -83,13 +82,12 @@ def linear_attention(
     fused = form == "cpp" and causal
     if taylor and not fused:
         q, k, taylor = taylor_features(q), taylor_features(k), False
-    plain = forms[form]
-    core = partial(cpp_diagonal, taylor=taylor) if fused else plain
+    core = partial(cpp_diagonal, taylor=taylor) if fused else forms[form]
     if normalize:
         core = partial(core, eps=eps) if fused else normalized(core, eps)
 
     def both_directions(_: Callable) -> Callable:
-        core = bidirectional_diagonal(plain)
+        core = bidirectional_diagonal(forms[form])
         return normalized(core, eps) if normalize else core
 
     state_shape = (q.shape[2], dict(kernel.sizes)["KEY"], v.shape[-1] + normalize)
