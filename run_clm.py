@@ -23,6 +23,7 @@ from lalm.training.clm.model_card import model_card
 from lalm.training.clm.model_checks import check_model
 from lalm.training.clm.packing import PackingCollator
 from lalm.training.clm.trainer import ClmTrainer
+from lalm.training.divergence import check_learned
 from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
@@ -81,6 +82,9 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
 def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results: dict) -> None:
     """Score a split and gather its figures, with the window they hold for."""
     metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
+    if trainer.args.do_train:
+        vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
+        check_learned(metrics[f"{prefix}_loss"], vocabulary, trainer.state.log_history)
     figures = {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
     figures |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
     results |= figures

@@ -2,7 +2,7 @@
 """`transformers serve` for our checkpoints: an OpenAI-compatible server of chats and completions.
 
     python -m lalm.serve runs/chat --port 8000
-    transformers chat http://localhost:8000 runs/chat
+    transformers chat runs/chat http://localhost:8000
 
 Takes the arguments of `transformers serve`, which looks architectures up in transformers' own namespace: ours are put
 there. A chat's next request continues from the state after its last one, which does not grow with the text.

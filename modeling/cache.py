@@ -98,7 +98,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length = self.cumulative_length.to(value.device)
         if not any(self.has_previous_state.values()) and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
-        self.has_previous_state[index] = self.is_written[kind][index] = True
+        self.is_written[kind][index] = True
+        if not self.has_previous_state[index]:
+            self._note_previous_state()
         if num_tokens:
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
@@ -162,8 +164,12 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                 steps.pop(0)
         if count:
             self.cumulative_length.sub_(count)
-            for index in self.has_previous_state:
-                self.has_previous_state[index] = any(written[index] for written in self.is_written.values())
+            self._note_previous_state()
+
+    def _note_previous_state(self) -> None:
+        # All at once: Cache.has_previous_state asks whether all states have been written, used or not.
+        found = any(any(written.values()) for written in self.is_written.values())
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, found)
 
     def _take_back(self, steps: list[Step], count: int) -> None:
         while count > 0:

@@ -1,18 +1,22 @@
 """A served chat over real HTTP: several turns, streamed and not, each from the state after the last."""
 
 import contextlib
+import io
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.cli.transformers import app as transformers_command
 
 from lalm import serve
 from lalm.errors import exit_on_user_error
@@ -21,6 +25,7 @@ from tests.variants import ROWS, each_variant
 
 pytestmark = pytest.mark.slow
 
+USING = Path(__file__).parents[1] / "docs" / "using.md"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
@@ -107,6 +112,25 @@ def test_a_chat_of_several_turns(server):
             # What is new: the answer's last token, its end, and the user's message with the roles around it.
             assert sum(read) <= 8 + 6, f"turn {turn} read {read}"
         messages.append({"role": "assistant", "content": answer})
+
+
+def test_the_documented_chat_client(server, monkeypatch, tmp_path):
+    url, name, _, model = server
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    lines = iter(["t7 t8 t9", "n", "t10 t11", "n", "!exit"])  # "n" to "Continue generating?"
+    monkeypatch.setattr("builtins.input", lambda *args: next(lines))
+    printed = io.StringIO()
+    monkeypatch.setattr("sys.stdout", printed)
+    documented = re.search(r"`transformers (chat .*)` connects", USING.read_text(encoding="utf-8"))[1]
+    words = [{"http://localhost:8000": url, "runs/demo": name}.get(word, word) for word in documented.split()]
+    with contextlib.suppress(SystemExit):
+        transformers_command([*words, "max_new_tokens=6", "do_sample=False"])
+    messages = []
+    for said in ("t7 t8 t9", "t10 t11"):
+        messages.append({"role": "user", "content": said})
+        messages.append({"role": "assistant", "content": by_hand(model, messages)})
+        assert messages[-1]["content"] in " ".join(printed.getvalue().split())
 
 
 def test_an_edited_chat_starts_from_what_it_shares(server):

@@ -1,16 +1,21 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Numbers that are not finite end a run: the Trainer itself would log a loss of 0 and save the weights."""
+"""A diverged run ends with an error: the Trainer itself would log a loss of 0, save the weights and report figures."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lalm.errors import UserError
 
 REMEDY = "lower --learning_rate or lengthen --warmup_steps, and train again with --start_over"
+# The root mean square of a trained network's weights is about 0.01 to 10; a step of Adam moves each by the learning rate.
+LARGEST_RMS = 100.0
+# How far, in nats, a loss may lie above those of a guess and of the first step.
+MARGIN = 0.5
 
 
 def broken_weights(model: nn.Module) -> list[str]:
@@ -46,12 +51,30 @@ def check_loss(loss: torch.Tensor, step: int, rate: float) -> None:
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Refuse to save weights that are NaN or infinite over those of an earlier step."""
+    """Refuse to save weights that are NaN, infinite or absurdly large over those of an earlier step."""
     if broken := broken_weights(model):
         raise UserError(
             f"the training has diverged: after step {step} {broken[0]} and {len(broken) - 1} other weights hold NaN "
             f"or infinity, and are not saved; {REMEDY}"
         )
+    if step and (size := root_mean_square(model)) > LARGEST_RMS:
+        raise UserError(
+            f"the training has diverged: after step {step} the root mean square of the weights is {size:.3g}, and they "
+            f"are not saved; {REMEDY}"
+        )
+
+
+def root_mean_square(model: nn.Module) -> float:
+    """Return the root mean square of all trained weights that lie on this process, 0 if there are none."""
+    trained = [
+        weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+        for weight in model.parameters()
+        if weight.requires_grad and not weight.is_meta
+    ]
+    trained = [weight for weight in trained if weight.numel()]
+    # norms in float64: the squares of large weights leave the range of float32
+    squares = [float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in trained]
+    return math.sqrt(sum(squares) / sum(weight.numel() for weight in trained)) if trained else 0.0
 
 
 def check_figures(metrics: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -61,3 +84,22 @@ def check_figures(metrics: Mapping[str, Any], names: tuple[str, ...]) -> None:
         if not math.isfinite(value):
             shown = ", ".join(f"{name} {metrics[name]:g}" for name in names if name in metrics)
             raise UserError(f"the evaluation is not finite ({shown}): the weights are broken; {REMEDY}")
+
+
+def check_learned(loss: float, vocabulary: int, history: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a trained model whose loss on a held-out split shows that the training has destroyed it.
+
+    Its loss lies above that of a guess, log(vocabulary), and above that of the first steps. A model that has merely
+    overfitted, which fits its training text, passes; so does one whose text was as strange to it before.
+
+    Args:
+        loss: of the split, in nats per token.
+        history: the Trainer's log of the training.
+    """
+    guess = math.log(vocabulary)
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [guess]
+    if loss > max(guess, losses[0]) + MARGIN and losses[-1] > guess - MARGIN:
+        raise UserError(
+            f"the training has diverged: the loss of the trained model is {loss:.3g}, that of a guess among "
+            f"{vocabulary:,} tokens {guess:.3g}, and that of the first steps was {losses[0]:.3g}; {REMEDY}"
+        )

@@ -135,8 +135,10 @@ def test_batch_select_indices(row):
 def test_reset_dynamic(row):
     model, ids = row.build(), tokens(2, LENGTH)
     _, cache = run(model, tokens(2, 9, seed=7))
+    assert cache.has_previous_state()
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert not cache.has_previous_state()
     assert_close(run_in_pieces(model, ids, [10, 13], cache=cache)[0], run(model, ids)[0], "logits after reset")
 
 

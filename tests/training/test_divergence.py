@@ -9,7 +9,7 @@ from torch import nn
 
 import run_clm
 from lalm.errors import UserError
-from lalm.training.divergence import check_loss, check_norm, check_weights
+from lalm.training.divergence import check_learned, check_loss, check_norm, check_weights, root_mean_square
 from tests.training.conftest import TINY_MODELS
 from tests.training.sts import tiny_models as sts_tiny
 
@@ -30,6 +30,36 @@ def test_a_learning_rate_far_too_high_is_an_error(tiny_run, tmp_path, model_type
     assert not (tmp_path / "run" / "eval_results.json").exists()
     for path in (tmp_path / "run").rglob("model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
+
+
+@pytest.mark.parametrize(
+    ("rate", "flags", "message"),
+    [
+        ("1e30", ("--warmup_steps", "1"), "after step 2 the root mean square of the weights is .*, and they are not"),
+        ("1", (), "the loss of the trained model is .*, that of a guess among 300 tokens 5.7"),
+    ],
+)
+def test_a_diverged_run_whose_numbers_stay_finite(tiny_run, tmp_path, rate, flags, message):
+    with pytest.raises(UserError, match=message):
+        tiny_run(*TRAIN, "--learning_rate", rate, "--max_steps", "2", *flags, model_type="lalm_gla")
+    assert not (tmp_path / "run" / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "losses"),
+    [(5.9, [5.8, 5.7]), (9.0, [5.7, 0.01]), (14.0, [14.2, 13.6]), (5.7, [])],
+    ids=["short", "overfitted", "strange text", "nothing logged"],
+)
+def test_what_has_not_diverged(loss, losses):
+    check_learned(loss, 300, [{"loss": value, "step": 1} for value in losses] + [{"train_loss": 5.7}])
+
+
+def test_frozen_and_empty_weights_have_no_size():
+    model = nn.ParameterList([torch.full((3,), 1e30), torch.empty(0)])
+    assert root_mean_square(model) == pytest.approx(1e30)
+    model[0].requires_grad_(False)
+    assert root_mean_square(model) == 0
+    check_weights(model, 1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -88,9 +118,10 @@ def test_what_is_finite_passes():
             check_norm(norm, 4)
 
 
-def test_a_stage_of_run_sts_that_diverges(sts_world):
+@pytest.mark.parametrize("flags", [("--learning_rate", "1e30"), ("--learning_rate", "1e10", "--max_steps", "1")])
+def test_a_stage_of_run_sts_that_diverges(sts_world, flags):
     with pytest.raises(UserError, match="the training has diverged"):
-        sts_world.run("distill", "--learning_rate", "1e30", "--warmup_steps", "0", output="diverged")
+        sts_world.run("distill", "--warmup_steps", "0", "--start_over", *flags, output="diverged")
     assert not (sts_world.folder / "diverged" / "train_results.json").exists()
     for path in (sts_world.folder / "diverged").rglob("*.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path

@@ -160,6 +160,7 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
     adam_beta2: float = _option(0.95, "Second beta of AdamW.")
     num_train_epochs: float = _option(1.0, "Passes over the training text.")
     logging_steps: float = _option(10, "Log every so many steps.")
+    logging_first_step: bool = _option(True, "Log the first step too: what the loss is at the start.")
     save_total_limit: int | None = _option(2, "Checkpoints kept.")
     include_num_input_tokens_seen: str = _option("all", "Count the tokens seen: all, non_padding or no.")
     remove_unused_columns: bool = _option(False, "Not used: the collator makes exactly what the model takes.")

@@ -245,6 +245,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     per_device_eval_batch_size: int = _option(64, "Texts in a batch of the evaluation.")
     num_train_epochs: float = _option(1.0, "Passes over the training data.")
     logging_steps: float = _option(10, "Log every so many steps.")
+    logging_first_step: bool = _option(True, "Log the first step too: what the loss is at the start.")
     eval_strategy: str = _option("steps", "When dev is scored: steps, epoch or no.")
     eval_steps: float | None = _option(0.1, "Score dev every so many steps, or below 1 their share of all steps.")
     eval_on_start: bool = _option(True, "Score dev before the first step too.")
