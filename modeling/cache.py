@@ -105,6 +105,10 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
 
+    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+        """`conv_states` or `recurrent_states` number `index`, None where it has seen no token."""
+        return getattr(self, kind)[index] if self.is_written[kind][index] else None
+
     def _replace(
         self, states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor, given_away: bool
     ) -> torch.Tensor:
@@ -220,7 +224,7 @@ def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: in
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return getattr(layer, kind)[state_idx] if layer.is_written[kind][state_idx] else None
+    return layer.previous(kind, state_idx)
 
 
 def record(

@@ -152,9 +152,9 @@ class LocalGlobalMixer(nn.Module):
         return o
 
     def _recall(self, cache: Any) -> EfficientState | None:
-        published, pending, filled = (
-            previous_state(cache, self.layer_idx, "recurrent_states", number) for number in _GLOBAL
-        )
+        numbers = _GLOBAL if self.config.blindspot_size > 1 else _GLOBAL[:1]  # as many as are ever written
+        states = [previous_state(cache, self.layer_idx, "recurrent_states", number) for number in numbers]
+        published, pending, filled = (*states, None, None)[:3]
         if published is None:
             return None
         shape = (-1, self.num_global, -1, -1)

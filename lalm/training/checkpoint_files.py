@@ -1,19 +1,34 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Whether the files of a Trainer checkpoint are whole: checksums of our own, and what the formats tell."""
+"""The files of a Trainer checkpoint: whether they are whole, and what they hold, in the layout of any engine."""
 
 import json
+import tempfile
 import zipfile
 import zlib
+from enum import Enum
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import TrainerCallback
 
 from lalm.training.results import read_json, write_json
 
 CHECKSUMS = "checksums.json"
 PIECE = 1 << 24
-# accelerate's names: a file or a folder of FSDP, a folder of DeepSpeed
-SHARDED = ("pytorch_model_fsdp*", "global_step*")
+# accelerate's names: a file each under FULL_STATE_DICT, a folder each under SHARDED_STATE_DICT
+FULL = ("pytorch_model_fsdp.bin", "optimizer.bin")
+SHARDED = ("pytorch_model_fsdp_0", "optimizer_0")
+
+
+class Layout(Enum):
+    """How a checkpoint stores weights and optimizer."""
+
+    PLAIN = "one process or DDP"
+    FSDP_FULL = "FSDP with FULL_STATE_DICT"
+    FSDP_SHARDED = "FSDP with SHARDED_STATE_DICT"
+    DEEPSPEED = "DeepSpeed"
 
 
 class NotResumableError(ValueError):
@@ -106,9 +121,37 @@ def check_contents(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         if not is_json(path):
             raise ValueError(f"{path.name} is damaged")
-    for path in [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")]:
+    archives = [folder / name for name in ("optimizer.pt", "scheduler.pt", *FULL)]
+    for path in [*archives, *folder.glob("rng_state*.pth")]:
         if path.is_file() and not is_whole_archive(path):
             raise ValueError(f"{path.name} is damaged")
+
+
+def layout_of(folder: Path) -> Layout:
+    """Tell which engine saved a checkpoint."""
+    if any(folder.glob("global_step*")):
+        return Layout.DEEPSPEED
+    if any((folder / name).is_dir() for name in SHARDED):
+        return Layout.FSDP_SHARDED
+    return Layout.FSDP_FULL if any((folder / name).is_file() for name in FULL) else Layout.PLAIN
+
+
+def check_layout(folder: Path, layout: Layout) -> None:
+    """Raise ValueError or OSError that says what of the weights and of the optimizer is missing or cut off."""
+    if layout is Layout.PLAIN:
+        check_weights(folder)
+        if not any(folder.glob("rng_state*.pth")) and not any(
+            (folder / name).exists() for name in ("optimizer.pt", "scheduler.pt")
+        ):
+            raise NotResumableError("it was saved with --save_only_model and has no optimizer to go on with")
+        check_archive(folder / "optimizer.pt")
+    elif layout is Layout.FSDP_FULL:
+        for name in FULL:
+            check_archive(folder / name)
+    elif layout is Layout.FSDP_SHARDED:
+        for name in SHARDED:
+            if not (folder / name / ".metadata").is_file() or not any((folder / name).glob("*.distcp")):
+                raise ValueError(f"{name} is missing or has lost files")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -120,14 +163,9 @@ def check_checkpoint(folder: Path) -> None:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     if "global_step" not in state:
         raise ValueError("trainer_state.json has no global_step")
-    is_sharded = any(any(folder.glob(pattern)) for pattern in SHARDED)
-    states = list(folder.glob("rng_state*.pth"))
-    if not is_sharded:
-        check_weights(folder)
-        if not (states or (folder / "optimizer.pt").exists() or (folder / "scheduler.pt").exists()):
-            raise NotResumableError("it was saved with --save_only_model and has no optimizer to go on with")
-        check_archive(folder / "optimizer.pt")
+    check_layout(folder, layout_of(folder))
     check_archive(folder / "scheduler.pt")
+    states = list(folder.glob("rng_state*.pth"))
     if not states:
         raise ValueError("rng_state.pth is missing")
     for path in states:
@@ -136,3 +174,45 @@ def check_checkpoint(folder: Path) -> None:
         check_checksums(folder, checksums)
     else:
         check_contents(folder)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of a checkpoint by name, whatever its layout (not DeepSpeed's)."""
+    layout = layout_of(folder)
+    if layout is Layout.FSDP_FULL:
+        return torch.load(folder / FULL[0], map_location="cpu", weights_only=True)
+    if layout is Layout.FSDP_SHARDED:
+        return read_shards(folder / SHARDED[0])["model"]
+    index = read_json(folder / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    return {key: value for name in names for key, value in load_file(folder / name).items()}
+
+
+def read_optimizer(folder: Path, names: list[str]) -> dict:
+    """Return the whole state of a checkpoint's optimizer, by the names of the weights.
+
+    Args:
+        names: those of the weights in the order of the optimizer, which a plain checkpoint counts.
+
+    Raises:
+        ValueError: the optimizer of the checkpoint has another number of weights.
+    """
+    layout = layout_of(folder)
+    if layout is Layout.FSDP_FULL:
+        return torch.load(folder / FULL[1], map_location="cpu", weights_only=True)
+    if layout is Layout.FSDP_SHARDED:
+        return read_shards(folder / SHARDED[1])["optimizer"]
+    found = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    count = sum(len(group["params"]) for group in found["param_groups"])
+    if count != len(names):
+        raise ValueError(f"the optimizer of {folder} has {count} weights, this run's has {len(names)}")
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in found["param_groups"]]
+    return {"state": {names[i]: state for i, state in found["state"].items()}, "param_groups": groups}
+
+
+def read_shards(folder: Path) -> dict:
+    """Return what the shards of torch.distributed.checkpoint in a folder make together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole.pt"
+        dcp_to_torch_save(folder, whole)
+        return torch.load(whole, map_location="cpu", weights_only=True)

@@ -4,17 +4,20 @@
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from transformers import Trainer
 
 from lalm.errors import UserError, is_disk_full, one_line
 from lalm.training.argument_checks import schedule_options
 from lalm.training.callbacks import ThroughputCallback
-from lalm.training.checkpoint_files import ChecksumCallback
+from lalm.training.checkpoint_files import ChecksumCallback, Layout, layout_of, read_optimizer, read_weights
 from lalm.training.checkpoints import is_finished
 from lalm.training.divergence import check_loss, check_norm, check_weights
 from lalm.training.hub_push import push_failed
@@ -22,6 +25,7 @@ from lalm.training.hub_push import push_failed
 logger = logging.getLogger(__name__)
 
 STAGING = ".saving"
+WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing of FSDP puts into names
 
 if TYPE_CHECKING:
 
@@ -65,6 +69,11 @@ class RunTrainer(_Base):
         """As in Trainer; in the middle of a training the weights are looked at first."""
         if self.is_in_train and self.state.global_step:
             check_weights(cast(nn.Module, self.model), self.state.global_step)
+        if self.is_fsdp_enabled and self.optimizer is None:
+            # without a training before, the stock Trainer would shard the model alone, which accelerate refuses
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs, start_time=None):
@@ -84,10 +93,15 @@ class RunTrainer(_Base):
         target = Path(output_dir or self.args.folder)
         if target.resolve() != self.args.folder.resolve():
             super().save_model(str(target), _internal_call=True)
+            if self.layout is Layout.FSDP_SHARDED and self.args.should_save:
+                self._save_beside_shards(target)
             return
         staging = target / STAGING
         try:
-            super().save_model(str(staging), _internal_call=True)
+            if self.layout is Layout.FSDP_SHARDED:  # of which the stock one saves nothing outside of checkpoints
+                self._save(str(staging), state_dict=self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 move_files(staging, target)
         finally:
@@ -96,6 +110,68 @@ class RunTrainer(_Base):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_beside_shards(self, checkpoint: Path) -> None:
+        # the stock Trainer writes the shards alone: a resumed run needs the tokenizer, a reader the configuration
+        for part in (cast(Any, self.model).config, self.processing_class):
+            if part is not None:
+                part.save_pretrained(checkpoint)
+
+    @property
+    def layout(self) -> Layout:
+        """How this run stores weights and optimizer in a checkpoint."""
+        if self.is_deepspeed_enabled:
+            return Layout.DEEPSPEED
+        if not self.is_fsdp_enabled:
+            return Layout.PLAIN
+        is_sharded = "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return Layout.FSDP_SHARDED if is_sharded else Layout.FSDP_FULL
+
+    def _can_read(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is of this run's layout, which the stock Trainer reads; if not, all of it is read and
+        every process takes its part.
+
+        Raises:
+            UserError: one of the two is DeepSpeed's, which reads its own only.
+        """
+        saved = layout_of(Path(checkpoint))
+        if saved is not self.layout and Layout.DEEPSPEED in (saved, self.layout):
+            raise UserError(
+                f"{checkpoint} was saved by {saved.value} and this run uses {self.layout.value}: resume it as it was "
+                f"saved, or train on from its model with --model_name_or_path and another folder"
+            )
+        return saved is self.layout
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._can_read(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = cast(nn.Module, self.model if model is None else model)
+        reads = not self.is_fsdp_enabled or self.is_world_process_zero()
+        weights = read_weights(Path(resume_from_checkpoint)) if reads else {}
+        for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+            if source in weights:  # stored once in a plain checkpoint
+                weights.setdefault(target, weights[source])
+        set_model_state_dict(model, weights, options=self._whole)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._can_read(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        model, optimizer, folder = cast(nn.Module, self.model), cast(torch.optim.Optimizer, self.optimizer), checkpoint
+        known = {weight: name.replace(WRAPPED, "") for name, weight in model.named_parameters()}
+        names = [known[weight] for group in optimizer.param_groups for weight in group["params"]]
+        reads = not self.is_fsdp_enabled or self.is_world_process_zero()
+        state = read_optimizer(Path(folder), names) if reads else {}
+        set_optimizer_state_dict(model, optimizer, state, options=self._whole)
+        schedule = torch.load(Path(folder) / "scheduler.pt", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is loaded before a first step of the optimizer
+            cast(Any, self.lr_scheduler).load_state_dict(schedule)
+
+    @property
+    def _whole(self) -> StateDictOptions:
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.is_fsdp_enabled)
 
     def push_to_hub(self, *args, **kwargs):
         """As in Trainer.

@@ -2,18 +2,13 @@
 in run_clm.py."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.engines import TRAINED
+from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-bfloat16": 2}
 
 
@@ -23,13 +18,7 @@ def results(tmp_path_factory):
     found, folder = {}, tmp_path_factory.mktemp("engines")
     for engine, processes in RUNS.items():
         output = folder / f"{engine}.json"
-        launch = ["torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
-        launch += ["--rdzv_endpoint", "localhost:0", "-m", "tests.distributed.engines", engine, str(output)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", *launch], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(processes, "tests.distributed.engines", engine, str(output))
         found[engine] = json.loads(output.read_text())
     return found
 

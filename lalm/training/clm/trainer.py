@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable, Sized
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerState
 
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
+from lalm.training.checkpoint_files import Layout, layout_of, read_weights
 from lalm.training.clm.arguments import ClmTrainingArguments
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
@@ -89,5 +91,13 @@ class ClmTrainer(RunTrainer, Trainer):
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         source = best if best and os.path.isdir(best) else checkpoint
+        if layout_of(Path(source)) is Layout.DEEPSPEED:
+            raise UserError(
+                f"{source} is the end of the training, in DeepSpeed's layout: its model is not read again; "
+                f"train in another folder, or delete it with --start_over"
+            )
         model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(type(model).from_pretrained(source).state_dict())
+        weights = read_weights(Path(source))
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) - set(getattr(model, "all_tied_weights_keys", {})):
+            raise UserError(f"{source} is of another model")

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.torch import save_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
@@ -139,7 +140,9 @@ def as_sentence_transformer(student: LamModel, teacher: SentenceTransformer, max
     tokenizer = copy.deepcopy(teacher.tokenizer)
     tokenizer.model_max_length = min(student.config.max_position_embeddings, max_length)
     with tempfile.TemporaryDirectory() as folder:
-        student.save_pretrained(folder)
+        # each process its own: save_pretrained writes weights on the first only
+        student.config.save_pretrained(folder)
+        save_model(student, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
         module = Transformer(folder)
     cast(Any, module).auto_model.config._name_or_path = ""

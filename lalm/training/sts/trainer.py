@@ -94,6 +94,8 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
         return {name: weight for name, weight in named if weight.requires_grad and id(weight) not in ours}
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:  # sentence-transformers would let every process write the same files
+            return
         super()._save(output_dir, state_dict)
         if weights := self.loss_weights():
             tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}

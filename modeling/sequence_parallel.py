@@ -1,0 +1,230 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Sequence parallelism: every process of a group runs the whole model over its own slice of the tokens.
+
+What a layer remembers after its slice (recurrent state, last inputs of a convolution, window of local heads) goes to
+the process with the next slice, in place of what a cache would hold, and its gradient comes back in the backward pass.
+One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
+process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+from torch.autograd.function import once_differentiable
+from transformers import DynamicCache
+from transformers.utils import ModelOutput
+
+from lalm.modeling.cache import RecurrentLayer
+from lalm.modeling.model_inputs import build_layout, current_mask, positions
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+_KINDS = {"conv_states": 0, "recurrent_states": 1}
+_HEADER = 10  # whether a gradient comes back, the dtype, the number of axes, and up to seven sizes
+
+
+class _Neighbours:
+    """The processes with the slices before and after: sends that do not wait, receives that do."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        self.ends: list[torch.Tensor] = []  # zeros that tie every message to the loss, so that its gradient is sent
+        self.sent: list[tuple[Any, torch.Tensor]] = []
+
+    def _peer(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> None:
+        tensor = tensor.detach().contiguous()
+        self.sent.append((dist.isend(tensor, self._peer(rank), group=self.group, tag=tag), tensor))
+
+    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> torch.Tensor:
+        dist.recv(tensor, self._peer(rank), group=self.group, tag=tag)
+        return tensor
+
+    def finish(self) -> None:
+        """Wait until everything that was sent has arrived."""
+        while self.sent:
+            self.sent.pop()[0].wait()
+
+    def hand_on(self, state: torch.Tensor, tag: int) -> None:
+        """Give a state to the process with the next slice."""
+        if self.rank == self.size - 1:
+            return
+        returns = torch.is_grad_enabled() and state.requires_grad
+        header = [int(returns), _DTYPES.index(state.dtype), state.ndim, *state.shape]
+        header += [0] * (_HEADER - len(header))
+        self.send(torch.tensor(header, dtype=torch.int64, device=self.device), self.rank + 1, 2 * tag)
+        if returns:
+            self.ends.append(_HandOn.apply(state, self, tag))
+        else:
+            self.send(state, self.rank + 1, 2 * tag + 1)
+
+    def take_over(self, tag: int) -> torch.Tensor:
+        """The state that the process with the slice before hands on."""
+        header = torch.empty(_HEADER, dtype=torch.int64, device=self.device)
+        returns, dtype, ndim, *sizes = self.receive(header, self.rank - 1, 2 * tag).tolist()
+        state = torch.empty(sizes[:ndim], dtype=_DTYPES[dtype], device=self.device)
+        if not returns:
+            return self.receive(state, self.rank - 1, 2 * tag + 1)
+        state, end = _TakeOver.apply(self.anchor, state, self, tag)
+        self.ends.append(end)
+        return state
+
+
+class _HandOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: torch.Tensor, neighbours: _Neighbours, tag: int) -> torch.Tensor:
+        ctx.neighbours, ctx.tag, ctx.like = neighbours, tag, torch.empty_like(state, device="meta")
+        neighbours.send(state, neighbours.rank + 1, 2 * tag + 1)
+        return state.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _):
+        gradient = torch.empty(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.neighbours.device)
+        return ctx.neighbours.receive(gradient, ctx.neighbours.rank + 1, 2 * ctx.tag + 1), None, None
+
+
+class _TakeOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, state: torch.Tensor, neighbours: _Neighbours, tag: int):
+        ctx.neighbours, ctx.tag = neighbours, tag
+        ctx.mark_dirty(state)
+        return neighbours.receive(state, neighbours.rank - 1, 2 * tag + 1), anchor.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _):
+        neighbours = ctx.neighbours
+        if not neighbours.sent:
+            Variable._execution_engine.queue_callback(neighbours.finish)
+        neighbours.send(gradient, neighbours.rank - 1, 2 * ctx.tag + 1)
+        return None, None, None, None
+
+
+class _SliceLayer(RecurrentLayer):
+    """The cache of one layer whose past lies in the process before, and whose states go to the one after.
+
+    Args:
+        continues: bool `[B]`, rows whose first document in this slice began in an earlier one; None for all of them.
+    """
+
+    _layer_type = None  # type: ignore[assignment]  # else the stock caches would take this class for RecurrentLayer
+
+    def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
+        super().__init__()
+        self.neighbours, self.layer_idx, self.continues = neighbours, layer_idx, continues
+        self.has_previous_state[0] = True  # not a first forward: positions that start again mean nothing by themselves
+
+    def _tag(self, kind: str, index: int) -> int:
+        return (self.layer_idx * len(_KINDS) + _KINDS[kind]) * len(self.has_previous_state) + index
+
+    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+        if self.neighbours.rank == 0:
+            return None
+        state = self.neighbours.take_over(self._tag(kind, index))
+        if self.continues is None:
+            return state
+        return torch.where(self.continues.view(-1, *[1] * (state.ndim - 1)), state, torch.zeros_like(state))
+
+    def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int, given_away: bool) -> torch.Tensor:
+        self.neighbours.hand_on(value, self._tag(kind, index))
+        return value
+
+
+def sequence_parallel(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> ModelOutput:
+    """Run a causal model over this process's slice of the tokens: `T // P` of them, the first slice in rank 0.
+
+    Every process of the group passes the same whole batch and calls backward() if one does. The mean of the losses of
+    all processes is the loss of the whole batch, and so is the mean of their gradients its gradient: what DDP and FSDP
+    over the same group make of them. Sum over tokens, not mean over slices: unequal numbers of labels are right.
+
+    Args:
+        model: a causal model of lalm whose layers are all recurrent, or what DDP makes of one.
+        input_ids: `[B, T]`, T at least the number of processes.
+        group: the processes that share the sequence; None for all.
+        attention_mask, position_ids, seq_idx: `[B, T]`, as `LalmModel.forward` takes them: padding anywhere, packed
+            documents in either form.
+        labels: `[B, T]`, unshifted; the label of a slice's last token is the first token of the next slice.
+        num_items_in_batch: divide the loss by this instead of the number of labels that count.
+        kwargs: for the model.
+
+    Returns:
+        the model's output for the tokens of this slice.
+
+    Raises:
+        ValueError: a softmax layer, a model that reads both sides, activation checkpointing, or too few tokens.
+    """
+    config = getattr(model, "module", model).config
+    _check(model, config, input_ids, dist.get_world_size(group))
+    neighbours = _Neighbours(group, input_ids.device)
+    batch, length = input_ids.shape
+    start, stop = (length * rank // neighbours.size for rank in (neighbours.rank, neighbours.rank + 1))
+    mask = current_mask(attention_mask, batch, length, 0)
+    layout = build_layout(mask, position_ids, seq_idx, None, (batch, length), fresh=True)
+    documents, continues = layout.document_ids(), None
+    if documents is not None:
+        continues = documents[:, start] == documents[:, start - 1] if start else None
+        kwargs["seq_idx"] = documents[:, start:stop]
+    if position_ids is None:
+        position_ids = positions(layout, None, 0, input_ids)
+    if mask is not None:
+        kwargs["attention_mask"] = mask[:, start:stop]
+    if labels is not None:
+        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        kwargs |= {"labels": labels[:, start:stop], "shift_labels": shifted[:, start:stop].contiguous()}
+        kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / neighbours.size
+    cache = DynamicCache(config=config)
+    cache.layers = [_SliceLayer(neighbours, i, continues) for i in range(config.num_hidden_layers)]
+    output = model(
+        input_ids=input_ids[:, start:stop],
+        position_ids=position_ids.expand(batch, -1)[:, start:stop],
+        past_key_values=cache,
+        **kwargs,
+    )
+    neighbours.finish()
+    name = next(name for name in ("loss", "logits", "last_hidden_state") if output.get(name) is not None)
+    if neighbours.ends:
+        output[name] = output[name] + torch.stack(neighbours.ends).sum().to(output[name].dtype)
+    output["past_key_values"] = None
+    return output
+
+
+def _check(model: nn.Module, config: Any, input_ids: torch.Tensor, size: int) -> None:
+    if not config.is_causal:
+        raise ValueError("Sequence parallelism needs is_causal=True: an encoder reads the whole sequence at once.")
+    if others := set(config.layer_types) - {RecurrentLayer._layer_type}:
+        raise ValueError(
+            f"Sequence parallelism hands on states, and {', '.join(sorted(others))} layers have keys and values: use a "
+            "model without softmax layers, or shard the batch (DDP) or the weights (FSDP) instead."
+        )
+    if input_ids.shape[1] < size:
+        raise ValueError(f"{input_ids.shape[1]} tokens cannot be shared by {size} processes: each needs one.")
+    layers = (module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
+    if model.training and any(layer.gradient_checkpointing for layer in layers):
+        raise ValueError(
+            "Activation checkpointing would run a layer, and send its states, twice: switch it off "
+            "(gradient_checkpointing_disable()); each process keeps the activations of its own slice only."
+        )
+
+
+__all__ = ["sequence_parallel"]

@@ -1,0 +1,84 @@
+"""Run by `torch.distributed.run`: every recurrent row by sequence parallelism against one process, to a JSON file.
+
+Usage: python -m torch.distributed.run --nproc_per_node N -m tests.distributed.sequences OUTPUT.json
+"""
+
+import json
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from lalm.modeling.sequence_parallel import sequence_parallel
+from tests.variants import ROWS
+
+RECURRENT = [row for row in ROWS if row.is_recurrent]
+LENGTH, BATCH = 23, 3  # slices of 5 or 6 tokens, of 11 or 12
+
+
+def inputs(kind: str) -> dict:
+    """A whole batch: plain, with padding anywhere (a whole slice too), or packed documents, some starting a slice."""
+    source = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 61, (BATCH, LENGTH), generator=source)
+    given = {"input_ids": ids, "labels": ids.clone()}
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    if "padding" in kind:
+        mask[0, :7] = mask[1, 15:] = 0
+        mask[2, 3:5] = mask[2, 9:13] = 0
+        after_padding = torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0  # read at padding: unspecified
+        given |= {"attention_mask": mask, "labels": ids.masked_fill((mask == 0) | after_padding, -100)}
+    if "documents" in kind:
+        starts = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        for row, places in enumerate([[5, 11, 17], [11, 12, 20], [2, 6, 22]]):
+            starts[row, places] = 1
+        given["seq_idx"] = starts.cumsum(1)
+    return given
+
+
+def gradients(model) -> dict:
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def distances(row, kind) -> dict:
+    """Relative errors of logits, loss and gradients."""
+    rank, size, given = dist.get_rank(), dist.get_world_size(), inputs(kind)
+    model, other = row.build().train(), row.build().train()
+    wanted = other(**given)
+    wanted.loss.backward()
+    output = sequence_parallel(model, **given)
+    output.loss.backward()
+    loss = output.loss.detach() / size
+    dist.all_reduce(loss)
+    own = slice(LENGTH * rank // size, LENGTH * (rank + 1) // size)
+    real = given.get("attention_mask", torch.ones(BATCH, LENGTH))[:, own] != 0
+    logits = (output.logits - wanted.logits[:, own])[real].abs().max() if real.any() else torch.zeros(())
+    dist.all_reduce(logits, dist.ReduceOp.MAX)
+    found, expected = gradients(model), gradients(other)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    errors, largest = {}, max(x.abs().max() for x in expected.values())
+    for name, gradient in found.items():
+        dist.all_reduce(gradient)
+        off = (gradient / size - expected[name]).abs().max()
+        errors[name] = (off / expected[name].abs().max().clamp_min(1e-3 * largest)).item()
+    return errors | {"loss": abs(loss / wanted.loss - 1).item(), "logits": logits.item()}
+
+
+def main(output: str) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    found = {}
+    for row in RECURRENT:
+        for kind in ("plain", "padding", "documents", "padding and documents"):
+            try:
+                found[f"{row.name}, {kind}"] = distances(row, kind)
+            except ValueError:
+                found[f"{row.name}, {kind}"] = traceback.format_exc()
+    if dist.get_rank() == 0:
+        with open(output, "w") as file:
+            json.dump(found, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
