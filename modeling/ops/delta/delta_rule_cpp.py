@@ -3,7 +3,7 @@
 
 `cpp_delta` and `cpp_dual` are the float32 forms of `recurrent_delta` and `recurrent_dual`, in blocks of tokens that
 stay in the caches of a core. Time and memory grow linearly; for the backward pass they keep the inputs and a state
-every `_SEGMENT` tokens.
+every `SEGMENT` tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
-_SEGMENT = 256
+SEGMENT = 256
 _GATES = ("decay", "beta", "read", "coupling")
 
 
@@ -38,7 +38,7 @@ class _Inputs(ctypes.Structure):
     ]
 
 
-class _Gradients(ctypes.Structure):
+class Gradients(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
 
 
@@ -71,13 +71,13 @@ class _CppDeltaRule(torch.autograd.Function):
         q, _, v, _, beta, *_, skip, _ = tensors
         ctx.kernel, ctx.scale, ctx.eps, ctx.delta = kernel, scale, eps, delta
         ctx.set_materialize_grads(False)
-        o = _fresh(v, skip)
+        o = fresh(v, skip)
         batch, length, heads, value_size = v.shape
         sizes = (beta.shape[-1], q.shape[-1], value_size)
         final = v.new_empty(batch, heads, *sizes) if wants_state else None
         kept = None  # the states that enter segments
         if any(ctx.needs_input_grad):
-            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // _SEGMENT, *sizes)
+            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
         for direction, inputs in enumerate(_directions(scale, eps, *tensors)):
             to = None if kept is None else pointer(kept[direction])
             kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
@@ -89,7 +89,7 @@ class _CppDeltaRule(torch.autograd.Function):
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[7], saved[8]
-        found = [None if x is None else _fresh(x, skip) for x in saved[:7]]
+        found = [None if x is None else fresh(x, skip) for x in saved[:7]]
         d_state = None  # in, that of the final state; out, that of the initial one
         if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
@@ -98,7 +98,7 @@ class _CppDeltaRule(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         for direction, inputs in enumerate(_directions(ctx.scale, ctx.eps, *saved)):
             gates = (None if x is None else x[direction] for x in found[3:])
-            gradients = _Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
+            gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
             ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
         return None, None, None, None, None, *found, None if state is None else d_state, None, None
 
@@ -113,7 +113,7 @@ def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | Non
     return (q, k) if shared == 1 else tuple(x.repeat_interleave(shared, dim=2) for x in (q, k))
 
 
-def _fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+def fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     """Memory for what a kernel writes; it leaves out padded tokens."""
     return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
 
@@ -125,14 +125,20 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if together else x.contiguous()
 
 
+def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs:
+    """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
+    q, k, v = tensors[:3]
+    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads())
+    strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
+    return _Inputs(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
+
+
 def _directions(scale, eps, q, k, v, decay, beta, read, coupling, state, skip, starts):
-    """The arguments of the kernels for each pass; valid while the tensors live."""
+    """The arguments for each pass over the tokens."""
     for direction in range(beta.shape[0]):
         gates = (None if x is None else x[direction] for x in (decay, beta, read, coupling))
         tensors = (q, k, v, *gates, state, skip, None if starts is None else starts[direction])
-        sizes = (*v.shape[:3], q.shape[2], direction, torch.get_num_threads())
-        strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
-        yield _Inputs(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
+        yield arguments(tensors, scale, eps, direction)
 
 
 @cache
@@ -140,7 +146,7 @@ def delta_kernel(key_size: int, value_size: int, memories: int = 1, use_delta_ru
     """The kernel for heads of these sizes; None for more than 4 memories."""
     if memories > 4:
         return None
-    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
+    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": SEGMENT}
     sizes["DELTA"] = int(use_delta_rule)
     return HeadKernel("delta_rule", key_size * value_size * memories, tuple(sizes.items()))
 
