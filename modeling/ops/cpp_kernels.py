@@ -35,7 +35,7 @@ from lalm.modeling.ops.sequence_layout import SequenceLayout
 logger = logging.get_logger("transformers.lalm")
 
 # -O2 compiles these faster, and they run as fast as with -O3.
-_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
+_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2", "delta_channels": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())

@@ -360,10 +360,10 @@ def activation_kernel(
     return _elementwise("activation", x, factor, ACT=number, GATED=int(factor is not None))
 
 
-def short_conv_kernel(parts, weight: torch.Tensor, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]`, None for plain torch."""
+def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
+    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`, None for plain torch."""
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
-    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, *parts, **sizes)
+    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
 def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:

@@ -32,7 +32,12 @@ class Call(NamedTuple):
 
 
 def run_rule(
-    core: Callable, tensors: tuple, call: Call, state_shape: tuple[int, ...], both_directions: Callable
+    core: Callable,
+    tensors: tuple,
+    call: Call,
+    state_shape: tuple[int, ...],
+    both_directions: Callable,
+    shares_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op of a rule.
 
@@ -41,6 +46,7 @@ def run_rule(
         tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates.
         state_shape: of the state of one batch element.
         both_directions: what makes of the core one that reads both ways, for `causal=False`.
+        shares_heads: whether the core takes q and k with fewer heads than v.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state or None.
@@ -49,14 +55,14 @@ def run_rule(
         ValueError: a shape does not fit; the message names the argument.
     """
     q, k, v = tensors[:3]
-    check_shapes(q, k, v, call.layout)
+    check_shapes(q, k, v, call.layout, shares_heads)
     if call.cu_seqlens is not None:
         if call.layout is not None:
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the boundaries.")
 
         def one_batch(*tensors, initial_state=None, output_final_state=False, layout=None):
             own = Call(call.scale, initial_state, output_final_state, None, layout, call.causal)
-            return run_rule(core, tensors, own, state_shape, both_directions)
+            return run_rule(core, tensors, own, state_shape, both_directions, shares_heads)
 
         return per_document(one_batch, tensors, call.cu_seqlens, call.initial_state, call.output_final_state)
     if not call.causal:

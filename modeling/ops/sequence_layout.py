@@ -165,15 +165,28 @@ def _each(function: Callable, *states: Any) -> Any:
     return None if states[0] is None else function(*states)
 
 
-def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout | None = None) -> None:
-    """Raise ValueError unless q, k are `[B, T, H, K]`, v is `[B, T, H, V]` and the layout is `[B, T]`."""
+def check_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout | None = None,
+    shares_heads: bool = False,
+) -> None:
+    """Raise ValueError unless q, k are `[B, T, H, K]`, v is `[B, T, H, V]` and the layout is `[B, T]`. With
+    `shares_heads`, v may have a multiple of the heads of q."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q, k and v must be [B, T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q [B, T, H, K] = {tuple(q.shape)}, got {tuple(k.shape)}.")
-    if v.shape[:3] != q.shape[:3]:
+    if shares_heads and v.shape[:2] == q.shape[:2] and v.shape[2] != q.shape[2]:
+        if q.shape[2] == 0 or v.shape[2] % q.shape[2]:
+            raise ValueError(
+                f"v must have a multiple of the {q.shape[2]} heads of q, [B, T, H, V] with H % {q.shape[2]} == 0, got "
+                f"{tuple(v.shape)}."
+            )
+    elif v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {tuple(q.shape[:3])}, got {tuple(v.shape)}.")
     if q.shape[1] == 0:
         raise ValueError("q, k and v hold no token (T = 0); pass at least one.")

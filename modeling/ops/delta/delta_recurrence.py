@@ -29,7 +29,8 @@ from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_docume
 
 
 def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Definition, by tokens: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g, beta `[B, T, H]` -> o, S `[B, H, K, V]`."""
+    """Definition, by tokens: q, k `[B, T, H, K]`, v `[B, T, H, V]`, beta `[B, T, H]`, g None, `[B, T, H]` or, one for
+    each row of the state, `[B, T, H, K]` -> o, S `[B, H, K, V]`."""
     dtype = compute_dtype(q, k, v, g, beta)
     q, k, v, g, beta = layout.freeze(q, k, v, g, beta)
     q, k, v, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
@@ -43,7 +44,8 @@ def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tenso
         if starts_BT is not None:
             state_BHKV = state_BHKV.masked_fill(starts_BT[:, t, None, None, None], 0)
         if g is not None:
-            state_BHKV = state_BHKV * g[:, t, :, None, None].to(dtype).exp()
+            decay = g[:, t, :, None, None] if g.ndim == 3 else g[:, t, ..., None]
+            state_BHKV = state_BHKV * decay.to(dtype).exp()
         correction_BHV = beta[:, t, :, None] * (v[:, t] - (state_BHKV * k_BHK1).sum(-2))
         state_BHKV = state_BHKV + k_BHK1 * correction_BHV[:, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))

@@ -15,11 +15,14 @@ from functools import partial
 import torch
 
 from lalm.modeling.ops.delta.delta_recurrence import chunk_delta, recurrent_delta
-from lalm.modeling.ops.delta.delta_rule_cpp import cpp_delta, delta_kernel
+from lalm.modeling.ops.delta.delta_rule_cpp import as_taken, cpp_delta, delta_kernel
 from lalm.modeling.ops.dispatch import choose, in_form
 from lalm.modeling.ops.fla_kernels import fla_delta
 from lalm.modeling.ops.rules import Call, bidirectional_delta, check_gate, run_rule
 from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes
+
+# What fla adds to the squared length of a vector before it divides by the root.
+NORM_EPS = 1e-6
 
 
 def delta_rule(
@@ -75,34 +78,52 @@ def gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     *,
+    use_qk_l2norm_in_kernel: bool = False,
     layout: SequenceLayout | None = None,
     causal: bool = True,
     implementation: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gated delta rule: `delta_rule` with a log decay `g [B, T, H]`, at most 0, natural log. Any size is safe."""
+    """The gated delta rule: `delta_rule` with a log decay, grouped heads, and q and k normed on request.
+
+    Args:
+        q, k: `[B, T, G, K]`, G a divisor of H: each head serves H / G consecutive heads of v. The C++ kernel reads
+            them, and v, as slices of wider tokens (the output of a convolution) without copying.
+        v: `[B, T, H, V]`.
+        g: log decay `[B, T, H]`, at most 0, natural log. Any size is safe.
+        use_qk_l2norm_in_kernel: take q and k times `1 / sqrt(|x|^2 + 1e-6)`.
+
+    The other arguments, the results and the errors are those of `delta_rule`.
+    """
     call = Call(scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-    return _run("gated_delta_rule", (q, k, v, g, beta), call, implementation, chunk_size)
+    norm_eps = NORM_EPS if use_qk_l2norm_in_kernel else None
+    return _run("gated_delta_rule", (q, k, v, g, beta), call, implementation, chunk_size, norm_eps)
 
 
 def _run(
-    rule: str, tensors: tuple, call: Call, implementation: str, chunk_size: int
+    rule: str, tensors: tuple, call: Call, implementation: str, chunk_size: int, norm_eps: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v, g, beta = tensors
-    check_shapes(q, k, v)
+    shares_heads = rule == "gated_delta_rule"
+    check_shapes(q, k, v, shares_heads=shares_heads)
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
-            check_gate(name, x, q.shape[:3], "one value per token and head")
+            check_gate(name, x, v.shape[:3], "one value per token and head")
     forms: dict[str, Callable] = {
         "recurrent": recurrent_delta,
         "chunk": partial(chunk_delta, chunk_size=chunk_size),
         "fla": fla_delta,
-        "cpp": partial(cpp_delta, wants_state=call.output_final_state),
+        "cpp": partial(cpp_delta, wants_state=call.output_final_state, norm_eps=norm_eps),
     }
     keys, values = q.shape[-1], v.shape[-1]
-    core = forms[choose(rule, implementation, q, v, forms, delta_kernel(keys, values))]
-    scale = keys**-0.5 if call.scale is None else call.scale
-    return run_rule(core, tensors, call._replace(scale=scale), (q.shape[2], keys, values), bidirectional_delta)
+    form = choose(rule, implementation, q, v, forms, delta_kernel(keys, values))
+    if form != "cpp":
+        tensors = (*as_taken(q, k, v, norm_eps), v, g, beta)
+    call, state_shape = (
+        call._replace(scale=keys**-0.5 if call.scale is None else call.scale),
+        (v.shape[2], keys, values),
+    )
+    return run_rule(forms[form], tensors, call, state_shape, bidirectional_delta, shares_heads)
 
 
 recurrent_delta_rule, chunk_delta_rule = in_form(delta_rule, "recurrent"), in_form(delta_rule, "chunk")

@@ -19,8 +19,8 @@ from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 class _Inputs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "skip", "documents")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "skip", "documents")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads", "row", "token")),
     ]
 
 
@@ -31,6 +31,7 @@ def plain_short_conv(
     activation: bool,
     layout: SequenceLayout,
     state: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolve `x [B, T, D]` after `state [B, before, D]`, or after nothing; the other arguments are those of
     `cpp_short_conv`. Returns `[B, T, D]`, 0 on padding, and the next state of a causal convolution."""
@@ -50,49 +51,65 @@ def plain_short_conv(
         if segments is not None:
             neighbour = neighbour.masked_fill((own != segments[:, offset : offset + length])[..., None], 0)
         y = torch.addcmul(y, neighbour, weight[:, offset])
+    y = y if bias is None else y + bias
     state = window[:, length:]
     if segments is not None:
         state = state.masked_fill((segments[:, length:] != segments[:, -1:])[..., None], 0)
     return layout.zero_padding(layout.restore(F.silu(y) if activation else y)), state
 
 
-def _plain(ctx, weight, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
+def _plain(ctx, weight, bias, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
     mask = None if skip is None else ~skip
     order = None if mask is None else mask.int().argsort(dim=1, stable=True)
     where = SequenceLayout(mask, documents, order)
-    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where)
+    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where, bias=bias)
     return y.split([x.shape[-1] for x in parts], dim=-1)
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, before, activation, weight, skip, documents, *parts):
+    def forward(ctx, kernel, before, activation, weight, bias, skip, documents, *parts):
         ctx.kernel, ctx.before, ctx.activation = kernel, before, activation
-        ctx.save_for_backward(weight, skip, documents, *parts)
-        outputs = tuple(torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts)
-        for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, skip, documents, parts), strict=True):
+        ctx.save_for_backward(weight, bias, skip, documents, *parts)
+        outputs = tuple(_fresh(x, skip) for x in parts)
+        for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, bias, skip, documents, parts), strict=True):
             kernel.forward(inputs, pointer(y))
         return outputs
 
     @staticmethod
     @differentiable_by(_plain, constants=3)
     def backward(ctx, *gradients):
-        weight, skip, documents, *parts = ctx.saved_tensors
-        found = [torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts]
-        d_weight, inputs = torch.empty_like(weight), _ShortConv.inputs(weight, skip, documents, parts)
+        weight, bias, skip, documents, *parts = ctx.saved_tensors
+        found = [_fresh(x, skip) for x in parts]
+        d_weight, d_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+        inputs = _ShortConv.inputs(weight, bias, skip, documents, parts)
         for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
-            dy = dy.contiguous()  # under a name, which keeps it alive
-            ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]))
-        return None, None, None, d_weight, None, None, *found
+            dy, own = dy.contiguous(), None if d_bias is None else d_bias[first:]  # under names, which keep them alive
+            ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]), pointer(own))
+        return None, None, None, d_weight, d_bias, None, None, *found
 
     @staticmethod
-    def inputs(weight, skip, documents, parts):
+    def inputs(weight, bias, skip, documents, parts):
         """The arguments of the kernel for each part, and its first channel."""
         first, threads = 0, torch.get_num_threads()
         for x in parts:
-            own = weight.data_ptr() + first * weight.stride(0) * weight.element_size()
-            yield ctypes.byref(_Inputs(x.data_ptr(), own, pointer(skip), pointer(documents), *x.shape, threads)), first
+            own = [
+                None if y is None else y.data_ptr() + first * y.stride(0) * y.element_size() for y in (weight, bias)
+            ]
+            tensors = (x.data_ptr(), *own, pointer(skip), pointer(documents))
+            yield ctypes.byref(_Inputs(*tensors, *x.shape, threads, x.stride(0), x.stride(1))), first
             first += x.shape[2]
+
+
+def _fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for what the kernel writes; it leaves out padded tokens."""
+    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+
+
+def _by_channels(x: torch.Tensor) -> torch.Tensor:
+    """`x [B, T, D]` in float32 with the channels of a token together; a slice of wider tokens is taken as it is."""
+    x = x.float()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
@@ -105,21 +122,26 @@ def open_short_conv(width: int, before: int, activation: bool) -> None:
 
 
 def cpp_short_conv(
-    parts: Sequence[torch.Tensor], weight: torch.Tensor, before: int, activation: bool, layout: SequenceLayout
+    parts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    before: int,
+    activation: bool,
+    layout: SequenceLayout,
+    bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor] | None:
     """Convolve `parts` `[B, T, D_i]`, together all D channels, with `weight [D, W]`, over `before` earlier real tokens
-    of a document and later ones.
+    of a document and later ones, and add `bias [D]`. Parts may be slices of wider tokens.
 
     Returns:
         As many `[B, T, D_i]`, unspecified on padding, after a SiLU if `activation`; None where no kernel runs.
     """
-    kernel = short_conv_kernel(parts, weight, **_sizes(weight.shape[1], before, activation))
+    kernel = short_conv_kernel(parts, weight, bias, **_sizes(weight.shape[1], before, activation))
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
     with without_autocast(weight.device):
-        given = [x.float().contiguous() for x in parts]
-        tensors = (weight.float().contiguous(), skip, documents, *given)
-        outputs = call(_ShortConv, kernel, before, activation, *tensors)
+        given = [_by_channels(x) for x in parts]
+        weights = (weight.float().contiguous(), None if bias is None else bias.float().contiguous())
+        outputs = call(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]

@@ -1,5 +1,6 @@
 // Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// Depthwise convolution along the real tokens of each document, x and y [B, T, D], weight and its gradient [D, WIDTH].
+// Depthwise convolution along the real tokens of each document, y [B, T, D], weight and its gradient [D, WIDTH], bias
+// [D] (may be null). x is [B, T, D] with `row` numbers from one row of the batch to the next and `token` between tokens.
 // Compiled for one WIDTH, for BEFORE earlier tokens in a window, and for SILU (1 ends in a SiLU).
 // skip and documents [B, T] may be null; a token with skip != 0 is padding, and its y and dx stay as they are.
 
@@ -12,22 +13,24 @@ namespace {
 constexpr int64_t BLOCK = 512;  // the most channels that one task takes through all rows
 
 struct Inputs {
-  const float *x, *weight;
+  const float *x, *weight, *bias;
   const uint8_t* skip;
   const int64_t* documents;
-  int64_t batch, length, channels, threads;
+  int64_t batch, length, channels, threads, row, token;
 };
 
 alignas(64) const float ZEROS[BLOCK] = {};
 
 // The tokens of a row that are no padding, each with its document.
 struct Row {
-  std::vector<int64_t> at, document;
+  std::vector<int64_t> at, place, document;  // in [B, T] and where it begins in x
 
   Row(const Inputs& in, int64_t b) {
-    for (int64_t t = b * in.length; t < (b + 1) * in.length; ++t) {
+    for (int64_t s = 0; s < in.length; ++s) {
+      const int64_t t = b * in.length + s;
       if (in.skip && in.skip[t]) continue;
       at.push_back(t);
+      place.push_back(b * in.row + s * in.token);
       document.push_back(in.documents ? in.documents[t] : 0);
     }
   }
@@ -40,17 +43,18 @@ struct Row {
 void window(const Inputs& in, const Row& row, int64_t i, int64_t first, const float* (&seen)[WIDTH]) {
   for (int o = 0; o < WIDTH; ++o) {
     const int64_t j = i + o - BEFORE;
-    seen[o] = row.together(i, j) ? in.x + row.at[j] * in.channels + first : ZEROS;
+    seen[o] = row.together(i, j) ? in.x + row.place[j] + first : ZEROS;
   }
 }
 
 // What belongs to each channel of a block, in WIDTH rows.
 struct Weights {
-  alignas(64) float rows[WIDTH][BLOCK] = {};
+  alignas(64) float rows[WIDTH][BLOCK] = {}, bias[BLOCK] = {};
 
   void load(const Inputs& in, int64_t first, int64_t size) {
     for (int64_t c = 0; c < size; ++c)
       for (int o = 0; o < WIDTH; ++o) rows[o][c] = in.weight[(first + c) * WIDTH + o];
+    if (in.bias) std::memcpy(bias, in.bias + first, size * sizeof(float));
   }
 };
 
@@ -67,10 +71,11 @@ struct Learning {
   const float* later[WIDTH];
 };
 
-// y = sum_o weights[o] rows[o]
-inline void weigh(const Weights& weights, const float* const (&rows)[WIDTH], int64_t size, float* __restrict__ y) {
+// y = first + sum_o weights[o] rows[o]
+inline void weigh(const Weights& weights, const float* first, const float* const (&rows)[WIDTH], int64_t size,
+                  float* __restrict__ y) {
   for (int64_t c = 0; c < size; ++c) {
-    float total = 0;
+    float total = first[c];
     for (int o = 0; o < WIDTH; ++o) total += weights.rows[o][c] * rows[o][c];
     y[c] = total;
   }
@@ -100,7 +105,7 @@ void forward(const Inputs* inputs, float* y) {
       for (int64_t i = 0; i < row.count(); ++i) {
         window(in, row, i, first, seen);
         float* to = y + row.at[i] * in.channels + first;
-        weigh(weights, seen, size, SILU ? sums : to);
+        weigh(weights, weights.bias, seen, size, SILU ? sums : to);
         if (!SILU) continue;
         for (int64_t c = 0; c < size; c += LANES) {
           vec& s = *reinterpret_cast<vec*>(sums + c);
@@ -112,8 +117,8 @@ void forward(const Inputs* inputs, float* y) {
   }
 }
 
-// Writes dx and d_weight. A token's dx is ready when the last window that sees it has its gradient.
-void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight) {
+// Writes dx [B, T, D], d_weight and, if not null, d_bias. A token's dx is ready when the last window that sees it has its gradient.
+void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight, float* d_bias) {
   const Inputs in = *inputs;
   const int64_t block = block_of(in);
   constexpr int AFTER = WIDTH - 1 - BEFORE;
@@ -131,7 +136,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           float* const grad = grads[i % WIDTH];
           window(in, row, i, first, seen);
           if (SILU) {
-            weigh(weights, seen, size, grad);
+            weigh(weights, weights.bias, seen, size, grad);
             for (int64_t c = 0; c < size; c += LANES) {
               vec& s = *reinterpret_cast<vec*>(grad + c);
               const vec open = sigmoid(s);
@@ -145,6 +150,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
             float* __restrict__ to = slopes.rows[o];
             for (int64_t c = 0; c < size; ++c) to[c] += seen[o][c] * grad[c];
           }
+          for (int64_t c = 0; d_bias && c < size; ++c) slopes.bias[c] += grad[c];
         }
         const int64_t j = i - BEFORE;
         if (j < 0 || j >= row.count()) continue;
@@ -152,11 +158,12 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           const int64_t n = j + BEFORE - o;  // sees j at its place o
           later[o] = n >= j - AFTER && row.together(j, n) ? grads[n % WIDTH] : ZEROS;
         }
-        weigh(weights, later, size, dx + row.at[j] * in.channels + first);
+        weigh(weights, ZEROS, later, size, dx + row.at[j] * in.channels + first);
       }
     }
     for (int64_t c = 0; c < size; ++c)
       for (int o = 0; o < WIDTH; ++o) d_weight[(first + c) * WIDTH + o] = slopes.rows[o][c];
+    if (d_bias) std::memcpy(d_bias + first, slopes.bias, size * sizeof(float));
   }
 }
 
