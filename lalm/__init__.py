@@ -15,6 +15,7 @@ from lalm.configuration.configuration_lam import LamConfig
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.configuration.configuration_retnet import RetNetConfig
+from lalm.inspection import HeadReport, Inspection, inspect
 from lalm.modeling.modeling_base import LalmPreTrainedModel
 from lalm.modeling.modeling_based import (
     BasedForCausalLM,
@@ -171,6 +172,8 @@ __all__ = [
     "GLAForSequenceClassification",
     "GLAForTokenClassification",
     "GLAModel",
+    "HeadReport",
+    "Inspection",
     "LalmConfig",
     "LalmPreTrainedModel",
     "LamConfig",
@@ -199,4 +202,5 @@ __all__ = [
     "RetNetModel",
     "Variant",
     "__version__",
+    "inspect",
 ]

@@ -119,6 +119,11 @@ class Mixer(nn.Module):
         """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> what the op gives `[B, T, H, V]`, and the state."""
         raise NotImplementedError
 
+    def gates_of(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]` or, with
+        one per channel or memory, `[B, T, H, *]`. Empty for a mixer without gates."""
+        return {}
+
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim

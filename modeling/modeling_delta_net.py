@@ -6,6 +6,7 @@ Mamba-2 makes its decay: g = -exp(A_log) softplus(W_a x + dt_bias).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -75,19 +76,26 @@ class DeltaNetMixer(Mixer):
         self.make_output_gate(bool(config.use_output_gate))
         open_heads(delta_kernel(self.key_dim, self.value_dim))
 
-    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+    def gates_of(self, hidden_states, k, v):
         beta = self.b_proj(hidden_states)
         beta = beta.to(compute_dtype(beta)).sigmoid() * self.strongest_write
-        options = {
-            "initial_state": state,
-            "output_final_state": output_final_state,
-            "layout": layout,
-            "causal": self.config.is_causal,
-            "implementation": self.config.linear_attn_implementation,
-        }
         if self.a_proj is None or self.gate_bias is None:
-            return delta_rule(q, k, v, beta, **options)
-        return gated_delta_rule(q, k, v, self.gate_bias(self.a_proj(hidden_states)), beta, **options)
+            return {"beta": beta}
+        return {"g": self.gate_bias(self.a_proj(hidden_states)), "beta": beta}
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        rule: Callable = delta_rule if self.a_proj is None else gated_delta_rule
+        return rule(
+            q,
+            k,
+            v,
+            **self.gates_of(hidden_states, k, v),
+            initial_state=state,
+            output_final_state=output_final_state,
+            layout=layout,
+            causal=self.config.is_causal,
+            implementation=self.config.linear_attn_implementation,
+        )
 
 
 class DeltaNetModel(LalmModel):

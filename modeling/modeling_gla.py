@@ -39,14 +39,17 @@ class GLAMixer(Mixer):
         self.gate_logit_normalizer = config.gate_logit_normalizer
         open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=self.key_dim))
 
-    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+    def gates_of(self, hidden_states, k, v):
         gate = self.gk_proj(hidden_states)
         g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_logit_normalizer
+        return {"g": g.unflatten(-1, (self.num_heads, -1))}
+
+    def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return gla(
             q,
             k,
             v,
-            g.unflatten(-1, (self.num_heads, -1)),
+            **self.gates_of(hidden_states, k, v),
             initial_state=state,
             output_final_state=output_final_state,
             layout=layout,

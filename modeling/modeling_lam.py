@@ -101,12 +101,15 @@ class LamMixer(Mixer):
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
         open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
+    def gates_of(self, hidden_states, k, v):
+        return self.gates(hidden_states, k, v)
+
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates(hidden_states, k, v),
+            **self.gates_of(hidden_states, k, v),
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,

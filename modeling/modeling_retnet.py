@@ -18,7 +18,8 @@ from lalm.modeling.modeling_heads import (
 )
 from lalm.modeling.ops.cpp_kernels import open_heads
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
-from lalm.modeling.ops.diagonal.retention import retention
+from lalm.modeling.ops.diagonal.retention import retention, retention_log_decay
+from lalm.modeling.ops.dtypes import compute_dtype
 
 
 class RetNetMixer(Mixer):
@@ -28,6 +29,9 @@ class RetNetMixer(Mixer):
         super().__init__(config, layer_idx)
         self.make_output_gate(config.use_output_gate)
         open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=1))
+
+    def gates_of(self, hidden_states, k, v):
+        return {"g": retention_log_decay(self.num_heads, compute_dtype(k), k.device).expand(*k.shape[:2], -1)}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return retention(

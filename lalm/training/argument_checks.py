@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (-1, math.inf),
     "warmup_steps": (0, math.inf),
     "logging_steps": (0, math.inf),
+    "gate_logging_steps": (0, math.inf),
     "eval_steps": (0, math.inf),
     "eval_delay": (0, math.inf),
     "save_steps": (0, math.inf),

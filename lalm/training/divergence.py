@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from lalm.errors import UserError
 
 REMEDY = "lower --learning_rate or lengthen --warmup_steps, and train again with --start_over"
-# The root mean square of a trained network's weights is about 0.01 to 10; a step of Adam moves each by the learning rate.
+# The root mean square of a trained network's weights is about 0.01 to 10; Adam moves each by the rate in a step.
 LARGEST_RMS = 100.0
 # How far, in nats, a loss may lie above those of a guess and of the first step.
 MARGIN = 0.5
@@ -59,8 +59,8 @@ def check_weights(model: nn.Module, step: int) -> None:
         )
     if step and (size := root_mean_square(model)) > LARGEST_RMS:
         raise UserError(
-            f"the training has diverged: after step {step} the root mean square of the weights is {size:.3g}, and they "
-            f"are not saved; {REMEDY}"
+            f"the training has diverged: after step {step} the root mean square of the weights is {size:.3g}, and "
+            f"they are not saved; {REMEDY}"
         )
 
 

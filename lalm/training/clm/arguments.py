@@ -164,6 +164,9 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
     save_total_limit: int | None = _option(2, "Checkpoints kept.")
     include_num_input_tokens_seen: str = _option("all", "Count the tokens seen: all, non_padding or no.")
     remove_unused_columns: bool = _option(False, "Not used: the collator makes exactly what the model takes.")
+    gate_logging_steps: int = _option(
+        0, "Log half-lives, write strengths and states of every layer (lalm.inspect) every so many steps; 0: never."
+    )
     batch_eval_metrics: bool = _option(True, "Sum the evaluation batch by batch (always on).")
 
     def __post_init__(self):

@@ -5,15 +5,17 @@ import os
 from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerState
 
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.checkpoint_files import Layout, layout_of, read_weights
 from lalm.training.clm.arguments import ClmTrainingArguments
+from lalm.training.clm.gate_log import GateLog
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
 from lalm.training.trainer import RunTrainer
@@ -44,6 +46,15 @@ class ClmTrainer(RunTrainer, Trainer):
             kwargs["compute_loss_func"] = partial(smoothed_loss, smoothing=smoothing)
         require_a_batch(kwargs.get("train_dataset"), kwargs["args"])
         super().__init__(write_card=write_card, **kwargs)
+        self.gate_log = GateLog(cast(nn.Module, self.model)) if self.args.gate_logging_steps else None
+        if self.gate_log and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UserError("--gate_logging_steps needs the whole weights in every process, unlike FSDP and DeepSpeed")
+
+    def log(self, logs, start_time=None):
+        """As in Trainer, with the gates every ``gate_logging_steps`` steps."""
+        if self.gate_log and "loss" in logs:
+            logs |= self.gate_log.scalars(self.state.global_step, self.args.gate_logging_steps)
+        super().log(logs, start_time)
 
     def get_eval_dataloader(self, *args, **kwargs):
         """As in Trainer, but --dataloader_drop_last is for the training: a figure is over all blocks."""
@@ -59,6 +70,8 @@ class ClmTrainer(RunTrainer, Trainer):
         A batch without a single label has a loss of 0, not of 0 / 0.
         """
         ours = isinstance(self.accelerator.unwrap_model(model), LalmForCausalLM)
+        if self.gate_log and model.training:
+            self.gate_log.inputs = inputs
         if model.training and ours and not self.args.label_smoothing_factor:
             inputs = {**inputs, "logits_to_keep": 1}
         if isinstance(num_items_in_batch, torch.Tensor):

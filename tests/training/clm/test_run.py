@@ -206,3 +206,13 @@ def test_saved_tokenizer_and_special_tokens_fit_the_model(tiny_run, tmp_path):
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [getattr(model.config, name) for name in ids] == [0, 0, 1]
     assert model.generation_config.eos_token_id in (0, [0])  # a list up to transformers 5.20
+
+
+def test_gates_are_logged(tiny_run, tmp_path, caplog):
+    tiny_run("--gate_logging_steps", "2", model_type="lalm_gla")
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = {entry["step"]: entry for entry in state["log_history"] if "gates_1/half_life" in entry}
+    assert sorted(logged) == [2, 4]
+    assert 8 < logged[4]["gates_0/half_life"] < 30
+    with pytest.raises(UserError, match="--gate_logging_steps needs one of lalm's models, LlamaForCausalLM is none"):
+        tiny_run("--gate_logging_steps", "2", output="llama")
