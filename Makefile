@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format bench clean
+.PHONY: help install demo test test-fast check format bench gpu-check clean
 
 help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
@@ -24,6 +24,7 @@ help:
 	@echo "make install make the environment only; make format applies the formatter"
 	@echo "make check   linter, formatter, type checker, structure linter for model files"
 	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"
+	@echo "make gpu-check  parity, speed and a short training on a GPU (6 minutes; WHEELS=folder installs without a network)"
 	@echo "make clean   remove $(VENV) and the tools' caches; runs/ stays"
 	@echo "PYTHON=...   the Python (3.10 or newer) that makes $(VENV); now: $(PYTHON)"
 
@@ -61,6 +62,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# WHEELS names a folder of wheels, for a machine without a network.
+gpu-check:
+	@$(PYTHON) -m venv --system-site-packages $(VENV)
+	@$(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) --editable ".[gpu,dev]"
+	$(BIN)/python -m experiments.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
