@@ -293,7 +293,7 @@ def test_a_compiler_that_hangs_is_waited_for_once(new_machine, monkeypatch, warn
 def test_wide_windows_do_not_overrun_the_stack():
     """In a process of its own, which would die of it; a thread's stack is smaller still."""
     code = "from tests.ops.test_cpp import check_wide_windows; check_wide_windows(2048)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def check_wide_windows(width):
