@@ -1,24 +1,18 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Saved checkpoints that load anywhere: the code they need, written next to the weights, and writes that never damage.
+"""Saved checkpoints that load anywhere: the code they need, written next to the weights.
 
 transformers loads a class named in config.json's `auto_map` from files that lie flat next to it and import each other
 as `from .name import ...`. Saving merges the package into a few such files, C++ sources included (bundle.py).
 `LalmConfig.save_pretrained` calls `export_code`; models, the Trainer and push_to_hub all pass through there.
 """
 
-import contextlib
 import os
-import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from lalm.bundle import checkpoint_sources
-
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+from lalm.modeling.saving import staged_save
 
 
 def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> None:
@@ -43,42 +37,6 @@ def export_code(config: PreTrainedConfig, save_directory: str | os.PathLike) -> 
             (staging / name).write_text(source, encoding="utf-8")
     auto_map = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
     config.auto_map = _foreign_entries(config, Path(save_directory), set(sources)) | auto_map
-
-
-@contextlib.contextmanager
-def staged_save(save_directory: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder whose files move into `save_directory` once the block has ended without an error.
-
-    The folder lies inside `save_directory`, so a move is one rename and needs no space: a full disk shows itself
-    while the old files are untouched. Weights of an older save under names that the new one does not use are
-    removed, or from_pretrained could prefer them.
-
-    Raises:
-        OSError: if anything cannot be written; what `save_directory` held before is then still whole.
-    """
-    folder = Path(save_directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            yield Path(name)
-            _move_files(Path(name), folder)
-    except (OSError, SafetensorError) as error:
-        message = (
-            f"Could not save to {folder}: {getattr(error, 'strerror', None) or error}. What was there before is "
-            "untouched. Free some space or choose another folder, then save again."
-        )
-        code = getattr(error, "errno", None)
-        raise (OSError(code, message) if code else OSError(message)) from error
-
-
-def _move_files(staging: Path, folder: Path) -> None:
-    names = sorted(entry.name for entry in staging.iterdir())
-    for name in names:
-        os.replace(staging / name, folder / name)
-    if any(_WEIGHT_FILE.fullmatch(name) for name in names):
-        for old in folder.iterdir():
-            if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
-                old.unlink()
 
 
 def _foreign_entries(config: PreTrainedConfig, folder: Path, ours: set[str]) -> dict[str, object]:

@@ -2,8 +2,10 @@
 """The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from copy import copy
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,7 +31,10 @@ from lalm.modeling.model_inputs import (
     refuse_sharded_tokens,
     softmax_masks,
 )
+from lalm.modeling.saving import lossless, open_repository, push_model, staged_save
 from lalm.modeling.softmax_attention import SoftmaxAttention
+
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 class _Checkpointed:
@@ -105,26 +110,53 @@ class LalmPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with
-        `push_to_hub=True`, where the upload is part of the stock save.)
+        """As the base class, but all files or none: a failed save or push leaves what was in `save_directory`, and in
+        the repository, whole. Weights of an earlier save with other shards go. With `config.stored_dtype` the weights
+        are stored in that type if this changes none of them.
 
         Raises:
             OSError: something cannot be written; the message names the folder and the reason.
         """
-        save = super().save_pretrained
-        given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
-        plain = (
-            not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
-        )
-        try:
-            from lalm.hub import staged_save
-        except ImportError:  # running as remote code
-            plain = True
-        if plain:
-            save(save_directory, *args, **kwargs)
+        names = ("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant", "token")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        is_writer = given.get("is_main_process", True)
+        if not is_writer or given.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, **given)
             return
+        push = given.pop("push_to_hub", False)
+        hub = {name: given.pop(name) for name in _HUB_OPTIONS if name in given} if push else {}
+        if push:
+            name = hub.pop("repo_id", Path(save_directory).name)
+            repo_id = open_repository(name, hub.pop("private", None), given.get("token"))
+        if self.config.stored_dtype and not getattr(self, "hf_quantizer", None):
+            weights = given.get("state_dict") or self.state_dict()
+            given["state_dict"] = lossless(weights, getattr(torch, self.config.stored_dtype)) or weights
         with staged_save(save_directory) as staging:
-            save(staging, *args, **kwargs)
+            super().save_pretrained(staging, **given)
+            saved = os.listdir(staging)
+        if push:
+            message = hub.pop("commit_message", None) or "Upload model"
+            push_model(self, save_directory, repo_id, saved, token=given.get("token"), message=message, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: str | list[str] | None = None,
+        **options,
+    ) -> str:
+        """As the base class, in one commit, which also removes weights that the new ones replace; with a model card if
+        the repository has none. `options` are commit_description, revision and create_pr."""
+        repo_id = open_repository(repo_id, private, token)
+        tags = [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            options |= {"tags": tags, "token": token, "message": commit_message or "Upload model"}
+            return push_model(self, folder, repo_id, os.listdir(folder), **options)
 
 
 class LalmModel(_Checkpointed, LalmPreTrainedModel):

@@ -47,6 +47,18 @@ def _fixed_seeds():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of this test's own (tests/hub_server.py), to which this process pushes as the user "me"."""
+    from tests.hub_server import start_hub, use_hub
+
+    server = start_hub()
+    use_hub(server, tmp_path / "hub_home", monkeypatch)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _memory_is_poisoned():
     """The guard above is worth nothing if it is switched off silently."""

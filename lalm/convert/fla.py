@@ -29,10 +29,10 @@ from lalm.convert.linear_attention_transformer import (
     to_linear_attention_transformer,
 )
 from lalm.errors import UserError, one_line
-from lalm.hub import staged_save
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
 )
+from lalm.modeling.saving import staged_save
 
 StateDict = dict[str, torch.Tensor]
 
