@@ -3,7 +3,9 @@
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -26,6 +28,10 @@ DISK_FULL_SIGNS = (
 
 class UserError(ValueError):
     """A mistake the user can repair; the message names the field and the fix."""
+
+
+class Terminated(BaseException):
+    """SIGTERM has come; the message, if any, tells what is saved."""
 
 
 def nearest_hint(word: str, choices: Sequence[str]) -> str:
@@ -74,6 +80,17 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Tell whether `error` is the end of the connection to another process of the same run."""
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return type(error).__name__.startswith("Dist") or any(sign in str(error) for sign in signs)
+
+
+def terminate(number: int, frame: object) -> NoReturn:
+    """Handle SIGTERM."""
+    raise Terminated
+
+
 def exit_with(message: str, code: int = 2) -> NoReturn:
     """Say one line on stderr and leave."""
     # tqdm has no public list of its bars; one that is left open would be drawn again below the message
@@ -97,16 +114,25 @@ def extra_needed(script: str, extra: str) -> Iterator[None]:
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run `main`; a `UserError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C one and 130.
+    """Run `main`; a `UserError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C one and 130, SIGTERM
+    one and 143, the end of another process of the run one and 1.
 
     ``LALM_DEBUG=1`` in the environment shows the traceback instead.
     """
+    before = (
+        signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
+    )
+    resume = "saved checkpoints stay, and the same command resumes from the last of them"
+    code = 2
     try:
         main()
-    except KeyboardInterrupt:
+        return
+    except (KeyboardInterrupt, Terminated) as error:
         if is_debugging():
             raise
-        exit_with("interrupted; saved checkpoints stay, and the same command resumes from the last of them", 130)
+        message, code = f"interrupted; {resume}", 130
+        if isinstance(error, Terminated):
+            message, code = f"terminated; {error if error.args else resume}", 143
     except Exception as error:
         if is_debugging():
             raise
@@ -114,6 +140,11 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             message = one_line(error)
         elif is_disk_full(error):
             message = f"the disk is full ({one_line(error)}); free some space and run the same command to resume"
+        elif is_lost_process(error):
+            message, code = f"another process of this run has ended ({one_line(error)}); {resume}", 1
         else:
             raise
-        exit_with(message)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    exit_with(message, code)

@@ -8,6 +8,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from safetensors import SafetensorError
 
 # Group 1 is the variant: weights of several (`save_pretrained(variant="fp16")`) may lie side by side.
-_WEIGHTS = re.compile(r"model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json")
+_WEIGHTS = re.compile(
+    r"model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
+)
 # What a save that was killed, or is going on, leaves in a folder.
 UNFINISHED = ".saving"
 TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "Classification": "text-classification"}
@@ -85,34 +89,32 @@ def stale_weights(saved: Iterable[str], present: Iterable[str]) -> list[str]:
 
 
 def commit_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    message: str,
-    names: Iterable[str] | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
+    folder: str | os.PathLike, repo_id: str, *, message: str, names: Iterable[str] | None = None,
+    ignore: Iterable[str] = (), path_in_repo: str = "", token: str | bool | None = None, revision: str | None = None,
     **options: Any,
-) -> CommitInfo:
+) -> CommitInfo:  # fmt: skip
     """Upload a folder to the Hub in one commit, which also deletes `stale_weights`: a push that fails or is
     interrupted leaves the repository as it was.
 
     Args:
-        names: the entries of the folder to take; default: all, without checkpoints and unfinished saves.
+        names: the entries of the folder to take; default: all.
+        ignore: patterns of entries to leave out, besides checkpoints and unfinished saves.
         options: of `HfApi.create_commit`.
 
     Raises:
         HfHubHTTPError, OSError: as huggingface_hub.
     """
-    api, root = HfApi(token=token), Path(folder)
-    chosen = set(os.listdir(root) if names is None else names)
-    chosen = {name for name in chosen if not name.startswith((UNFINISHED, "checkpoint-", "_", ".cache"))}
-    files = [path for name in sorted(chosen) for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
+    api, root, prefix = HfApi(token=token), Path(folder), path_in_repo and f"{path_in_repo}/"
+    hidden = (f"{UNFINISHED}*", "checkpoint-*", "_*", ".cache", *ignore)
+    chosen = [name for name in sorted(names or os.listdir(root)) if not any(map(partial(fnmatch, name), hidden))]
+    files = [path for name in chosen for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    stale = stale_weights([path.name for path in files if path.parent == root], api.list_repo_files(repo_id, revision=revision))
-    operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in files]
-    operations += [CommitOperationDelete(name) for name in stale]
+    there = [
+        name[len(prefix) :] for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(prefix)
+    ]
+    operations = [CommitOperationAdd(prefix + path.relative_to(root).as_posix(), path) for path in files]
+    operations += [CommitOperationDelete(prefix + name) for name in stale_weights(chosen, there)]
     return api.create_commit(repo_id, operations, commit_message=message, revision=revision, **options)
 
 
@@ -158,7 +160,9 @@ def write_card(model: Any, folder: Path, repo_id: str, tags: Iterable[str], toke
             ignore_metadata_errors=True,
         )
         origin = f"It was loaded from `{Path(start).name if Path(start).exists() else start}`." if start else ""
-        auto = next((name for name, place in (model.config.auto_map or {}).items() if place.endswith(f".{kind}")), "AutoModel")
+        auto = next(
+            (name for name, place in (model.config.auto_map or {}).items() if place.endswith(f".{kind}")), "AutoModel"
+        )
         text = CARD.format(
             name=repo_id.rpartition("/")[2], model_type=model.config.model_type, parameters=model.num_parameters(),
             kind=kind, origin=origin, auto=auto, repo_id=repo_id,

@@ -96,7 +96,11 @@ def test_the_weights_of_the_last_push_load(hub, tmp_path, way, sharded_first):
 def test_a_push_replaces_no_other_variant_and_no_other_file(hub):
     model = tiny_model()
     model.push_to_hub("tiny")
-    files = hub.repositories["me/tiny"].files() | {"model.fp16.safetensors": b"", "notes.txt": b"mine", "model-card.json": b""}
+    files = hub.repositories["me/tiny"].files() | {
+        "model.fp16.safetensors": b"",
+        "notes.txt": b"mine",
+        "model-card.json": b"",
+    }
     hub.repositories["me/tiny"].commit("main", files)
     model.push_to_hub("tiny", max_shard_size="4KB")
     assert {"model.fp16.safetensors", "notes.txt", "model-card.json"} <= remote_names(hub)
@@ -230,7 +234,12 @@ def test_the_card_of_a_model_from_a_folder(hub, tmp_path, trained):
         next(model.parameters()).data.add_(1)
     model.push_to_hub("tiny")
     data = card(hub).data
-    assert (data.license, data.language, data.datasets, data.base_model) == ("mit", ["de", "en"], ["me/corpus"], "me/older")
+    assert (data.license, data.language, data.datasets, data.base_model) == (
+        "mit",
+        ["de", "en"],
+        ["me/corpus"],
+        "me/older",
+    )
     figures = [(result.metric_type, result.metric_value) for result in data.eval_results or []]
     assert figures == ([] if trained else [("perplexity", 12.5)])
     assert ("# Measured" in card(hub).text) == (not trained)

@@ -106,6 +106,8 @@ class LalmConfig(PreTrainedConfig):
             "triton" (our own for LAM) or "cpp" (a C++ kernel for the CPU, compiled when first used; only some
             variants have one).
         use_cache: return the state for further decoding.
+        stored_dtype: "float16" or "bfloat16" stores the weights in that type as long as they are numbers of that type,
+            for a checkpoint that is small on disk and loaded in `dtype`; None stores them as they are.
 
     Raises:
         ValueError: an unknown field, or fields that cannot work together; the message names the field and the fix.
@@ -145,6 +147,7 @@ class LalmConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     linear_attn_implementation: Literal["auto", "chunk", "recurrent", "fla", "triton", "cpp"] = "auto"
     use_cache: bool = True
+    stored_dtype: Literal["float16", "bfloat16"] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

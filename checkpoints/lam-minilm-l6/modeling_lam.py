@@ -178,6 +178,194 @@ class FeatureMixer(Mixer):
         )
 
 
+# ---- lalm.modeling.saving ----
+"""Saves and pushes of a model: all files or none, and no weights of an earlier save left where loading prefers them."""
+
+import contextlib
+import filecmp
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
+
+# Group 1 is the variant: weights of several (`save_pretrained(variant="fp16")`) may lie side by side.
+_WEIGHTS = re.compile(r"model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json")
+# What a save that was killed, or is going on, leaves in a folder.
+UNFINISHED = ".saving"
+TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "Classification": "text-classification"}
+CARD = """
+# {name}
+
+A `{model_type}` model of {parameters:,} parameters ({kind}), a linear-attention model of
+[lalm](https://pypi.org/project/lalm). {origin}
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+The code in this repository is under the Apache License 2.0, and so are the weights unless `license` above names another.
+No figures were measured for these weights when they were pushed.
+"""
+
+
+@contextlib.contextmanager
+def staged_save(save_directory: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder whose files move into `save_directory` once the block has ended without an error.
+
+    The folder lies inside `save_directory`, so a move is one rename and needs no space: a full disk shows itself
+    while the old files are untouched. Weights of an older save under names that the new one does not use are
+    removed, or from_pretrained could prefer them.
+
+    Raises:
+        OSError: if anything cannot be written; what `save_directory` held before is then still whole.
+    """
+    folder = Path(save_directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{UNFINISHED}-", dir=folder) as name:
+            yield Path(name)
+            move_files(Path(name), folder)
+    except (OSError, SafetensorError) as error:
+        message = (
+            f"Could not save to {folder}: {getattr(error, 'strerror', None) or error}. What was there before is "
+            "untouched. Free some space or choose another folder, then save again."
+        )
+        code = getattr(error, "errno", None)
+        raise (OSError(code, message) if code else OSError(message)) from error
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move every entry of `source` into `target`, over what is there, weights last; then `stale_weights` go."""
+    entries = sorted(source.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+    for entry in entries:
+        place = target / entry.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(entry, place)
+    for name in stale_weights([entry.name for entry in entries], os.listdir(target)):
+        (target / name).unlink()
+
+
+def stale_weights(saved: Iterable[str], present: Iterable[str]) -> list[str]:
+    """The names among `present` of weights, or of an index, that a save of the files `saved` has replaced: loading
+    would prefer an old `model.safetensors` to new shards."""
+    names = set(saved)
+    found = {name: match for name in [*names, *present] if (match := _WEIGHTS.fullmatch(name))}
+    variants = {match[1] or match[2] for name, match in found.items() if name in names}
+    return sorted(name for name, match in found.items() if name not in names and (match[1] or match[2]) in variants)
+
+
+def commit_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    message: str,
+    names: Iterable[str] | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Upload a folder to the Hub in one commit, which also deletes `stale_weights`: a push that fails or is
+    interrupted leaves the repository as it was.
+
+    Args:
+        names: the entries of the folder to take; default: all, without checkpoints and unfinished saves.
+        options: of `HfApi.create_commit`.
+
+    Raises:
+        HfHubHTTPError, OSError: as huggingface_hub.
+    """
+    api, root = HfApi(token=token), Path(folder)
+    chosen = set(os.listdir(root) if names is None else names)
+    chosen = {name for name in chosen if not name.startswith((UNFINISHED, "checkpoint-", "_", ".cache"))}
+    files = [path for name in sorted(chosen) for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    stale = stale_weights([path.name for path in files if path.parent == root], api.list_repo_files(repo_id, revision=revision))
+    operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in files]
+    operations += [CommitOperationDelete(name) for name in stale]
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision, **options)
+
+
+def open_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
+    """Make the repository if there is none, and return its full name."""
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def push_model(
+    model: Any, folder: str | os.PathLike, repo_id: str, names: Iterable[str], *, tags: Iterable[str] | None = None,
+    token: str | bool | None = None, **options: Any,
+) -> CommitInfo:  # fmt: skip
+    """Push the files `names` of a folder into which `model` has been saved, with a card if the repository has none.
+
+    Raises:
+        HfHubHTTPError, OSError: as huggingface_hub; the repository is then as it was.
+    """
+    names = {*names} - {"README.md"}
+    if not HfApi(token=token).file_exists(repo_id, "README.md"):
+        write_card(model, Path(folder), repo_id, tags or (), token)
+        names.add("README.md")
+    return commit_folder(folder, repo_id, names=names, token=token, **options)
+
+
+def write_card(model: Any, folder: Path, repo_id: str, tags: Iterable[str], token: str | bool | None) -> None:
+    """Write README.md for weights saved in `folder`: the card of the folder that they were loaded from if they are
+    still the same, else a short one with the licence, languages and data sets of that card."""
+    start = str(model.config.name_or_path or "")
+    card = _card_of(start, token)
+    saved, loaded = folder / "model.safetensors", Path(start) / "model.safetensors"
+    is_same = start and saved.is_file() and loaded.is_file() and filecmp.cmp(saved, loaded, shallow=False)
+    if card is None or not is_same:
+        kind = type(model).__name__
+        known = card.data.to_dict() if card else {}
+        data = ModelCardData(
+            license=known.get("license", "apache-2.0"),
+            language=known.get("language"),
+            datasets=known.get("datasets"),
+            base_model=known.get("base_model") if not start or Path(start).exists() else start,
+            library_name="transformers",
+            pipeline_tag=next((task for end, task in TASKS.items() if kind.endswith(end)), "feature-extraction"),
+            tags=["lalm", model.config.model_type, "linear-attention"],
+            ignore_metadata_errors=True,
+        )
+        origin = f"It was loaded from `{Path(start).name if Path(start).exists() else start}`." if start else ""
+        auto = next((name for name, place in (model.config.auto_map or {}).items() if place.endswith(f".{kind}")), "AutoModel")
+        text = CARD.format(
+            name=repo_id.rpartition("/")[2], model_type=model.config.model_type, parameters=model.num_parameters(),
+            kind=kind, origin=origin, auto=auto, repo_id=repo_id,
+        )  # fmt: skip
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(folder / "README.md")
+
+
+def _card_of(name: str, token: str | bool | None) -> ModelCard | None:
+    """The card of a folder, or of a repository; None if there is none to be had."""
+    try:
+        path = Path(name) / "README.md"
+        if not name or (Path(name).exists() and not path.is_file()):
+            return None
+        return ModelCard.load(path if path.is_file() else name, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+    except Exception:  # of the client, of its HTTP library, of YAML: a push does not fail for want of an old card
+        return None
+
+
+def lossless(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """The weights in a smaller type, or None if any of them would change."""
+    smaller = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
+    same = all(torch.equal(value.to(state_dict[name].dtype), state_dict[name]) for name, value in smaller.items())
+    return smaller if same else None
+
+
 # ---- lalm.modeling.softmax_attention ----
 """The softmax attention of hybrid models, full or over a sliding window."""
 
@@ -311,8 +499,10 @@ class SoftmaxAttention(nn.Module):
 """The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from copy import copy
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -329,6 +519,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_lam import LalmConfig
 from .linear_attention_ops import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
 from .linear_attention_ops import adopt_cache, build_layout, current_mask, is_fresh, positions, refuse_sharded_tokens, softmax_masks
+
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 class _Checkpointed:
@@ -404,26 +596,53 @@ class LalmPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As the base class, but all files or none: a failed save leaves what was in `save_directory` whole. (Not with
-        `push_to_hub=True`, where the upload is part of the stock save.)
+        """As the base class, but all files or none: a failed save or push leaves what was in `save_directory`, and in
+        the repository, whole. Weights of an earlier save with other shards go. With `config.stored_dtype` the weights
+        are stored in that type if this changes none of them.
 
         Raises:
             OSError: something cannot be written; the message names the folder and the reason.
         """
-        save = super().save_pretrained
-        given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
-        plain = (
-            not given.get("is_main_process", True) or given.get("distributed_checkpoint") or given.get("push_to_hub")
-        )
-        try:
-            from lalm.hub import staged_save
-        except ImportError:  # running as remote code
-            plain = True
-        if plain:
-            save(save_directory, *args, **kwargs)
+        names = ("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant", "token")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        is_writer = given.get("is_main_process", True)
+        if not is_writer or given.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, **given)
             return
+        push = given.pop("push_to_hub", False)
+        hub = {name: given.pop(name) for name in _HUB_OPTIONS if name in given} if push else {}
+        if push:
+            name = hub.pop("repo_id", Path(save_directory).name)
+            repo_id = open_repository(name, hub.pop("private", None), given.get("token"))
+        if self.config.stored_dtype and not getattr(self, "hf_quantizer", None):
+            weights = given.get("state_dict") or self.state_dict()
+            given["state_dict"] = lossless(weights, getattr(torch, self.config.stored_dtype)) or weights
         with staged_save(save_directory) as staging:
-            save(staging, *args, **kwargs)
+            super().save_pretrained(staging, **given)
+            saved = os.listdir(staging)
+        if push:
+            message = hub.pop("commit_message", None) or "Upload model"
+            push_model(self, save_directory, repo_id, saved, token=given.get("token"), message=message, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: str | list[str] | None = None,
+        **options,
+    ) -> str:
+        """As the base class, in one commit, which also removes weights that the new ones replace; with a model card if
+        the repository has none. `options` are commit_description, revision and create_pr."""
+        repo_id = open_repository(repo_id, private, token)
+        tags = [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            options |= {"tags": tags, "token": token, "message": commit_message or "Upload model"}
+            return push_model(self, folder, repo_id, os.listdir(folder), **options)
 
 
 class LalmModel(_Checkpointed, LalmPreTrainedModel):

@@ -1,9 +1,14 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Speed of the training steps: tokens/s and the time left, for the log."""
+"""Speed of the training steps, for the log, and a training that is told to end."""
 
+import signal
+import threading
 import time
+from typing import Any
 
 from transformers import TrainerCallback
+
+from lalm.errors import Terminated
 
 
 class ThroughputCallback(TrainerCallback):
@@ -44,3 +49,37 @@ class ThroughputCallback(TrainerCallback):
     def overall(self, state) -> float:
         """Return tokens/s over all steps of this process's run, 0 if there were none."""
         return (state.num_input_tokens_seen - self.first_tokens) / self.seconds if self.seconds else 0.0
+
+
+class StopOnSignal(TrainerCallback):
+    """After SIGTERM the step in progress is finished and saved, on all processes the same one; then `Terminated`.
+
+    A second SIGTERM does not wait.
+    """
+
+    accelerator: Any
+
+    def __init__(self):
+        self.is_asked = self.is_stopped = False
+
+    def _ask(self, number, frame):
+        if self.is_asked:
+            raise Terminated
+        self.is_asked = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_asked = self.is_stopped = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.is_asked:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():
+            self.is_stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+        if self.is_stopped:
+            raise Terminated(f"checkpoint-{state.global_step} is saved, and the same command resumes from it")

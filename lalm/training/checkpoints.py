@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerState
 
 from lalm.errors import UserError
+from lalm.modeling.saving import UNFINISHED
 from lalm.training.checkpoint_files import NotResumableError, check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -246,6 +247,8 @@ def claim_output_dir(record: dict, training: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir: cannot make {folder}: {error.strerror}") from None
+    for unfinished in [*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"checkpoint-*/{UNFINISHED}*")]:
+        shutil.rmtree(unfinished)  # saves that were killed
     if training.start_over:
         for stale in checkpoints_of(folder):
             shutil.rmtree(stale)

@@ -1,6 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """A diverged run ends with an error: the Trainer itself would log a loss of 0, save the weights and report figures."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from lalm.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+SKIPS = 3  # steps in a row that may be left out before a training counts as diverged
 REMEDY = "lower --learning_rate or lengthen --warmup_steps, and train again with --start_over"
 # The root mean square of a trained network's weights is about 0.01 to 10; Adam moves each by the rate in a step.
 LARGEST_RMS = 100.0
@@ -103,3 +107,29 @@ def check_learned(loss: float, vocabulary: int, history: Sequence[Mapping[str, A
             f"the training has diverged: the loss of the trained model is {loss:.3g}, that of a guess among "
             f"{vocabulary:,} tokens {guess:.3g}, and that of the first steps was {losses[0]:.3g}; {REMEDY}"
         )
+
+
+class SkippedSteps:
+    """Counts steps that are left out because their gradients hold NaN or infinity, as of a batch with a bad number."""
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def leave_out(self, norm: float, step: int) -> bool:
+        """Tell whether to leave a step out, and log it; all processes see the same norm and decide alike.
+
+        Args:
+            step: steps done so far.
+
+        Raises:
+            UserError: it would be the third in a row.
+        """
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        where = f"step {step + 1}: the norm of the gradients is {norm:g}"
+        if self.in_a_row >= SKIPS:
+            raise UserError(f"the training has diverged: {where}, as in the {SKIPS - 1} steps before; {REMEDY}")
+        logger.warning("%s, the step is left out (%d in a row end the training)", where, SKIPS)
+        return True

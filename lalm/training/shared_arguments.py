@@ -64,6 +64,10 @@ class RunArguments:
         if not 0 < self.decay_ratio <= 1:
             raise ValueError(f"--decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: the Trainer pickles its arguments into training_args.bin."""
+        return vars(self) | {"hub_token": None}
+
     @property
     def folder(self: Any) -> Path:
         """The output folder."""

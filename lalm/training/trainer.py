@@ -1,8 +1,6 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """What our Trainers share: the WSD schedule, a complete log line, saves that cannot damage a checkpoint, our card."""
 
-import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -10,21 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
-from lalm.errors import UserError, is_disk_full, one_line
+from lalm.errors import UserError, is_disk_full
+from lalm.modeling.saving import UNFINISHED, commit_folder, move_files
 from lalm.training.argument_checks import schedule_options
-from lalm.training.callbacks import ThroughputCallback
+from lalm.training.callbacks import StopOnSignal, ThroughputCallback
 from lalm.training.checkpoint_files import ChecksumCallback, Layout, layout_of, read_optimizer, read_weights
 from lalm.training.checkpoints import is_finished
-from lalm.training.divergence import check_loss, check_norm, check_weights
-from lalm.training.hub_push import push_failed
+from lalm.training.divergence import SkippedSteps, check_loss, check_norm, check_weights, is_finite
+from lalm.training.hub_push import push_checkpoint, push_failed
 
-logger = logging.getLogger(__name__)
-
-STAGING = ".saving"
 WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing of FSDP puts into names
 
 if TYPE_CHECKING:
@@ -45,10 +45,13 @@ class RunTrainer(_Base):
     args: Any
 
     def __init__(self, write_card: Callable[[Any], None] | None = None, **kwargs):
-        self.throughput = ThroughputCallback()
+        self.throughput, self.signals = ThroughputCallback(), StopOnSignal()
         self.write_card = write_card
-        kwargs["callbacks"] = [self.throughput, *(kwargs.get("callbacks") or []), ChecksumCallback()]
+        self.skipped, self.broken_loss = SkippedSteps(), None
+        given = kwargs.get("callbacks") or []
+        kwargs["callbacks"] = [self.throughput, *given, ChecksumCallback(), self.signals]
         super().__init__(**kwargs)
+        self.signals.accelerator = self.accelerator
 
     def is_over(self, checkpoint: str) -> bool:
         """Tell whether a checkpoint is the end of the training asked for."""
@@ -60,10 +63,31 @@ class RunTrainer(_Base):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args, **kwargs):
-        """As in Trainer; a loss that is not finite ends the run (Trainer would log the mean of the others)."""
+        """As in Trainer; a loss that is not finite ends the run, unless its gradients are not either: see below."""
         loss = super().training_step(*args, **kwargs)
-        check_loss(loss, self.state.global_step, cast(Any, self.optimizer).param_groups[0]["lr"])
+        if not is_finite(loss):
+            self.broken_loss = loss
+            if not self._skips_steps():
+                self._refuse_loss()
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As in Trainer; a step whose gradients hold NaN or infinity is left out, and a few in a row end the run."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._skips_steps() and self.skipped.leave_out(float(norm), self.state.global_step):
+            model.zero_grad(set_to_none=True)  # which the optimizer passes over, with its weight decay
+            self.broken_loss = norm = None
+        if self.broken_loss is not None:  # with gradients that are finite: not the mark of a bad batch
+            self._refuse_loss()
+        return norm
+
+    def _skips_steps(self) -> bool:
+        """A loss scaler leaves such steps out itself, and DeepSpeed has its gradients elsewhere."""
+        return self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+
+    def _refuse_loss(self) -> None:
+        rate = cast(Any, self.optimizer).param_groups[0]["lr"]
+        check_loss(cast(torch.Tensor, self.broken_loss), self.state.global_step, rate)
 
     def evaluate(self, *args, **kwargs):
         """As in Trainer; in the middle of a training the weights are looked at first."""
@@ -96,7 +120,7 @@ class RunTrainer(_Base):
             if self.layout is Layout.FSDP_SHARDED and self.args.should_save:
                 self._save_beside_shards(target)
             return
-        staging = target / STAGING
+        staging = target / UNFINISHED
         try:
             if self.layout is Layout.FSDP_SHARDED:  # of which the stock one saves nothing outside of checkpoints
                 self._save(str(staging), state_dict=self.accelerator.get_state_dict(self.model))
@@ -174,38 +198,47 @@ class RunTrainer(_Base):
         return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.is_fsdp_enabled)
 
     def push_to_hub(self, *args, **kwargs):
-        """As in Trainer.
+        """As in Trainer, in one commit that also removes replaced weights, without the pickled arguments.
 
         Raises:
             UserError: the push failed; it tells how to push what is saved.
         """
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return self._push_folder(*args, **kwargs)
         except Exception as error:
             # errors of the Hub's client have no common base
             if isinstance(error, UserError) or is_disk_full(error):
                 raise
             raise push_failed(self.args, error) from error
 
+    def _push_folder(self, commit_message: str | None = "End of training", revision: str | None = None) -> Any:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        self._finish_current_push()
+        return commit_folder(
+            self.args.folder,
+            str(self.hub_model_id),
+            message=commit_message or "End of training",
+            ignore=[TRAINING_ARGS_NAME],
+            token=self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+        )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # the only place between two steps that talks to the Hub: its errors must not end a training
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        except Exception as error:
-            if is_disk_full(error):
-                raise
-            logger.warning("--push_to_hub: %s was not pushed: %s", checkpoint_folder, one_line(error))
+        # the stock method copies half-written weights over the model in the output folder, and pickled arguments
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        job = push_checkpoint(self.args, str(self.hub_model_id), Path(checkpoint_folder), self.state.global_step)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
 
     def create_model_card(self, *args, **kwargs):
         """Write our card, which tells what was run; the stock one would say 'fine-tuned' of a new model."""
         if self.write_card is not None and self.is_world_process_zero():
             self.write_card(self)
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Move every entry of `source` into `target`, over what is there; the weights go last."""
-    for entry in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        place = target / entry.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(entry, place)

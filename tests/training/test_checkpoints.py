@@ -8,10 +8,10 @@ import pytest
 import safetensors.torch
 
 from lalm.errors import UserError, is_disk_full
+from lalm.modeling.saving import UNFINISHED
 from lalm.training.checkpoint_files import CHECKSUMS, check_checkpoint, write_checksums
 from lalm.training.clm.trainer import ClmTrainer
 from lalm.training.tracking import check_trackers
-from lalm.training.trainer import STAGING
 
 TRAIN = ("--do_train", "--save_steps", "2")
 
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_earlier_model_whole(tiny_run, tmp_path, monkeypa
         tiny_run("--do_train", "--save_strategy", "no", "--start_over", "--seed", "9")
     assert is_disk_full(caught.value)
     assert model.read_bytes() == before
-    assert not (tmp_path / "run" / STAGING).exists()
+    assert not (tmp_path / "run" / UNFINISHED).exists()
 
 
 @pytest.mark.parametrize(
