@@ -1,5 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Saves and pushes of a model: all files or none, and no weights of an earlier save left where loading prefers them."""
+"""Saves and pushes of a model: all files or none, and no old weights left where loading would prefer them."""
 
 import contextlib
 import filecmp
@@ -36,7 +36,7 @@ from transformers import {auto}
 model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
-The code in this repository is under the Apache License 2.0, and so are the weights unless `license` above names another.
+The code in this repository is under the Apache License 2.0, the weights under the licence named above.
 No figures were measured for these weights when they were pushed.
 """
 

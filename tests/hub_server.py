@@ -1,4 +1,4 @@
-"""A server that speaks to the real client of the Hugging Face Hub: repositories, uploads in two ways, commits, downloads.
+"""A server that speaks to the real client of the Hugging Face Hub: repositories, uploads, commits, downloads.
 
 It knows what `huggingface_hub` asks for while a model is pushed and loaded (repos/create, preupload, LFS batch and
 upload, commit, info, tree, resolve); everything else is 404. Faults are put in by `hub.faults`.

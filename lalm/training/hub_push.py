@@ -59,7 +59,7 @@ def push_failed(training: Any, error: Exception) -> UserError:
 
 
 def push_checkpoint(training: Any, repo_id: str, checkpoint: Path, step: int) -> Future:
-    """Begin to push a checkpoint, as `hub_strategy` says, in the background; an error is logged and costs nothing else.
+    """Push a checkpoint, as `hub_strategy` says, in the background; an error is logged and costs nothing else.
 
     Hard links keep the files where they are read from while later checkpoints replace this one.
     """

@@ -36,6 +36,10 @@ class RunArguments:
     # what an evaluation gives, and `metric_for_best_model` may name
     metric_names: ClassVar[tuple[str, ...]] = ()
 
+    license: str = option("apache-2.0", "Licence of the weights, for the model card: mit, cc-by-4.0 ...")
+    language: list[str] | None = field(
+        default=None, metadata={"help": "Languages of the text, for the model card: en de ..."}
+    )
     do_test: bool = option(False, "Score the test split once, after training.")
     start_over: bool = option(False, "Delete the earlier run in --output_dir instead of resuming it.")
     decay_ratio: float = option(

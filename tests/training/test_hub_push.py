@@ -1,143 +1,148 @@
-"""--push_to_hub against a server that stands in for the Hub: figures first, then the push, one line if it fails."""
+"""--push_to_hub of both scripts (tests/hub_server.py): what arrives, figures before the push, one line if it fails."""
 
-import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, Response
+import torch
+from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import run_clm
 from lalm.errors import UserError, exit_on_user_error
-from tests.training.conftest import TINY_MODELS
+from lalm.training import trainer
+from tests.hub_server import use_hub
+from tests.training.sts.tiny_models import sentences
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(run_clm.__file__).parent
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Makes repositories, or refuses to; every other request is an error of the server."""
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        refused = self.server.refused
-        if self.path == "/api/repos/create" and not refused:
-            self.answer(200, {"url": f"http://{self.headers['Host']}/me/run", "name": "me/run"})
-        elif refused:
-            self.answer(401, {"error": refused})
-        else:
-            self.answer(500, {"error": "the storage is on fire"})
-
-    do_GET = do_PUT = do_POST
-
-    def answer(self, code: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+TOKEN = "hf_secret_token"
+FLAGS = ("--do_train", "--do_eval", "--push_to_hub", "--hub_token", TOKEN, "--save_steps", "2")
 
 
-@pytest.fixture
-def hub():
-    """A server; `refused` is the reason for which it takes no token."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.refused = ""
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+@pytest.fixture(autouse=True)
+def _only_the_token_of_the_flag(hub, tmp_path, monkeypatch):
+    hub.tokens[TOKEN] = "me"
+    use_hub(hub, tmp_path / "home", monkeypatch, token=None)
 
 
-def push(texts, tmp_path, address: str) -> subprocess.CompletedProcess:
-    """A whole run in a process of its own, whose Hub is at `address`."""
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "LALM_DEBUG": "0"}
-    argv = [
-        *("--model_type", "lalm_linear", "--config_overrides", TINY_MODELS["lalm_linear"], "--block_size", "24"),
-        *("--train_file", str(texts["train"]), "--validation_file", str(texts["validation"]), "--max_steps", "2"),
-        *(
-            "--tokenizer_vocab_size",
-            "300",
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--push_to_hub",
-            "--save_steps",
-            "1",
-        ),
-        *("--hub_token", "hf_x", "--hub_strategy", "end", "--cache_dir", str(tmp_path / "cache")),
-    ]
-    command = [sys.executable, str(ROOT / "run_clm.py"), *argv]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+def files_of(hub, repo="me/run") -> dict[str, bytes]:
+    return hub.repositories[repo].files()
 
 
-def test_a_refused_token_is_told_with_the_servers_reason_before_any_work(hub, texts, tmp_path):
-    hub.refused = "This token has expired on Monday."
-    done = push(texts, tmp_path, f"http://127.0.0.1:{hub.server_port}")
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "tokens in" not in done.stderr, "no text is read"
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: --push_to_hub: the Hub gives no repository 'run': ")
-    assert "This token has expired on Monday." in line
+def assert_no_token(hub, folder: Path, output: str = "") -> None:
+    local = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    held = {name: content for commit in hub.repositories.values() for name, content in commit.files().items()}
+    assert any(name.endswith("training_args.bin") for name in local)
+    assert not [name for name, content in (local | held).items() if TOKEN.encode() in content]
+    assert TOKEN not in output
+
+
+def card_data(hub, repo="me/run"):
+    return ModelCard(files_of(hub, repo)["README.md"].decode()).data
+
+
+def test_a_run_arrives_whole_and_without_its_token(hub, tiny_run, tmp_path, capsys, caplog):
+    """Twice, over weights in shards, which would not load; pickles stay here."""
+    tiny_run(*FLAGS, model_type="lalm_gla")
+    hub.repositories["me/run"].commit("main", files_of(hub) | {"model-00001-of-00002.safetensors": b"old"})
+    second = tiny_run(*FLAGS, "--max_steps", "6", "--license", "mit", "--language", "en", model_type="lalm_gla")
+    names = set(files_of(hub))
+    assert {"model.safetensors", "config.json", "modeling_gla.py", "tokenizer.json", "README.md"} <= names
+    assert {"all_results.json", "loss_curve.png"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
+    assert not [name for name in names if ".saving" in name or "-00001-of" in name]
+    assert not list((tmp_path / "run").rglob(".saving*"))
+    model, local = (AutoModelForCausalLM.from_pretrained(name, token=TOKEN) for name in ("me/run", tmp_path / "run"))
+    ids = AutoTokenizer.from_pretrained("me/run", token=TOKEN)("a state", return_tensors="pt")["input_ids"]
+    assert torch.equal(model(ids).logits, local(ids).logits)
+    data = card_data(hub)
+    assert (data.license, data.language, data.library_name) == ("mit", ["en"], "transformers")
+    found = {(result.metric_type, result.dataset_split): result.metric_value for result in data.eval_results}
+    assert found[("perplexity", "validation")] == pytest.approx(second["eval_perplexity"])
+    captured = capsys.readouterr()
+    assert_no_token(hub, tmp_path / "run", captured.out + captured.err + caplog.text)
+
+
+def test_checkpoints_are_pushed_on_the_way(hub, tiny_run, tmp_path):
+    """With what another machine needs to go on."""
+    tiny_run(*FLAGS, "--hub_strategy", "checkpoint", "--hub_always_push", "--hub_private_repo", "true")
+    names = set(files_of(hub))
+    assert hub.repositories["me/run"].private
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "checksums.json"):
+        assert f"last-checkpoint/{name}" in names
+    assert not [name for name in names if "training_args" in name]
+    assert len(hub.repositories["me/run"].commits) >= 5, "two checkpoints of two commits each, and the end"
+    assert_no_token(hub, tmp_path / "run")
+
+
+def test_a_push_that_fails_on_the_way_is_told_and_the_training_goes_on(hub, tiny_run, tmp_path, caplog):
+    def once(method, path):
+        fails = "/commit/" in path and not (tmp_path / "run" / "model.safetensors").exists()
+        return (500, "the storage is on fire") if fails else None
+
+    hub.faults = once
+    results = tiny_run(*FLAGS, "--hub_always_push")
+    assert results["steps"] == 4
+    assert "checkpoint-2 was not pushed: " in caplog.text
+    assert "the storage is on fire" in caplog.text
+    assert "model.safetensors" in files_of(hub)
+
+
+@pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid username or password"), ("hf_reader", "403")])
+def test_a_refused_token_is_told_before_any_work(hub, tiny_run, tmp_path, caplog, token, reason):
+    with pytest.raises(UserError, match=f"--push_to_hub: the Hub gives no repository 'run': .*{reason}") as caught:
+        tiny_run(*FLAGS, "--hub_token", token)
+    assert token not in str(caught.value)
+    assert "tokens in" not in caplog.text, "no text is read"
     assert not (tmp_path / "run").exists()
 
 
-def test_no_network_is_one_line(texts, tmp_path):
-    done = push(texts, tmp_path, "http://127.0.0.1:9")  # nobody listens there
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --push_to_hub: the Hub gives no repository 'run': ")
+def test_no_network_is_one_line(hub, tiny_run):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(UserError, match="the Hub gives no repository 'run': .*; see to network"):
+        tiny_run(*FLAGS)
 
 
-@pytest.mark.parametrize("error", ["server", "connection"])
-def test_a_push_that_fails_costs_no_figures(tiny_run, tmp_path, capsys, monkeypatch, error):
-    class ConnectError(Exception):
-        """As that of the Hub's HTTP library, no OSError."""
-
-    def fail(*args, **kwargs):
-        if error == "connection":
-            raise ConnectError("[Errno -2] Name or service not known")
-        http = sys.modules[Response.__module__.partition(".")[0]]  # httpx or httpx2
-        response = http.Response(500, request=http.Request("POST", "http://hub/api"))
-        raise HfHubHTTPError("500 Server Error: the storage is on fire", response=response)
-
-    made = type("Url", (), {"repo_id": "me/run"})()
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: made)
-    monkeypatch.setattr(HfApi, "upload_folder", fail)
+@pytest.mark.parametrize("fault", [(500, "the storage is on fire"), "close"])
+def test_a_push_that_fails_costs_no_figures(hub, tiny_run, tmp_path, capsys, fault):
+    hub.faults = lambda method, path: fault if "/commit/" in path else None
     with pytest.raises(SystemExit) as caught:
-        exit_on_user_error(lambda: tiny_run("--do_train", "--do_eval", "--push_to_hub", "--save_steps", "2"))
+        exit_on_user_error(lambda: tiny_run(*FLAGS, "--hub_strategy", "end"))
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert "validation perplexity" in output.out
     assert "results are in" in output.out
     (line,) = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert {"server": "the storage is on fire", "connection": "Name or service not known"}[error] in line
+    assert fault == "close" or "the storage is on fire" in line
     folder = tmp_path / "run"
     assert f"everything is saved: push it later with `hf upload run {folder} --exclude 'checkpoint-*'`" in line
     for name in ("model.safetensors", "README.md", "all_results.json"):
         assert (folder / name).is_file()
+    hub.faults = lambda method, path: None
+    tiny_run(*FLAGS, "--hub_strategy", "end")  # nothing is left but the push
+    assert files_of(hub)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_full_disk_while_pushing_is_a_full_disk(tiny_run, monkeypatch):
-    made = type("Url", (), {"repo_id": "me/run"})()
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: made)
-
     def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(HfApi, "upload_folder", fail)
+    monkeypatch.setattr(trainer, "commit_folder", fail)
     with pytest.raises(OSError, match="No space left") as caught:
-        tiny_run("--do_train", "--push_to_hub", "--hub_strategy", "end")
+        tiny_run("--do_train", "--push_to_hub", "--hub_token", TOKEN, "--hub_strategy", "end")
     assert not isinstance(caught.value, UserError)
+
+
+def test_a_run_of_sts_arrives(hub, sts_world):
+    flags = ("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/encoder", "--hub_strategy", "end")
+    sts_world.run("distill", *flags, "--max_steps", "2", "--license", "mit", output="pushed")
+    folder = Path(sts_world.path("pushed"))
+    assert_no_token(hub, folder)
+    assert {"modules.json", "1_Pooling/config.json", "modeling_lam.py"} <= set(files_of(hub, "me/encoder"))
+    texts = sentences(4)
+    loaded = SentenceTransformer("me/encoder", token=TOKEN, device="cpu").encode(texts)
+    np.testing.assert_array_equal(loaded, SentenceTransformer(str(folder), device="cpu").encode(texts))
+    data = card_data(hub, "me/encoder")
+    assert (data.license, data.language, data.library_name) == ("mit", ["en"], "sentence-transformers")
+    assert {(r.metric_type, r.dataset_split) for r in data.eval_results} >= {("pearson_cosine", "validation")}

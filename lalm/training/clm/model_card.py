@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from lalm.training.clm.data import RunData
 from lalm.training.clm.model_builder import count_parameters
 from lalm.training.run_facts import command_line, hardware
 
-FRONT_MATTER = "---\n{}---\n"
 BODY = """
 # {name}
 
@@ -117,19 +116,39 @@ def data_facts(run: RunData) -> str:
     return "\n".join([*lines, f"- tokenizer: {len(run.tokenizer):,} tokens"])
 
 
-def front_matter(model_type: str, model: ModelArguments, data: DataArguments) -> str:
-    """Return the card's YAML head for the Hub."""
-    head: dict = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [tag for tag in ("lalm" if model_type.startswith("lalm_") else None, model_type) if tag],
-    }
-    if data.dataset_name:
-        head["datasets"] = [data.dataset_name]
+def front_matter(network, run: RunData, arguments, results: Mapping[str, float]) -> str:
+    """Return the card's YAML head for the Hub, with the figures as its `model-index`."""
+    model, data, training = arguments
+    name = Path(str(training.hub_model_id or training.output_dir)).name
+    model_type = network.config.model_type
     # a local folder is no model the Hub could link to
-    if model.model_name_or_path and not Path(model.model_name_or_path).exists():
-        head["base_model"] = model.model_name_or_path
-    return FRONT_MATTER.format(yaml.safe_dump(head, sort_keys=False))
+    is_remote = model.model_name_or_path and not Path(model.model_name_or_path).exists()
+    head = ModelCardData(
+        license=training.license,
+        language=training.language,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[tag for tag in ("lalm" if model_type.startswith("lalm_") else None, model_type) if tag],
+        datasets=[data.dataset_name] if data.dataset_name else None,
+        base_model=model.model_name_or_path if is_remote else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data.dataset_name or "text",
+                dataset_name=data.dataset_name or Path(run.sources[split]).name,
+                dataset_config=data.dataset_config_name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=f"token-level {metric}",
+                metric_value=results[f"{prefix}_{metric}"],
+            )
+            for prefix, split in (("eval", "validation"), ("test", "test"))
+            for metric in ("perplexity", "accuracy")
+            if f"{prefix}_{metric}" in results
+        ],
+    )
+    return f"---\n{head.to_yaml()}\n---\n"
 
 
 def model_card(
@@ -149,7 +168,7 @@ def model_card(
     model, data, training = arguments
     path = training.hub_model_id or training.output_dir
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    return front_matter(network.config.model_type, model, data) + BODY.format(
+    return front_matter(network, run, arguments, results) + BODY.format(
         name=Path(str(path)).name,
         origin=origin(network, model),
         figures=figures_table(results),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.model_card import generate_model_card
 
@@ -66,7 +67,8 @@ def describe(model: SentenceTransformer, arguments: Arguments, notes: Mapping[st
     several = training.stage == "finetune"
     names = list(notes) if several else [", ".join(Path(name).name for name in notes)]
     card = StsCardData(
-        language="en",
+        language=training.language or "en",
+        license=training.license,
         model_name=f"{training.folder.name} ({type(backbone(model)).__name__}, stage {training.stage})",
         train_datasets=[{"name": name} for name in names],
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "dense", "lalm"],
@@ -190,4 +192,20 @@ def sts_card(
     )
     text = generate_model_card(model)
     head, mark, rest = text.partition("## Model Details")
-    return head + ours + mark + rest
+    card = ModelCard(head + ours + mark + rest)
+    card.data.model_name = training.folder.name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="semantic-similarity",
+            task_name="Semantic Similarity",
+            dataset_type="sentence-transformers/stsb" if "sentence-transformers/stsb" in source else "sts",
+            dataset_name=source,
+            dataset_split=split,
+            metric_type=f"{metric}_cosine",
+            metric_value=results[f"{prefix}_{metric}"],
+        )
+        for split, prefix in PREFIXES.items()
+        for metric in ("pearson", "spearman")
+        if f"{prefix}_{metric}" in results
+    ]
+    return str(card)
