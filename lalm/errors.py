@@ -66,13 +66,13 @@ def is_debugging() -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether `error`, or what caused it, is a full disk or an exhausted quota.
+    """Tell whether `error`, or what caused it, is a full disk, an exhausted quota or a limit on the size of files.
 
     safetensors and torch.save wrap the system's error in types of their own, hence the look at the text.
     """
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(sign in str(link) for sign in DISK_FULL_SIGNS):
             return True

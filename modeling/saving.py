@@ -59,8 +59,9 @@ def staged_save(save_directory: str | os.PathLike) -> Iterator[Path]:
             yield Path(name)
             move_files(Path(name), folder)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ or error  # of a save inside this one
         message = (
-            f"Could not save to {folder}: {getattr(error, 'strerror', None) or error}. What was there before is "
+            f"Could not save to {folder}: {getattr(reason, 'strerror', None) or reason}. What was there before is "
             "untouched. Free some space or choose another folder, then save again."
         )
         code = getattr(error, "errno", None)

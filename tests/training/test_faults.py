@@ -1,5 +1,6 @@
 """Runs that are killed, told to end, run out of disk, or meet NaN: what is said, and that resuming equals no fault."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -7,22 +8,20 @@ import re
 import resource
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerState
-from transformers.trainer_callback import TrainerCallback
+from accelerate.state import AcceleratorState
+from transformers import TrainerState, modeling_utils
 
 import run_clm
 from lalm.errors import UserError, exit_on_user_error
 from lalm.modeling import saving
-from lalm.training import checkpoint_files
+from lalm.training import checkpoint_files, trainer
 from lalm.training.callbacks import ThroughputCallback
 from lalm.training.clm.trainer import ClmTrainer
-from tests.training.conftest import TINY_MODELS
 
 TRAIN = ("--do_train", "--save_steps", "2", "--max_steps", "6", "--lr_scheduler_type", "constant")
 MODEL = "lalm_gla"
@@ -46,20 +45,16 @@ def unbroken(tiny_run, tmp_path):
     return tmp_path / "unbroken"
 
 
-def at_call(number: int, action, after: bool = False):
-    """Wrap a function so that its call of this number acts before, or after, it does its work."""
+def at_call(number: int):
+    """Wrap a function so that its call of this number kills the process."""
 
     def wrap(function):
         count = iter(range(1, 1000))
 
         def wrapped(*args, **kwargs):
-            is_due = next(count) == number
-            if is_due and not after:
-                action()
-            result = function(*args, **kwargs)
-            if is_due and after:
-                action()
-            return result
+            if next(count) == number:
+                kill_self()
+            return function(*args, **kwargs)
 
         return wrapped
 
@@ -83,29 +78,32 @@ def half_a_file(function):
     return wrapped
 
 
+def half_a_move(function):
+    """A kill while the final model replaces what is in the output folder."""
+
+    def wrapped(source, target):
+        os.replace(source / "config.json", target / "config.json")
+        kill_self()
+
+    return wrapped
+
+
 MOMENTS = {
-    "in a step": (ClmTrainer, "training_step", at_call(4, kill_self)),
-    "in the weights of a checkpoint": ("transformers.modeling_utils", "safe_save_file", half_a_file),
-    "before the optimizer of a checkpoint": (torch, "save", at_call(4, kill_self)),
-    "before the state of a checkpoint": (TrainerState, "save_to_json", at_call(2, kill_self)),
-    "before the checksums of a checkpoint": (checkpoint_files, "write_checksums", at_call(2, kill_self)),
-    "in the files of the final model": (saving.os, "replace", at_call(36, kill_self)),
+    "in a step": (ClmTrainer, "training_step", at_call(4)),
+    "in the weights of a checkpoint": (modeling_utils, "safe_save_file", half_a_file),
+    "before the optimizer of a checkpoint": (torch, "save", at_call(4)),
+    "before the state of a checkpoint": (TrainerState, "save_to_json", at_call(2)),
+    "before the checksums of a checkpoint": (checkpoint_files, "write_checksums", at_call(2)),
+    "in the files of the final model": (trainer, "move_files", half_a_move),
 }
 
 
 def killed_run(run, target, name, wrap) -> int | None:
-    """The exit code of a forked process in which `target.name` is wrapped."""
-
-    def body():
-        with pytest.MonkeyPatch.context() as patch:
-            if isinstance(target, str):
-                patch.setattr(f"{target}.{name}", wrap(getattr(sys.modules[target], name)))
-            else:
-                patch.setattr(target, name, wrap(getattr(target, name)))
-            run(*TRAIN, model_type=MODEL)
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
+    """The exit code of a copy of this process in which `target.name` is wrapped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, wrap(getattr(target, name)))
+        process = multiprocessing.get_context("fork").Process(target=run, args=TRAIN, kwargs={"model_type": MODEL})
+        process.start()
     process.join(100)
     return process.exitcode
 
@@ -119,21 +117,11 @@ def test_a_run_that_is_killed_at_any_moment_equals_the_unbroken_one(tiny_run, tm
             (tmp_path / "run").rename(tmp_path / moment)
 
 
-class AtStep(TrainerCallback):
-    """Sends a signal to this process in a step."""
-
-    def __init__(self, step, number):
-        self.step, self.number = step, number
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.mark.parametrize("save", [(), ("--save_strategy", "no")])
 def test_sigterm_saves_and_ends_in_one_line(tiny_run, tmp_path, monkeypatch, capsys, unbroken, save):
     def on_step_begin(self, args, state, control, **kwargs):
-        AtStep(2, signal.SIGTERM).on_step_begin(args, state, control)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
         begin(self, args, state, control, **kwargs)
 
     begin = ThroughputCallback.on_step_begin
@@ -159,21 +147,22 @@ def test_sigterm_before_the_training_is_one_line(tiny_run, tmp_path, monkeypatch
     assert "error: terminated; saved checkpoints stay" in capsys.readouterr().err
 
 
-def test_a_full_disk_in_a_checkpoint(tiny_run, tmp_path, capsys, unbroken):
+def test_a_full_disk_in_a_checkpoint(tiny_run, tmp_path, capsys):
     """Its weights still fit, its optimizer does not: the checkpoint before is resumed."""
-    tiny_run(*TRAIN, "--max_steps", "2", model_type=MODEL)
+    tiny_run(*TRAIN, output="unbroken")
+    tiny_run(*TRAIN, "--max_steps", "2")
     largest = (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, limits[1]))
     try:
         with pytest.raises(SystemExit) as caught:
-            exit_on_user_error(lambda: tiny_run(*TRAIN, model_type=MODEL))
+            exit_on_user_error(lambda: tiny_run(*TRAIN))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.code == 2
     assert "error: the disk is full (" in capsys.readouterr().err
-    tiny_run(*TRAIN, model_type=MODEL)
-    assert_equal_runs(tmp_path / "run", unbroken)
+    tiny_run(*TRAIN)
+    assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
 
 
 def broken_batches(monkeypatch, *steps: int) -> None:
@@ -192,7 +181,7 @@ def test_a_batch_with_nan_is_left_out_and_told(tiny_run, tmp_path, monkeypatch, 
     assert [re.findall(r"step (\d+)", line) for line in warned] == [["2"], ["3"], ["5"]]
     assert "the norm of the gradients is nan" in warned[0]
     weights = [(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors").read_bytes() for step in range(1, 7)]
-    changed = [old != new for old, new in zip(weights, weights[1:], strict=False)]
+    changed = [old != new for old, new in itertools.pairwise(weights)]
     assert changed == [False, False, True, False, True]
 
 
@@ -205,53 +194,57 @@ def test_three_steps_with_nan_in_a_row_end_the_run(tiny_run, tmp_path, monkeypat
     checkpoint_files.check_checkpoint(tmp_path / "run" / "checkpoint-2")
 
 
-SCRIPT = """
-import os, sys
-import run_clm
-from lalm.errors import exit_on_user_error
-from tests.training.test_faults import AtStep
-from lalm.training.clm.trainer import ClmTrainer
-rank, step, number = os.environ["RANK"], int(sys.argv[1]), int(sys.argv[2])
-init = ClmTrainer.__init__
-def with_signal(self, **kwargs):
-    init(self, callbacks=[AtStep(step, number)] if rank == "1" else [], **kwargs)
-ClmTrainer.__init__ = with_signal
-exit_on_user_error(lambda: run_clm.main(sys.argv[3:]))
-"""
+def forked(body, errors: Path, **environment: str) -> multiprocessing.process.BaseProcess:
+    """A running copy of this process, which has imported all, that does `body`, its stderr in a file."""
+
+    def run():
+        os.environ.update(environment)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        exit_on_user_error(body)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
-def two_processes(arguments, step, number):
-    """Exit code and errors of two processes with gloo, of which the second gets a signal in a step."""
+def two_processes(run, folder: Path, step: int, number: int) -> list[tuple[int | None, str]]:
+    """Exit codes and errors of two processes with gloo, of which the second gets a signal in a step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LALM_DEBUG": "0"}
-    command = [sys.executable, "-c", SCRIPT, str(step), str(int(number)), *arguments]
-    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    running = []
-    for rank in ("0", "1"):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
-        running.append(subprocess.Popen(command, cwd=Path(run_clm.__file__).parent, env=environment, **streams))
-    try:
-        return [(process.communicate(timeout=120)[1], process.returncode) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    begin = ThroughputCallback.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        begin(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThroughputCallback, "on_step_begin", on_step_begin)
+        files = [folder / "first", folder / "second"]
+        running = [
+            forked(run, file, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, file in enumerate(files)
+        ]
+    for process in running:
+        process.join(100)
+        process.kill()
+    return [(process.exitcode, file.read_text()) for process, file in zip(running, files, strict=True)]
 
 
-def test_two_processes_end_together(texts, tmp_path):
+def test_two_processes_end_together(tiny_run, tmp_path):
     """SIGTERM to one: both save the same step. Then one is killed: the other ends with a message and does not hang."""
-    arguments = ["--model_type", MODEL, "--config_overrides", TINY_MODELS[MODEL], "--do_train", "--max_steps", "8"]
-    arguments += ["--train_file", str(texts["train"]), "--validation_file", str(texts["validation"])]
-    arguments += ["--tokenizer_vocab_size", "300", "--block_size", "24", "--ddp_backend", "gloo", "--use_cpu"]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
-    arguments += ["--per_device_train_batch_size", "4", "--save_steps", "100"]
-    ended = two_processes(arguments, 2, signal.SIGTERM)
-    assert [code for _, code in ended] == [143, 143], ended
-    assert "error: terminated; checkpoint-3 is saved" in ended[0][0]
-    (first, code), (_, killed) = two_processes(arguments, 5, signal.SIGKILL)
+
+    def run():
+        tiny_run("--do_train", "--max_steps", "8", "--save_steps", "9", "--ddp_backend", "gloo", model_type=MODEL)
+
+    ended = two_processes(run, tmp_path, 2, signal.SIGTERM)
+    assert [code for code, _ in ended] == [143, 143], ended
+    assert "error: terminated; checkpoint-3 is saved" in ended[0][1]
+    (code, errors), (killed, _) = two_processes(run, tmp_path, 5, signal.SIGKILL)
     assert killed == -signal.SIGKILL
-    assert code == 1, first
-    assert "resuming from" in first
-    assert re.search(r"^error: another process of this run has ended \(.*same command resumes", first, re.MULTILINE)
-    assert "Traceback" not in first
+    assert code == 1, errors
+    assert "resuming from" in errors
+    assert re.search(r"^error: another process of this run has ended \(.*same command resumes", errors, re.MULTILINE)
+    assert "Traceback" not in errors
