@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -269,8 +269,8 @@ def _folder() -> str:
 
 def _open_kept(path: str) -> ctypes.CDLL | None:
     """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
-    the process."""
-    if not os.path.isfile(path):
+    the process. Nor is one loaded that another user may have put there."""
+    if not (os.path.isfile(path) and _is_private(os.path.dirname(path)) and _is_private(path)):
         return None
     try:
         content = _read(path)
@@ -280,6 +280,14 @@ def _open_kept(path: str) -> ctypes.CDLL | None:
         logger.info(f"{path} cannot be loaded ({error}).")
     logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
     return None
+
+
+def _is_private(path: str) -> bool:
+    """Whether only this user, or root, can have written there."""
+    if not hasattr(os, "getuid"):  # Windows
+        return True
+    found = os.stat(path)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 def _seal(content: bytes) -> bytes:
@@ -305,7 +313,7 @@ def _make(plan: _Plan) -> ctypes.CDLL:
             folder = os.path.dirname(plan.library)
             logger.warning_once(
                 f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
-                "again: set LALM_CACHE to a folder that can be written to."
+                "again: set LALM_CACHE to a folder that you, and nobody else, can write to."
             )
             return _opened(made)
 
@@ -315,10 +323,12 @@ def _keep(made: str, library: str) -> None:
     folder, content = os.path.dirname(library), _read(made)
     if not os.path.isabs(folder):  # no home folder
         raise NotADirectoryError(f"{folder} is no absolute path")
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not _is_private(folder):
+        raise PermissionError(f"it belongs to another user, or others may write there; try chmod 700 {folder}")
     scratch = f"{library}.{uuid.uuid4().hex}"
     try:
-        with open(scratch, "xb") as file:
+        with open(scratch, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(content + _seal(content))
             file.flush()
             os.fsync(file.fileno())
@@ -335,6 +345,9 @@ def _compile(plan: _Plan, made: str) -> None:
     own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = plan.compiler or ((own,) if own else ())
     if not compiler:
+        logger.warning_once(
+            "There is no C++ compiler: plain torch runs in place of the kernels, slower. Install g++, or set CXX."
+        )
         raise _NoCompiler("there is no C++ compiler")
     folder = os.path.dirname(made)
     for file in kernel_files(plan.name):

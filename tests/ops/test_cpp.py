@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,16 +222,24 @@ def test_processes_that_compile_at_once(quick, new_machine, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("obstacle", ["a file in the way", "no room", "no home"])
+@pytest.mark.parametrize("obstacle", ["a file in the way", "no room", "no home", "read-only"])
 def test_where_nothing_can_be_kept(obstacle, quick, new_machine, monkeypatch, warnings, tmp_path):
     """Each process compiles for itself then, and says so."""
     monkeypatch.setenv("CXX", str(quick))
+
+    def read_only(path, mode="r", **options):
+        if mode == "xb":
+            raise OSError(30, "Read-only file system")
+        return open(path, mode, **options)
 
     def no_room(file):
         raise OSError(28, "No space left on device")
 
     if obstacle == "a file in the way":
         new_machine.write_text("")
+    elif obstacle == "read-only":
+        new_machine.mkdir(mode=0o700)
+        monkeypatch.setattr(cpp, "open", read_only, raising=False)
     elif obstacle == "no room":
         monkeypatch.setattr(os, "fsync", no_room)
     else:
@@ -264,6 +273,57 @@ def test_a_compiler_that_is_not_there(words, new_machine, monkeypatch, warnings)
     assert cpp._plan("rms_norm", ()).compiler == cpp._plan("lam_gates", ()).compiler == ()
     assert len(warnings) == 1
     assert f"CXX={words!r}" in warnings[0]
+
+
+@needs_compiler
+def test_the_cache_is_for_this_user_alone(quick, new_machine, monkeypatch, warnings):
+    monkeypatch.setenv("CXX", str(quick))
+    assert cpp.load_kernel("rms_norm") is not None
+    (library,) = new_machine.glob("*.so")
+    assert (new_machine.stat().st_mode & 0o777, library.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert not warnings
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", ["folder", "file"])
+@pytest.mark.parametrize("fault", ["writable by others", "of another user"])
+def test_nothing_is_loaded_that_another_user_may_have_written(place, fault, quick, new_machine, monkeypatch, warnings):
+    """A library with a right seal even so: each process compiles for itself then, or replaces the one file."""
+    monkeypatch.setenv("CXX", str(quick))
+    assert cpp.load_kernel("rms_norm") is not None
+    (library,) = new_machine.glob("*.so")
+    target = {"folder": new_machine, "file": library}[place]
+    if fault == "writable by others":
+        target.chmod(0o777)
+    else:
+        stat = os.stat
+        monkeypatch.setattr(
+            os, "stat", lambda path, **rest: SimpleNamespace(st_uid=stat(path).st_uid + 7, st_mode=stat(path).st_mode)
+            if Path(path) == target and not rest else stat(path, **rest),
+        )  # fmt: skip
+    forget()
+    opened, open_library = [], cpp._opened
+    monkeypatch.setattr(cpp, "_opened", lambda path: opened.append(path) or open_library(path))
+    made = []
+    monkeypatch.setattr(
+        cpp, "_compile", lambda plan, path: made.append(path) or shutil.copy(quick.parent.parent / "made", path)
+    )
+    assert cpp.load_kernel("rms_norm") is not None
+    assert len(made) == 1
+    if place == "folder":
+        assert opened == made
+        assert len(warnings) == 1
+        assert f"cannot be kept in {new_machine} (it belongs to another user, or others may write there" in warnings[0]
+    elif fault == "writable by others":
+        assert library.stat().st_mode & 0o777 == 0o600
+
+
+def test_no_compiler_is_one_line(new_machine, monkeypatch, warnings):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert cpp.load_kernel("rms_norm") is cpp.load_kernel("lam_gates") is None
+    assert set(warnings) == {warnings[0]}  # transformers says the same text once
+    assert "no C++ compiler: plain torch runs" in warnings[0]
 
 
 def test_a_compiler_that_fails(new_machine, monkeypatch, warnings, tmp_path):

@@ -108,13 +108,12 @@ def killed_run(run, target, name, wrap) -> int | None:
     return process.exitcode
 
 
-def test_a_run_that_is_killed_at_any_moment_equals_the_unbroken_one(tiny_run, tmp_path, unbroken, subtests):
+def test_a_run_that_is_killed_at_any_moment_equals_the_unbroken_one(tiny_run, tmp_path, unbroken):
     for moment, (target, name, wrap) in MOMENTS.items():
-        with subtests.test(moment):
-            assert killed_run(tiny_run, target, name, wrap) == -signal.SIGKILL
-            tiny_run(*TRAIN, model_type=MODEL)
-            assert_equal_runs(tmp_path / "run", unbroken)
-            (tmp_path / "run").rename(tmp_path / moment)
+        assert killed_run(tiny_run, target, name, wrap) == -signal.SIGKILL, moment
+        tiny_run(*TRAIN, model_type=MODEL)
+        assert_equal_runs(tmp_path / "run", unbroken)
+        (tmp_path / "run").rename(tmp_path / moment)
 
 
 @pytest.mark.parametrize("save", [(), ("--save_strategy", "no")])
