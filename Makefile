@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format bench gpu-check clean
+.PHONY: help install demo test test-fast check format bench gpu-check audit soak clean
 
 help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
@@ -25,6 +25,8 @@ help:
 	@echo "make check   linter, formatter, type checker, structure linter for model files"
 	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"
 	@echo "make gpu-check  parity, speed and a short training on a GPU (6 minutes; WHEELS=folder installs without a network)"
+	@echo "make audit   list the licences of all packages that lalm needs"
+	@echo "make soak    train, kill, resume and generate for 20 minutes (SOAK='--minutes 3' for less)"
 	@echo "make clean   remove $(VENV) and the tools' caches; runs/ stays"
 	@echo "PYTHON=...   the Python (3.10 or newer) that makes $(VENV); now: $(PYTHON)"
 
@@ -68,6 +70,12 @@ gpu-check:
 	@$(PYTHON) -m venv --system-site-packages $(VENV)
 	@$(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) --editable ".[gpu,dev]"
 	$(BIN)/python -m experiments.gpu_check
+
+audit: $(STAMP)
+	$(BIN)/python .ci/audit.py
+
+soak: $(STAMP)
+	$(BIN)/python -m experiments.soak $(SOAK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
