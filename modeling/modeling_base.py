@@ -138,7 +138,7 @@ class LalmPreTrainedModel(PreTrainedModel):
             message = hub.pop("commit_message", None) or "Upload model"
             push_model(self, save_directory, repo_id, saved, token=given.get("token"), message=message, **hub)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,

@@ -114,9 +114,9 @@ def commit_folder(
     there = [
         name[len(prefix) :] for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(prefix)
     ]
-    operations = [CommitOperationAdd(prefix + path.relative_to(root).as_posix(), path) for path in files]
-    operations += [CommitOperationDelete(prefix + name) for name in stale_weights(chosen, there)]
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision, **options)
+    added = [CommitOperationAdd(prefix + path.relative_to(root).as_posix(), path) for path in files]
+    deleted = [CommitOperationDelete(prefix + name) for name in stale_weights(chosen, there)]
+    return api.create_commit(repo_id, [*added, *deleted], commit_message=message, revision=revision, **options)
 
 
 def open_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
@@ -169,7 +169,8 @@ def write_card(model: Any, folder: Path, repo_id: str, tags: Iterable[str], toke
             kind=kind, origin=origin, auto=auto, repo_id=repo_id,
         )  # fmt: skip
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    told: Any = card.data
+    told.tags = list(dict.fromkeys([*(told.get("tags") or []), *tags]))
     card.save(folder / "README.md")
 
 

@@ -194,3 +194,14 @@ def test_speed_tables_hold_what_was_measured(page, tables):
 
 def test_the_readme_is_one_page():
     assert len(read("README.md").splitlines()) <= 150
+
+
+def test_every_promise_names_a_test_that_exists():
+    """docs/reliability.md: `[test_name](../tests/file.py)`."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)", text)
+    assert len(named) > 30
+    for name, file in named:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (name, file)
+    for line in re.findall(r"^\| .* \|$", text, re.MULTILINE):
+        assert "[test_" in line or line == "| promise | test |", line

@@ -47,7 +47,8 @@ class RunTrainer(_Base):
     def __init__(self, write_card: Callable[[Any], None] | None = None, **kwargs):
         self.throughput, self.signals = ThroughputCallback(), StopOnSignal()
         self.write_card = write_card
-        self.skipped, self.broken_loss = SkippedSteps(), None
+        self.skipped = SkippedSteps()
+        self.broken_loss: torch.Tensor | None = None
         given = kwargs.get("callbacks") or []
         kwargs["callbacks"] = [self.throughput, *given, ChecksumCallback(), self.signals]
         super().__init__(**kwargs)
@@ -229,14 +230,16 @@ class RunTrainer(_Base):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # the stock method copies half-written weights over the model in the output folder, and pickled arguments
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        running: Any = self.push_in_progress
+        busy = running is not None and not running.is_done()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         job = push_checkpoint(self.args, str(self.hub_model_id), Path(checkpoint_folder), self.state.global_step)
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+        jobs: Any = [*(running.jobs if busy else []), job]
+        self.push_in_progress = cast(Any, PushInProgress(jobs))
 
     def create_model_card(self, *args, **kwargs):
         """Write our card, which tells what was run; the stock one would say 'fine-tuned' of a new model."""

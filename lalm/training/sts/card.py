@@ -193,8 +193,9 @@ def sts_card(
     text = generate_model_card(model)
     head, mark, rest = text.partition("## Model Details")
     card = ModelCard(head + ours + mark + rest)
-    card.data.model_name = training.folder.name
-    card.data.eval_results = [
+    data: Any = card.data
+    data.model_name = training.folder.name
+    data.eval_results = [
         EvalResult(
             task_type="semantic-similarity",
             task_name="Semantic Similarity",
