@@ -123,6 +123,11 @@ class Mixer(nn.Module):
         """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> what the op gives `[B, T, H, V]`, and the state."""
         raise NotImplementedError
 
+    def gates_of(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]` or, with
+        one per channel or memory, `[B, T, H, *]`. Empty for a mixer without gates."""
+        return {}
+
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
@@ -179,7 +184,7 @@ class FeatureMixer(Mixer):
 
 
 # ---- lalm.modeling.saving ----
-"""Saves and pushes of a model: all files or none, and no weights of an earlier save left where loading prefers them."""
+"""Saves and pushes of a model: all files or none, and no old weights left where loading would prefer them."""
 
 import contextlib
 import filecmp
@@ -188,6 +193,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +203,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from safetensors import SafetensorError
 
 # Group 1 is the variant: weights of several (`save_pretrained(variant="fp16")`) may lie side by side.
-_WEIGHTS = re.compile(r"model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json")
+_WEIGHTS = re.compile(
+    r"model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
+)
 # What a save that was killed, or is going on, leaves in a folder.
 UNFINISHED = ".saving"
 TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "Classification": "text-classification"}
@@ -212,7 +221,7 @@ from transformers import {auto}
 model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
-The code in this repository is under the Apache License 2.0, and so are the weights unless `license` above names another.
+The code in this repository is under the Apache License 2.0, the weights under the licence named above.
 No figures were measured for these weights when they were pushed.
 """
 
@@ -235,8 +244,9 @@ def staged_save(save_directory: str | os.PathLike) -> Iterator[Path]:
             yield Path(name)
             move_files(Path(name), folder)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ or error  # of a save inside this one
         message = (
-            f"Could not save to {folder}: {getattr(error, 'strerror', None) or error}. What was there before is "
+            f"Could not save to {folder}: {getattr(reason, 'strerror', None) or reason}. What was there before is "
             "untouched. Free some space or choose another folder, then save again."
         )
         code = getattr(error, "errno", None)
@@ -265,35 +275,33 @@ def stale_weights(saved: Iterable[str], present: Iterable[str]) -> list[str]:
 
 
 def commit_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    message: str,
-    names: Iterable[str] | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
+    folder: str | os.PathLike, repo_id: str, *, message: str, names: Iterable[str] | None = None,
+    ignore: Iterable[str] = (), path_in_repo: str = "", token: str | bool | None = None, revision: str | None = None,
     **options: Any,
-) -> CommitInfo:
+) -> CommitInfo:  # fmt: skip
     """Upload a folder to the Hub in one commit, which also deletes `stale_weights`: a push that fails or is
     interrupted leaves the repository as it was.
 
     Args:
-        names: the entries of the folder to take; default: all, without checkpoints and unfinished saves.
+        names: the entries of the folder to take; default: all.
+        ignore: patterns of entries to leave out, besides checkpoints and unfinished saves.
         options: of `HfApi.create_commit`.
 
     Raises:
         HfHubHTTPError, OSError: as huggingface_hub.
     """
-    api, root = HfApi(token=token), Path(folder)
-    chosen = set(os.listdir(root) if names is None else names)
-    chosen = {name for name in chosen if not name.startswith((UNFINISHED, "checkpoint-", "_", ".cache"))}
-    files = [path for name in sorted(chosen) for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
+    api, root, prefix = HfApi(token=token), Path(folder), path_in_repo and f"{path_in_repo}/"
+    hidden = (f"{UNFINISHED}*", "checkpoint-*", "_*", ".cache", *ignore)
+    chosen = [name for name in sorted(names or os.listdir(root)) if not any(map(partial(fnmatch, name), hidden))]
+    files = [path for name in chosen for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    stale = stale_weights([path.name for path in files if path.parent == root], api.list_repo_files(repo_id, revision=revision))
-    operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in files]
-    operations += [CommitOperationDelete(name) for name in stale]
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision, **options)
+    there = [
+        name[len(prefix) :] for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(prefix)
+    ]
+    added = [CommitOperationAdd(prefix + path.relative_to(root).as_posix(), path) for path in files]
+    deleted = [CommitOperationDelete(prefix + name) for name in stale_weights(chosen, there)]
+    return api.create_commit(repo_id, [*added, *deleted], commit_message=message, revision=revision, **options)
 
 
 def open_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
@@ -338,13 +346,16 @@ def write_card(model: Any, folder: Path, repo_id: str, tags: Iterable[str], toke
             ignore_metadata_errors=True,
         )
         origin = f"It was loaded from `{Path(start).name if Path(start).exists() else start}`." if start else ""
-        auto = next((name for name, place in (model.config.auto_map or {}).items() if place.endswith(f".{kind}")), "AutoModel")
+        auto = next(
+            (name for name, place in (model.config.auto_map or {}).items() if place.endswith(f".{kind}")), "AutoModel"
+        )
         text = CARD.format(
             name=repo_id.rpartition("/")[2], model_type=model.config.model_type, parameters=model.num_parameters(),
             kind=kind, origin=origin, auto=auto, repo_id=repo_id,
         )  # fmt: skip
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    told: Any = card.data
+    told.tags = list(dict.fromkeys([*(told.get("tags") or []), *tags]))
     card.save(folder / "README.md")
 
 
@@ -624,7 +635,7 @@ class LalmPreTrainedModel(PreTrainedModel):
             message = hub.pop("commit_message", None) or "Upload model"
             push_model(self, save_directory, repo_id, saved, token=given.get("token"), message=message, **hub)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -1177,12 +1188,15 @@ class LamMixer(Mixer):
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
         open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
+    def gates_of(self, hidden_states, k, v):
+        return self.gates(hidden_states, k, v)
+
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates(hidden_states, k, v),
+            **self.gates_of(hidden_states, k, v),
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,

@@ -23,6 +23,8 @@ from lalm.training import checkpoint_files, trainer
 from lalm.training.callbacks import ThroughputCallback
 from lalm.training.clm.trainer import ClmTrainer
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ("--do_train", "--save_steps", "2", "--max_steps", "6", "--lr_scheduler_type", "constant")
 MODEL = "lalm_gla"
 

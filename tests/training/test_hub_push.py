@@ -15,6 +15,8 @@ from lalm.training import trainer
 from tests.hub_server import use_hub
 from tests.training.sts.tiny_models import sentences
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_secret_token"
 FLAGS = ("--do_train", "--do_eval", "--push_to_hub", "--hub_token", TOKEN, "--save_steps", "2")
 
