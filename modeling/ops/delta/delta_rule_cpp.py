@@ -206,9 +206,11 @@ def cpp_delta(
     layout: SequenceLayout,
     wants_state: bool = True,
     norm_eps: float | None = None,
+    use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
-    arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    o, final = cpp_dual(*arguments, wants_state=wants_state, norm_eps=norm_eps)
+    arguments: Any = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
+    options = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
+    o, final = cpp_dual(*arguments, **options)
     return o, None if final is None else final[:, :, 0]
