@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -34,8 +35,30 @@ _DELTA = _CONV | {
         ("query", "key", "value", "g", "beta", *_STATES),
     ),
 }
+_KDA = _CONV | {
+    "chunk_kimi_delta_attention": (
+        functions.kda,
+        ("query", "key", "value", "g", "beta", "chunk_size", *_STATES),
+    ),
+    "recurrent_kimi_delta_attention": (
+        functions.kda,
+        ("query", "key", "value", "g", "beta", *_STATES),
+    ),
+}
+_TIME_STEP = ("hidden_states", "dt", "A", "B", "C")
+_MAMBA = _CONV | {
+    "mamba2_chunk_scan": (
+        functions.mamba2_chunk_scan,
+        (*_TIME_STEP, "chunk_size", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states",
+         "kwargs"),
+    ),
+    "mamba2_selective_state_update": (
+        functions.mamba2_selective_state_update,
+        ("state", *_TIME_STEP, "D", "dt_bias", "dt_softplus", "z", "kwargs"),
+    ),
+}  # fmt: skip
 _MIXER = ("hidden_states", "cache_params", "attention_mask", "kwargs")
-_MODEL = ("attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs")
+_MODEL = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "kwargs")
 
 
 class UnknownSeam(ValueError):
@@ -71,12 +94,16 @@ class Family:
         mixer: the class of the layers with a recurrence.
         model: the class of the text model, which prepares masks and positions.
         functions: by the name in the file, the replacement and the parameters that the original must have.
+        head: the class of a language-model head that does not hand down where documents begin.
+        masks_documents: whether attention layers keep documents apart by their positions.
     """
 
     model_type: str
     mixer: str
     model: str
     functions: dict[str, tuple[Callable, tuple[str, ...]]]
+    head: str | None = None
+    masks_documents: bool = True
 
     @property
     def module_name(self) -> str:
@@ -100,7 +127,11 @@ class Family:
         self._check(getattr(mixer, "forward", None), f"{self.mixer}.forward", _MIXER, exactly=False)
         self._check(getattr(model, "forward", None), f"{self.model}.forward", _MODEL, exactly=False)
         found.append(Seam(mixer, "forward", layouts.mixer_forward))
-        found.append(Seam(model, "forward", layouts.model_forward))
+        found.append(Seam(model, "forward", partial(layouts.model_forward, masks_documents=self.masks_documents)))
+        if self.head is not None:
+            head = getattr(module, self.head, None)
+            self._check(getattr(head, "forward", None), f"{self.head}.forward", ("kwargs",), exactly=False)
+            found.append(Seam(head, "forward", layouts.head_forward))
         return found
 
     def _check(self, function: Callable | None, name: str, expected: tuple[str, ...], exactly: bool = True) -> None:
@@ -120,5 +151,18 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextModel", _DELTA),
         Family("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeTextModel", _DELTA),
         Family("olmo_hybrid", "OlmoHybridGatedDeltaNet", "OlmoHybridModel", _DELTA),
+        Family("kimi_linear", "KimiLinearDeltaAttention", "KimiLinearModel", _KDA),
+        Family("mamba2", "Mamba2Mixer", "Mamba2Model", _MAMBA, head="Mamba2ForCausalLM"),
+        Family("bamba", "BambaMixer", "BambaModel", _MAMBA),
+        Family("falcon_h1", "FalconH1Mixer", "FalconH1Model", _MAMBA),
+        Family("nemotron_h", "NemotronHMamba2Mixer", "NemotronHModel", _MAMBA),
+        Family("zamba2", "Zamba2MambaMixer", "Zamba2Model", _MAMBA),
+        Family(
+            "granitemoehybrid",
+            "GraniteMoeHybridMambaLayer",
+            "GraniteMoeHybridModel",
+            _MAMBA,
+            masks_documents=False,
+        ),
     )
 }

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from lalm.modeling.ops.delta import delta_rule
+from lalm.modeling.ops.delta import kda as channels
 from lalm.modeling.ops.dense import causal_conv1d
+from lalm.modeling.ops.diagonal import ssd
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _SILU = ("silu", "swish")
@@ -110,6 +112,92 @@ def gated_delta_rule(
         chunk_size=chunk_size,
     )
     return o.to(query.dtype), final
+
+
+def kda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    seq_idx: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_kda` and `fused_recurrent_kda`: outputs `[B, T, H, V]` in the dtype of `query`."""
+    o, final = channels.kda(
+        query,
+        key,
+        value,
+        g,
+        beta,
+        None,
+        initial_state,
+        output_final_state,
+        cu_seqlens if seq_idx is None else None,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        layout=layout_of(seq_idx, padding_mask),
+    )
+    return o.to(query.dtype), final
+
+
+def mamba2_chunk_scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int = 64,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    z: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`mamba_chunk_scan_combined`, in float32 as transformers returns it; `chunk_size` changes no result and is ours."""
+    return ssd.mamba_chunk_scan_combined(
+        hidden_states.float(),
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_states=return_final_states,
+        mask=None if padding_mask is None else padding_mask.bool(),
+    )
+
+
+def mamba2_selective_state_update(
+    state: torch.Tensor,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    z: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`selective_state_update`, with the order of arguments that transformers has."""
+    return ssd.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def layout_of(seq_idx: torch.Tensor | None, padding_mask: torch.Tensor | None) -> SequenceLayout | None:

@@ -11,25 +11,46 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 
 from lalm.modeling.ops.sequence_layout import check_cu_seqlens, segments_of
 
+_FORMS = ("seq_idx", "cu_seq_lens_q", "position_ids")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What a head was given that does not hand it down to its model.
+_kept_by_head: ContextVar[dict[str, Any] | None] = ContextVar("kept_by_head", default=None)
 
 
-def model_forward(original: Callable) -> Callable:
-    """The forward of a text model that tells its layers where documents begin."""
+def head_forward(original: Callable) -> Callable:
+    """The forward of a language-model head that keeps for itself where documents begin: its model is told."""
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def forward(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs).arguments.get("kwargs", {})
+        before = _kept_by_head.set({name: given[name] for name in _FORMS if given.get(name) is not None})
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _kept_by_head.reset(before)
+
+    return forward
+
+
+def model_forward(original: Callable, masks_documents: bool = True) -> Callable:
+    """The forward of a text model that tells its layers where documents begin. Unless it `masks_documents`, its
+    attention layers get a mask that does."""
     signature = inspect.signature(original)
 
     @wraps(original)
     def forward(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
-        given: dict[str, Any] = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given: dict[str, Any] = {**(_kept_by_head.get() or {}), **bound.arguments, **bound.arguments.get("kwargs", {})}
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None or tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
@@ -37,11 +58,22 @@ def model_forward(original: Callable) -> Callable:
         if documents is None:
             return original(self, *args, **kwargs)
         rest = {n: x for n, x in given.items() if n not in ("self", "kwargs", *_LENGTHS)}
-        if given.get("use_cache"):
-            raise ValueError("Packed documents have no common cache: pass use_cache=False.")
+        if given.get("use_cache") or _cache(given) is not None:
+            raise ValueError("Packed documents have no common cache: pass use_cache=False and no cache.")
         rest |= {"seq_idx": documents, "use_cache": False}
-        if rest.get("position_ids") is None:
+        if rest.get("position_ids") is None and "position_ids" in signature.parameters:
             rest["position_ids"] = _positions(documents)
+        if not masks_documents and given.get("attention_mask") is None:
+            weight = self.get_input_embeddings().weight
+            like = weight.new_empty(1).expand(*documents.shape, 1)
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=like,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=_positions(documents),
+            )
+            rest["attention_mask"] = {"full_attention": mask, "linear_attention": None}
         return original(self, **rest)
 
     return forward
@@ -50,9 +82,6 @@ def model_forward(original: Callable) -> Callable:
 def _documents(given: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
     """Document ids `[B, T]`, None if nothing is packed."""
     batch, length = tokens.shape[:2]
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return None
     if given.get("seq_idx") is not None:
         found = given["seq_idx"]
     elif given.get("cu_seq_lens_q") is not None:
@@ -62,7 +91,8 @@ def _documents(given: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | No
         positions = given.get("position_ids")
         if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
             positions = positions[0]  # of text, beside those of images
-        if positions is None or positions.ndim != 2 or given.get("attention_mask") is not None:
+        is_one = positions is None or given.get("attention_mask") is not None or _cache(given) is not None
+        if is_one or positions.ndim != 2:
             return None
         found = find_packed_sequence_indices(positions)
     if found is None:
@@ -71,6 +101,10 @@ def _documents(given: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | No
     if found.shape != (batch, length):
         raise ValueError(f"seq_idx must be [B, T] = {(batch, length)}, got {tuple(found.shape)}.")
     return found if bool((found != found[:, :1]).any()) else None
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    return given.get("past_key_values") if given.get("cache_params") is None else given["cache_params"]
 
 
 def _positions(documents: torch.Tensor) -> torch.Tensor:
