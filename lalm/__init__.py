@@ -65,6 +65,7 @@ from lalm.modeling.modeling_retnet import (
     RetNetForTokenClassification,
     RetNetModel,
 )
+from lalm.transformers_models import use_in_transformers
 
 __version__ = "0.1.0"
 
@@ -203,4 +204,5 @@ __all__ = [
     "Variant",
     "__version__",
     "inspect",
+    "use_in_transformers",
 ]

@@ -16,6 +16,7 @@ from lalm.modeling.ops.delta import delta_rule
 from lalm.modeling.ops.delta import kda as channels
 from lalm.modeling.ops.dense import causal_conv1d
 from lalm.modeling.ops.diagonal import ssd
+from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _SILU = ("silu", "swish")
@@ -165,8 +166,8 @@ def mamba2_chunk_scan(
     **kwargs: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`mamba_chunk_scan_combined`, in float32 as transformers returns it; `chunk_size` changes no result and is ours."""
-    return ssd.mamba_chunk_scan_combined(
-        hidden_states.float(),
+    found = ssd.mamba_chunk_scan_combined(
+        hidden_states.to(compute_dtype(hidden_states)),
         dt,
         A,
         B,
@@ -181,6 +182,8 @@ def mamba2_chunk_scan(
         return_final_states=return_final_states,
         mask=None if padding_mask is None else padding_mask.bool(),
     )
+    # Layers view it in another shape.
+    return (found[0].contiguous(), found[1]) if isinstance(found, tuple) else found.contiguous()
 
 
 def mamba2_selective_state_update(

@@ -84,14 +84,19 @@ CONFIGS = {
     },
     "granitemoehybrid": _COMMON
     | _MAMBA
-    | {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 16},
+    | {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 16,
+    },
 }
 
 
 def tiny(model_type: str, **changes) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(CONFIGS[model_type] | changes))
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
     with torch.no_grad():  # weights as a trained model has them: every part of a layer counts
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -99,3 +104,7 @@ def tiny(model_type: str, **changes) -> torch.nn.Module:
             elif "bias" in name and "dt" not in name:
                 torch.nn.init.normal_(weight, std=0.1)
     return model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))

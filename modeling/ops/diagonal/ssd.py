@@ -82,7 +82,9 @@ def mamba_chunk_scan_combined(
     state = None if initial_states is None else initial_states.transpose(2, 3)
     layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long())
     is_plain = mask is None and seq_idx is None
-    call = Call(1.0, state, return_final_states, cu_seqlens, None if is_plain and cu_seqlens is not None else layout, True)
+    call = Call(
+        1.0, state, return_final_states, cu_seqlens, None if is_plain and cu_seqlens is not None else layout, True
+    )
     forms: dict[str, Callable] = {
         "recurrent": partial(_by_keys, recurrent_diagonal),
         "chunk": partial(_by_keys, partial(chunk_diagonal, chunk_size=chunk_size)),
@@ -97,7 +99,9 @@ def mamba_chunk_scan_combined(
     return (y, final.transpose(2, 3)) if final is not None else y
 
 
-def _time_steps(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool, limit: tuple[float, float]) -> torch.Tensor:
+def _time_steps(
+    dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool, limit: tuple[float, float]
+) -> torch.Tensor:
     dt = dt if bias is None else dt + bias.to(dt.dtype)
     dt = F.softplus(dt) if softplus else dt
     return dt if tuple(limit) == (0.0, float("inf")) and softplus else dt.clamp(*limit)
@@ -232,7 +236,9 @@ def selective_state_update(
         ("C", C, (batch, groups, keys)),
     ):
         if tuple(given.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for a state [B, H, P, N] = {tuple(state.shape)}, got {tuple(given.shape)}.")
+            raise ValueError(
+                f"{name} must be {shape} for a state [B, H, P, N] = {tuple(state.shape)}, got {tuple(given.shape)}."
+            )
     if groups == 0 or heads % groups:
         raise ValueError(f"B must be [B, G, N] with G a divisor of the {heads} heads, got {tuple(B.shape)}.")
     dtype = compute_dtype(state, x)
