@@ -30,12 +30,17 @@ class _Door:
         self.users: dict[str, int] = {}
         self.replaced: dict[str, list[_Replaced]] = {}
 
-    def open(self, name: str) -> None:
-        """Raises UnknownSeam, with nothing replaced."""
+    def open(self, name: str) -> UnknownSeam | None:
+        """Returns why nothing is replaced, if so."""
         with self.lock:
             if name not in self.replaced:
-                self.replaced[name] = [self._replace(seam) for seam in FAMILIES[name].seams()]
+                try:
+                    seams = FAMILIES[name].seams()
+                except UnknownSeam as problem:
+                    return problem
+                self.replaced[name] = [self._replace(seam) for seam in seams]
             self.users[name] = self.users.get(name, 0) + 1
+            return None
 
     def close(self, name: str) -> None:
         with self.lock:
@@ -117,15 +122,14 @@ def use_in_transformers(families: str | Iterable[str] | None = None) -> Replacem
     opened: list[str] = []
     refused: dict[str, str] = {}
     for name in dict.fromkeys(wanted):
-        try:
-            _door.open(name)
-        except UnknownSeam as error:
-            if families is not None:
-                for done in opened:
-                    _door.close(done)
-                raise
-            refused[name] = str(error)
-            logger.warning(f"transformers keeps its own functions for {error}")
-        else:
+        problem = _door.open(name)
+        if problem is None:
             opened.append(name)
+        elif families is None:
+            refused[name] = str(problem)
+            logger.warning(f"transformers keeps its own functions for {problem}")
+        else:
+            for done in opened:
+                _door.close(done)
+            raise problem
     return Replacement(tuple(opened), refused)

@@ -12,9 +12,10 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from lalm.transformers_models import functions, layouts
+from lalm.transformers_models import functions, layouts, products
 
-_CONV = {
+_Functions = dict[str, tuple[Callable, tuple[str, ...]]]
+_CONV: _Functions = {
     "causal_conv1d_fn": (
         functions.causal_conv1d_fn,
         ("hidden_states", "weight", "bias", "activation", "kwargs"),
@@ -25,7 +26,7 @@ _CONV = {
     ),
 }
 _STATES = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "kwargs")
-_DELTA = _CONV | {
+_DELTA: _Functions = _CONV | {
     "torch_chunk_gated_delta_rule": (
         functions.gated_delta_rule,
         ("query", "key", "value", "g", "beta", "chunk_size", *_STATES),
@@ -35,7 +36,7 @@ _DELTA = _CONV | {
         ("query", "key", "value", "g", "beta", *_STATES),
     ),
 }
-_KDA = _CONV | {
+_KDA: _Functions = _CONV | {
     "chunk_kimi_delta_attention": (
         functions.kda,
         ("query", "key", "value", "g", "beta", "chunk_size", *_STATES),
@@ -46,7 +47,7 @@ _KDA = _CONV | {
     ),
 }
 _TIME_STEP = ("hidden_states", "dt", "A", "B", "C")
-_MAMBA = _CONV | {
+_MAMBA: _Functions = _CONV | {
     "mamba2_chunk_scan": (
         functions.mamba2_chunk_scan,
         (*_TIME_STEP, "chunk_size", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states",
@@ -62,7 +63,7 @@ _MODEL = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "kwargs")
 
 
 class UnknownSeam(ValueError):
-    """The installed transformers has not the functions of a family under the names and with the arguments known here."""
+    """The installed transformers does not have the functions of a family as they are known here."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Family:
     Args:
         model_type: the folder of the file, and what `config.model_type` is or begins with.
         mixer: the class of the layers with a recurrence.
+        layers: the classes of the layers that the model is a stack of.
         model: the class of the text model, which prepares masks and positions.
         functions: by the name in the file, the replacement and the parameters that the original must have.
         head: the class of a language-model head that does not hand down where documents begin.
@@ -100,8 +102,9 @@ class Family:
 
     model_type: str
     mixer: str
+    layers: tuple[str, ...]
     model: str
-    functions: dict[str, tuple[Callable, tuple[str, ...]]]
+    functions: _Functions
     head: str | None = None
     masks_documents: bool = True
 
@@ -128,6 +131,10 @@ class Family:
         self._check(getattr(model, "forward", None), f"{self.model}.forward", _MODEL, exactly=False)
         found.append(Seam(mixer, "forward", layouts.mixer_forward))
         found.append(Seam(model, "forward", partial(layouts.model_forward, masks_documents=self.masks_documents)))
+        for name in self.layers:
+            layer = getattr(module, name, None)
+            self._check(getattr(layer, "forward", None), f"{name}.forward", ("hidden_states",), exactly=False)
+            found.append(Seam(layer, "forward", products.layer_forward))
         if self.head is not None:
             head = getattr(module, self.head, None)
             self._check(getattr(head, "forward", None), f"{self.head}.forward", ("kwargs",), exactly=False)
@@ -147,19 +154,26 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextModel", _DELTA),
-        Family("qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextModel", _DELTA),
-        Family("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeTextModel", _DELTA),
-        Family("olmo_hybrid", "OlmoHybridGatedDeltaNet", "OlmoHybridModel", _DELTA),
-        Family("kimi_linear", "KimiLinearDeltaAttention", "KimiLinearModel", _KDA),
-        Family("mamba2", "Mamba2Mixer", "Mamba2Model", _MAMBA, head="Mamba2ForCausalLM"),
-        Family("bamba", "BambaMixer", "BambaModel", _MAMBA),
-        Family("falcon_h1", "FalconH1Mixer", "FalconH1Model", _MAMBA),
-        Family("nemotron_h", "NemotronHMamba2Mixer", "NemotronHModel", _MAMBA),
-        Family("zamba2", "Zamba2MambaMixer", "Zamba2Model", _MAMBA),
+        Family("qwen3_next", "Qwen3NextGatedDeltaNet", ("Qwen3NextDecoderLayer",), "Qwen3NextModel", _DELTA),
+        Family("qwen3_5", "Qwen3_5GatedDeltaNet", ("Qwen3_5DecoderLayer",), "Qwen3_5TextModel", _DELTA),
+        Family("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", ("Qwen3_5MoeDecoderLayer",), "Qwen3_5MoeTextModel", _DELTA),
+        Family(
+            "olmo_hybrid",
+            "OlmoHybridGatedDeltaNet",
+            ("OlmoHybridAttentionDecoderLayer", "OlmoHybridLinearAttentionDecoderLayer"),
+            "OlmoHybridModel",
+            _DELTA,
+        ),
+        Family("kimi_linear", "KimiLinearDeltaAttention", ("KimiLinearDecoderLayer",), "KimiLinearModel", _KDA),
+        Family("mamba2", "Mamba2Mixer", ("Mamba2Block",), "Mamba2Model", _MAMBA, head="Mamba2ForCausalLM"),
+        Family("bamba", "BambaMixer", ("BambaDecoderLayer",), "BambaModel", _MAMBA),
+        Family("falcon_h1", "FalconH1Mixer", ("FalconH1DecoderLayer",), "FalconH1Model", _MAMBA),
+        Family("nemotron_h", "NemotronHMamba2Mixer", ("NemotronHBlock",), "NemotronHModel", _MAMBA),
+        Family("zamba2", "Zamba2MambaMixer", ("Zamba2MambaDecoderLayer", "Zamba2HybridLayer"), "Zamba2Model", _MAMBA),
         Family(
             "granitemoehybrid",
             "GraniteMoeHybridMambaLayer",
+            ("GraniteMoeHybridDecoderLayer",),
             "GraniteMoeHybridModel",
             _MAMBA,
             masks_documents=False,

@@ -97,7 +97,7 @@ def gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_gated_delta_rule` and `fused_recurrent_gated_delta_rule`: outputs `[B, T, H, V]` in the dtype of `query`."""
+    """`chunk_gated_delta_rule` and `fused_recurrent_gated_delta_rule`; o `[B, T, H, V]` has the dtype of `query`."""
     o, final = delta_rule.gated_delta_rule(
         query,
         key,
@@ -165,7 +165,7 @@ def mamba2_chunk_scan(
     padding_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`mamba_chunk_scan_combined`, in float32 as transformers returns it; `chunk_size` changes no result and is ours."""
+    """`mamba_chunk_scan_combined`, in float32 as transformers has it; `chunk_size` is ours and changes no result."""
     found = ssd.mamba_chunk_scan_combined(
         hidden_states.to(compute_dtype(hidden_states)),
         dt,

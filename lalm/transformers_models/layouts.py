@@ -1,10 +1,10 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""How padding and packed documents reach the functions of a layer with a recurrence: through the keyword arguments that
-a model of transformers hands down to its layers, and they to their functions.
+"""How padding and packed documents reach the functions of a layer with a recurrence: through the keyword arguments
+that a model of transformers hands down to its layers, and they to their functions.
 
 The text model finds documents in any of the three forms in which the field describes them (`position_ids` that begin
-again, `cu_seq_lens_q`, `seq_idx`) and names them `seq_idx`; the layer adds its padding mask, and keeps the state of its
-convolution free of padding.
+again, `cu_seq_lens_q`, `seq_idx`) and names them `seq_idx`; the layer adds its padding mask, and keeps the state of
+its convolution free of padding.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _documents(given: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | No
         positions = given.get("position_ids")
         if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
             positions = positions[0]  # of text, beside those of images
-        is_one = positions is None or given.get("attention_mask") is not None or _cache(given) is not None
-        if is_one or positions.ndim != 2:
+        is_one = given.get("attention_mask") is not None or _cache(given) is not None
+        if is_one or positions is None or positions.ndim != 2:
             return None
         found = find_packed_sequence_indices(positions)
     if found is None:

@@ -361,7 +361,7 @@ def activation_kernel(
 
 
 def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`, None for plain torch."""
+    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`; None, plain torch."""
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
     return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 

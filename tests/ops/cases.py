@@ -16,6 +16,7 @@ from lalm.modeling.ops.delta.delta_rule import (
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
 )
+from lalm.modeling.ops.delta.kda import chunk_kda, recurrent_kda
 from lalm.modeling.ops.diagonal.gla import chunk_gla, recurrent_gla
 from lalm.modeling.ops.diagonal.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from lalm.modeling.ops.diagonal.retention import chunk_retention, recurrent_retention
@@ -65,6 +66,7 @@ CASES = (
     OpCase("delta", recurrent_delta_rule, chunk_delta_rule, "none", strongest_write=1.0),
     OpCase("delta_negative", recurrent_delta_rule, chunk_delta_rule, "none", strongest_write=2.0),
     OpCase("delta_gated", recurrent_gated_delta_rule, chunk_gated_delta_rule, "head", strongest_write=2.0),
+    OpCase("kda", recurrent_kda, chunk_kda, "key", strongest_write=1.0),
 )
 CASE_IDS = [case.name for case in CASES]
 
@@ -145,7 +147,8 @@ def quadratic(case, x, scale=None, mask=None, segments=None):
 
 def transitions(case, x, scale, mask, segments):
     """The delta rule by its transition matrices: o_i = sum_j q_i . A_i ... A_{j+1} (beta_j k_j v_j^T), each product of
-    A_t = exp(g_t) (I - beta_t k_t k_t^T) carried along explicitly (arXiv 2412.06464, section 3.1)."""
+    A_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) carried along explicitly (arXiv 2412.06464, section 3.1; by channel,
+    arXiv 2510.26692, eq. 1)."""
     q, k, v, beta = x["q"], x["k"], x["v"], x["beta"]
     batch, length, heads, keys = q.shape
     scale = keys**-0.5 if scale is None else scale
@@ -155,7 +158,7 @@ def transitions(case, x, scale, mask, segments):
         start[:, 1:] = segments.diff(dim=1) != 0
     eye = torch.eye(keys, dtype=torch.float64)
     k_k = k[..., :, None] * k[..., None, :]
-    decay = case.log_decay(x).expand(batch, length, heads, 1)[..., None].exp()
+    decay = case.log_decay(x).expand(batch, length, heads, keys)[..., None, :].exp()
     step = torch.where(real[..., None, None, None], decay * (eye - beta[..., None, None] * k_k), eye)
     written = (real[..., None] * beta)[..., None, None] * k[..., :, None] * v[..., None, :]
     # What every token has written, and first what was there, as it stands at the present token.

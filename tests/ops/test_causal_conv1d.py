@@ -1,5 +1,7 @@
 """The causal convolution under the names of the `causal_conv1d` package: values, gradients, documents and states."""
 
+import itertools
+
 import pytest
 import torch
 from transformers.models.mamba2 import modeling_mamba2 as mamba
@@ -46,7 +48,7 @@ def test_documents_are_separate(dtype):
     seq_idx = torch.repeat_interleave(torch.arange(4), torch.tensor(cuts).diff())[None].expand(B, -1).int()
 
     def separately(x, weight, bias):
-        parts = [x[..., a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [x[..., a:b] for a, b in itertools.pairwise(cuts)]
         return torch.cat([causal_conv1d_fn(part, weight, bias, activation="silu") for part in parts], -1)
 
     found = gradients(causal_conv1d_fn, tensors, seq_idx=seq_idx, activation="silu")

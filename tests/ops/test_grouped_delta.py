@@ -1,4 +1,4 @@
-"""The gated delta rule in transformers' conventions: grouped heads, q and k normed in the op, slices of wider tokens."""
+"""The gated delta rule in transformers' conventions: grouped heads, q and k normed in the op, slices as inputs."""
 
 import pytest
 import torch

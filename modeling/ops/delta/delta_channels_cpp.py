@@ -19,7 +19,8 @@ from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 def _plain(ctx, q, k, v, g, beta, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
     layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
-    return recurrent_delta(*as_taken(q, k, v, ctx.eps), v, g, beta, ctx.scale, state, layout)
+    q, k = as_taken(q, k, v, ctx.eps)
+    return recurrent_delta(q, k, v, g, beta, ctx.scale, state, layout)
 
 
 class _CppChannels(torch.autograd.Function):
@@ -27,7 +28,7 @@ class _CppChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, scale, eps, wants_state, *tensors):
-        q, _, v, _, _, state, skip, starts = tensors
+        q, v, skip = tensors[0], tensors[2], tensors[6]
         ctx.kernel, ctx.scale, ctx.eps = kernel, scale, eps
         ctx.set_materialize_grads(False)
         batch, length, heads, value_size = v.shape
@@ -81,13 +82,13 @@ def cpp_kda(
     wants_state: bool = True,
     norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta` with g `[B, T, H, K]` in C++. q and k may have fewer heads than v, and are made unit vectors if
-    `norm_eps` is given (see `as_taken`). Without `wants_state` there is no final state, nor the work for it."""
+    """`recurrent_delta` with g `[B, T, H, K]` in C++. q and k may have fewer heads than v, and are made unit vectors
+    if `norm_eps` is given (see `as_taken`). Without `wants_state` there is no final state, nor the work for it."""
     value_size = v.shape[-1]
     kernel = needed(channels_kernel(q.shape[-1], value_size), q, k, v, g, beta, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
-    tensors = [as_rows(x) for x in (q, k, v)]
+    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (g, beta, state)]
     o, final = call(_CppChannels, kernel, scale, norm_eps, wants_state, *tensors, *boundaries(layout))
     if missing:

@@ -170,8 +170,8 @@ def cpp_dual(
     """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
 
     Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
-    (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and are
-    made unit vectors if `norm_eps` is given (see `as_taken`).
+    (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and
+    are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
     value_size = v.shape[-1]
     heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
@@ -182,7 +182,7 @@ def cpp_dual(
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors = [as_rows(x) for x in (q, k, v)]
+    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
@@ -211,6 +211,6 @@ def cpp_delta(
     """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
     arguments: Any = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    options = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
+    options: Any = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
     o, final = cpp_dual(*arguments, **options)
     return o, None if final is None else final[:, :, 0]

@@ -1,7 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The causal convolution along time of linear-attention and Mamba layers, under the names and with the arguments of the
-`causal_conv1d` package. Channels come first in its shapes, `[B, D, T]`; what is computed on is `[B, T, D]`, so that a
-transposed view of a projection's output costs no copy, on the way in or out."""
+"""The causal convolution along time of linear-attention and Mamba layers, under the names and with the arguments of
+the `causal_conv1d` package. Channels come first in its shapes, `[B, D, T]`; what is computed on is `[B, T, D]`, so
+that a transposed view of a projection's output costs no copy, on the way in or out."""
 
 from __future__ import annotations
 

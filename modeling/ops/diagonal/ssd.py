@@ -3,9 +3,9 @@
 
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
 
-(Dao and Gu, arXiv 2405.21060, eq. 1 with section 7: A a number per head, B and C shared by the heads of a group.) It is a
-diagonal recurrence with q = C, k = B, v = dt x and the log decay dt A; in C++ it runs in the blocks of delta_rule.cpp,
-which without their delta rule write beta v with beta = dt, and share keys among heads.
+(Dao and Gu, arXiv 2405.21060, eq. 1 with section 7: A a number per head, B and C shared by the heads of a group.) It
+is a diagonal recurrence with q = C, k = B, v = dt x and the log decay dt A. In C++ it runs in the blocks of
+delta_rule.cpp, which without their delta rule write beta v with beta = dt, and share keys among heads.
 """
 
 from __future__ import annotations
@@ -80,11 +80,10 @@ def mamba_chunk_scan_combined(
         steps = _time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         g = steps * A.to(dtype)
     state = None if initial_states is None else initial_states.transpose(2, 3)
-    layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long())
-    is_plain = mask is None and seq_idx is None
-    call = Call(
-        1.0, state, return_final_states, cu_seqlens, None if is_plain and cu_seqlens is not None else layout, True
-    )
+    layout = None  # of which cu_seqlens makes its own
+    if mask is not None or seq_idx is not None:
+        layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long())
+    call = Call(1.0, state, return_final_states, cu_seqlens, layout, True)
     forms: dict[str, Callable] = {
         "recurrent": partial(_by_keys, recurrent_diagonal),
         "chunk": partial(_by_keys, partial(chunk_diagonal, chunk_size=chunk_size)),
@@ -159,8 +158,8 @@ def mamba_split_conv1d_scan_combined(
     inner, channels = heads * size, conv1d_weight.shape[0]
     if zxbcdt.shape[-1] != inner + channels + heads or (channels - inner) % (2 * ngroups):
         raise ValueError(
-            f"zxbcdt must be [B, T, {inner} + {channels} + {heads}] with {channels} - {inner} a multiple of 2 ngroups, got "
-            f"{tuple(zxbcdt.shape)} and ngroups = {ngroups}."
+            f"zxbcdt must be [B, T, {inner} + {channels} + {heads}], {channels} - {inner} a multiple of 2 ngroups, "
+            f"got {tuple(zxbcdt.shape)} and ngroups = {ngroups}."
         )
     z, mixed, dt = zxbcdt.split([inner, channels, heads], -1)
     convolved = causal_conv1d_fn(
@@ -173,7 +172,8 @@ def mamba_split_conv1d_scan_combined(
         x.unflatten(-1, (heads, size)),
         dt,
         A,
-        *(y.unflatten(-1, (ngroups, -1)) for y in (B, C)),
+        B.unflatten(-1, (ngroups, -1)),
+        C.unflatten(-1, (ngroups, -1)),
         chunk_size,
         D,
         dt_bias=dt_bias,
