@@ -20,7 +20,7 @@ from lalm.training.sts.arguments import parse_sts_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages whose commands must parse, and whose Python must run from top to bottom.
-GUIDES = ("README.md", "docs/using.md", "docs/training.md", "docs/example_gla.md")
+GUIDES = ("README.md", "docs/using.md", "docs/training.md", "docs/example_gla.md", "docs/transformers_models.md")
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 GENERATED = ("docs/variant_tables.py", "docs/api.py")
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
+from lalm.modeling.ops.cpp_kernels import why_no_kernel
 from lalm.modeling.ops.delta import delta_rule
 from lalm.modeling.ops.delta import kda as channels
 from lalm.modeling.ops.dense import causal_conv1d
@@ -19,27 +21,37 @@ from lalm.modeling.ops.diagonal import ssd
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
+logger = logging.get_logger("transformers.lalm")
+
 _SILU = ("silu", "swish")
 # What the in-tree functions must not see: with packed documents they raise, and padding they cannot place.
 OWN_ARGUMENTS = ("padding_mask",)
 
 
 def with_fallback(replacement: Callable) -> Callable[[Callable], Callable]:
-    """`original -> replacement`, which leaves to the original what is not on the CPU, and what is compiled or exported
-    without documents or padding."""
+    """`original -> replacement`, which leaves to the original what is not on the CPU and, unless there are documents
+    or padding, what is compiled or exported and what a machine without a C++ compiler computes."""
 
     def make(original: Callable) -> Callable:
         @wraps(original)
         def run(first: torch.Tensor, *args, **kwargs):
             has_layout = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens", "padding_mask"))
-            is_stock = first.device.type != "cpu" or (torch.compiler.is_compiling() and not has_layout)
-            if not is_stock:
+            if first.device.type == "cpu" and (has_layout or _has_kernels()):
                 return replacement(first, *args, **kwargs)
             return original(first, *args, **{n: x for n, x in kwargs.items() if n not in OWN_ARGUMENTS})
 
         return run
 
     return make
+
+
+def _has_kernels() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    problem = why_no_kernel("short_conv", WIDTH=4, BEFORE=3, SILU=1)
+    if problem is not None:
+        logger.warning_once(f"lalm has no C++ kernels here ({problem}): transformers' own functions run.")
+    return problem is None
 
 
 def causal_conv1d_fn(

@@ -122,6 +122,16 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
     return plan.kernel
 
 
+def why_no_kernel(name: str, **sizes: int) -> str | None:
+    """Why `load_kernel` gives None, which it is asked first; None if it gives a library."""
+    if load_kernel(name, **sizes) is not None:
+        return None
+    plan = _plan(name, tuple(sizes.items()))
+    if plan is not None:
+        return plan.problem
+    return "LALM_CPP=0 is set" if os.environ.get("LALM_CPP") == "0" else "its source is not installed"
+
+
 def open_kernel(name: str, **sizes: int) -> None:
     """Load a library that is compiled already: models call this when they are made, so that their first forward does
     not wait for the disk."""
@@ -146,6 +156,7 @@ class _Plan:
     library: str
     is_tried: bool = False
     kernel: ctypes.CDLL | None = None
+    problem: str = ""  # why there is no kernel
 
     def load(self) -> None:
         with _loading.lock:
@@ -389,6 +400,7 @@ def _say_why(plan: _Plan, error: Exception) -> None:
     if isinstance(error, subprocess.TimeoutExpired):
         _loading.is_hopeless = True
         detail = f"the compiler was not done in {_PATIENCE:g} seconds and is not asked again in this process"
+    plan.problem = detail
     given = f" by CXX={shlex.join(plan.compiler)!r}" if plan.compiler else ""
     say = logger.info if isinstance(error, _NoCompiler) else logger.warning
     say(f"{plan.name}: no C++ kernel{given}, plain torch runs instead ({detail}).")

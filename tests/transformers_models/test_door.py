@@ -4,11 +4,14 @@ import threading
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.models.mamba2 import modeling_mamba2 as mamba
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 import lalm
-from lalm.transformers_models import door
+from lalm import doctor
+from lalm.errors import UserError
+from lalm.transformers_models import door, functions
 from lalm.transformers_models.families import FAMILIES, UnknownSeam
 from tests.transformers_models.tiny import tiny, tokens
 
@@ -135,3 +138,34 @@ def test_bad_boundaries():
             model(ids, cu_seq_lens_q=torch.tensor([0, 3, 9]))
         with pytest.raises(ValueError, match=r"seq_idx must be \[B, T\] = \(1, 8\)"):
             model(ids, seq_idx=torch.zeros(1, 5).long())
+
+
+def test_without_a_compiler_the_stock_functions_run(monkeypatch):
+    model, ids = tiny("qwen3_5_text"), tokens(1, 8)
+    expected, warnings = model(ids).logits, []
+    monkeypatch.setattr(functions, "why_no_kernel", lambda *name, **sizes: "there is no C++ compiler")
+    monkeypatch.setattr(functions.logger, "warning_once", warnings.append)
+    monkeypatch.setattr("lalm.modeling.ops.dispatch.load_kernel", lambda *name, **sizes: None)
+    with lalm.use_in_transformers("qwen3_5"):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert "there is no C++ compiler" in warnings[0]
+        packed = model(ids, seq_idx=torch.tensor([[0] * 3 + [1] * 5])).logits  # which they would refuse
+        torch.testing.assert_close(packed[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_doctor_knows_the_heads(name):
+    config = AutoConfig.for_model(name).get_text_config()
+    rule, kernel = doctor.rule_of(FAMILIES[name], config)
+    assert rule in {"chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan_combined"}
+    assert kernel.state_size > 0
+
+
+def test_doctor(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "why_no_kernel", lambda name, **sizes: None if name == "delta_rule" else "no reason")
+    doctor.main(["qwen3_5_text"])
+    said = capsys.readouterr().out
+    assert "chunk_gated_delta_rule: C++ kernel delta_rule (KEY=128, VALUE=128" in said
+    assert "causal_conv1d_fn: plain torch. No C++ kernel short_conv (WIDTH=4, BEFORE=3, SILU=1): no reason" in said
+    with pytest.raises(UserError, match=r"model_type 'mamba' is unknown \(did you mean 'mamba2'\?\)"):
+        doctor.main(["mamba"])
