@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[type[lalm.LalmConfig], str, dict[str, Any]]] = {
     "gla": (lalm.GLAConfig, "GLA", {}),
     "retnet": (lalm.RetNetConfig, "RetNet", {}),
     "delta_net": (lalm.DeltaNetConfig, "DeltaNet", {}),
-    "gated_delta_net": (lalm.DeltaNetConfig, "GatedDeltaNet", {"use_decay_gate": True}),
+    "gated_delta_net": (lalm.DeltaNetConfig, "GatedDeltaNet", {"decay": "head"}),
 }
 TOKENS = 16384  # per step, whatever the sequence length
 BFLOAT16 = 3e-2

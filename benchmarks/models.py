@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[type[lalm.LalmConfig], dict[str, Any]]] = {
     )
     for variant in lalm.VARIANTS
 }
-VARIANTS["gated_delta_net"] = (lalm.DeltaNetConfig, {"is_causal": True, "use_decay_gate": True})
+VARIANTS["gated_delta_net"] = (lalm.DeltaNetConfig, {"is_causal": True, "decay": "head"})
 # The stock Llama, and the same with our matrix products, which leaves the attention as the difference.
 LLAMA, LLAMA_SAME_GEMM = "llama", "llama_same_gemm"
 CHECKED = 160  # tokens that the gates check: more than two chunks

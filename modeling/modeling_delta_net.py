@@ -1,8 +1,10 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""DeltaNet (Yang et al., arXiv 2406.06484) and Gated DeltaNet (Yang et al., arXiv 2412.06464).
+"""DeltaNet (Yang et al., arXiv 2406.06484), Gated DeltaNet (Yang et al., arXiv 2412.06464) and Kimi delta attention
+(Moonshot AI, arXiv 2510.26692).
 
-Code symbol -> paper: beta -> beta_t (2406.06484, section 2.2); g -> log alpha_t (2412.06464, section 3.1), made as
-Mamba-2 makes its decay: g = -exp(A_log) softplus(W_a x + dt_bias).
+Code symbol -> paper: beta -> beta_t (2406.06484, section 2.2); g -> log alpha_t (2412.06464, section 3.1; by channel,
+2510.26692, eq. 1), made as Mamba-2 makes its decay: g = -exp(A_log) softplus(W_a x + dt_bias), where W_a has a low
+rank for decays by channel (2510.26692, section 4).
 """
 
 import math
@@ -25,8 +27,10 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.delta.delta_channels_cpp import channels_kernel
 from lalm.modeling.ops.delta.delta_rule import delta_rule, gated_delta_rule
 from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
+from lalm.modeling.ops.delta.kda import kda
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
 # Shortest and longest time step of a fresh gate, and its fastest decay rate: the defaults of Mamba-2.
@@ -34,15 +38,17 @@ _TIME_STEPS, _MAX_RATE = (1e-3, 1e-1), 16.0
 
 
 class DecayGate(nn.Module):
-    """Log decays of the heads, -exp(A_log) softplus(x + dt_bias), always in float32 or wider.
+    """Log decays of the heads, or of each of their `channels`, -exp(A_log) softplus(x + dt_bias), always in float32 or
+    wider.
 
     Mixers call it `gate_bias`: by that word the stock Trainer keeps weight decay from both parameters.
     """
 
-    def __init__(self, num_heads: int):
+    def __init__(self, num_heads: int, channels: int | None = None):
         super().__init__()
+        self.channels = channels
         self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * (channels or 1)))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -54,27 +60,42 @@ class DecayGate(nn.Module):
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., H]` -> log decay `[..., H]`, at most 0."""
+        """`[..., H]` -> log decay `[..., H]`, at most 0; of channels `[..., H K] -> [..., H, K]`."""
         dtype = compute_dtype(x)
         with without_autocast(x.device):
-            return -self.A_log.to(dtype).exp() * F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
+            rate, step = self.A_log.to(dtype).exp(), F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
+            if self.channels is not None:
+                rate, step = rate[:, None], step.unflatten(-1, (-1, self.channels))
+            return -rate * step
 
 
 class DeltaNetMixer(Mixer):
-    """q, k, v, write strength and, if gated, a decay -> (gated) delta rule -> norm per head, gate -> output."""
+    """q, k, v, write strength and perhaps decays -> delta rule -> norm per head, gate -> output."""
 
     silu_without_conv = unit_length_qk = True
 
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.b_proj = make_linear(config.hidden_size, self.num_heads, bias=False)
-        self.a_proj, self.gate_bias = None, None
-        if config.use_decay_gate:
+        self.a_proj: nn.Module | None = None
+        self.gate_bias: DecayGate | None = None
+        self.rule: Callable = delta_rule
+        kernel = delta_kernel(self.key_dim, self.value_dim)
+        if config.decay == "head":
+            self.rule = gated_delta_rule
             self.a_proj = make_linear(config.hidden_size, self.num_heads, bias=False)
             self.gate_bias = DecayGate(self.num_heads)
+        elif config.decay == "channel":
+            self.rule = kda
+            self.a_proj = nn.Sequential(
+                make_linear(config.hidden_size, self.value_dim, bias=False),
+                make_linear(self.value_dim, self.num_heads * self.key_dim, bias=False),
+            )
+            self.gate_bias = DecayGate(self.num_heads, self.key_dim)
+            kernel = channels_kernel(self.key_dim, self.value_dim)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
-        open_heads(delta_kernel(self.key_dim, self.value_dim))
+        open_heads(kernel)
 
     def gates_of(self, hidden_states, k, v):
         beta = self.b_proj(hidden_states)
@@ -84,8 +105,7 @@ class DeltaNetMixer(Mixer):
         return {"g": self.gate_bias(self.a_proj(hidden_states)), "beta": beta}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
-        rule: Callable = delta_rule if self.a_proj is None else gated_delta_rule
-        return rule(
+        return self.rule(
             q,
             k,
             v,
@@ -104,7 +124,7 @@ class DeltaNetModel(LalmModel):
 
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
-        if config.use_decay_gate:
+        if config.decay != "none":
             self._keep_in_fp32_modules_strict = {"gate_bias"}
 
     @torch.no_grad()

@@ -100,13 +100,13 @@ FAMILIES = {
         lalm.DeltaNetConfig,
         _WIDTHS | _CONVOLUTION | {"use_gate": "use_output_gate", "allow_neg_eigval": "allow_neg_eigval"},
         _REQUIRED | {"use_beta": (True,), "qk_norm": ("l2",), "qk_activation": ("silu",)},
-        _NO_POSITIONS | {"use_decay_gate": False},
+        _NO_POSITIONS | {"decay": "none"},
     ),
     "gated_deltanet": Family(
         lalm.DeltaNetConfig,
         _CONVOLUTION | {"use_gate": "use_output_gate", "allow_neg_eigval": "allow_neg_eigval"},
         _REQUIRED | {"output_gate_activation": _SWISH},
-        _NO_POSITIONS | {"use_decay_gate": True},
+        _NO_POSITIONS | {"decay": "head"},
     ),
     "linear_attn": Family(
         lalm.LinearAttentionConfig,
@@ -198,8 +198,8 @@ def config_to_fla(config: LalmConfig) -> dict[str, Any]:
 
 def _family_of(config: LalmConfig) -> str:
     for name, family in FAMILIES.items():
-        fixed = family.ours.get("use_decay_gate")
-        if family.config is type(config) and fixed in (None, getattr(config, "use_decay_gate", None)):
+        fixed = family.ours.get("decay")
+        if family.config is type(config) and fixed in (None, getattr(config, "decay", None)):
             return name
     raise ValueError(f"{config.model_type} has no counterpart in flash-linear-attention.")
 

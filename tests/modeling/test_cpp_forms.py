@@ -15,7 +15,8 @@ ROWS = (
     Row("gla", GLAConfig, SIZES | {"expand_k": 1}),
     Row("retnet", RetNetConfig, SIZES),
     Row("delta_net", DeltaNetConfig, SIZES),
-    Row("gated_delta_net", DeltaNetConfig, SIZES | {"use_decay_gate": True}),
+    Row("gated_delta_net", DeltaNetConfig, SIZES | {"decay": "head"}),
+    Row("kimi_delta_attention", DeltaNetConfig, SIZES | {"decay": "channel"}),
     Row("based", BasedConfig, SIZES | {"feature_dim": 8, "num_hidden_layers": 4}),
     Row("lam", LamConfig, SIZES | {"is_causal": True}),
 )

@@ -16,7 +16,7 @@ from tests.modeling.exact import assert_close, tokens
 from tests.ops.cases import CASES, make_inputs, relative_error
 from tests.variants import TINY
 
-SIZES = TINY | {"use_decay_gate": True}
+SIZES = TINY | {"decay": "head"}
 
 
 def test_fresh_gate_is_in_its_range():

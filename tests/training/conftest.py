@@ -13,7 +13,7 @@ TINY_MODELS = {
     "lalm_gla": SIZES,
     "lalm_linear": f"{SIZES},use_short_conv=true",
     "lalm_retnet": SIZES,
-    "lalm_delta_net": f"{SIZES},use_decay_gate=true",
+    "lalm_delta_net": f"{SIZES},decay=head",
     "lalm_based": f"{SIZES},feature_dim=4,linear_attention_layers=[0],sliding_attention_layers=[1],sliding_window=8",
     "lalm_local_global": f"{SIZES},num_local_heads=1,local_attn_window_size=8,blindspot_size=2",
     "lalm_lam": SIZES,
