@@ -1,6 +1,5 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of DeltaNet (Yang et al., arXiv 2406.06484), Gated DeltaNet (Yang et al., arXiv 2412.06464) and Kimi
-delta attention (Moonshot AI, arXiv 2510.26692)."""
+"""Configuration of DeltaNet (Yang et al., arXiv 2406.06484), gated (arXiv 2412.06464), and KDA (arXiv 2510.26692)."""
 
 from typing import Literal
 
