@@ -94,6 +94,20 @@ def test_kda_layouts_and_groups(form, kind):
     assert_same(results(run_kda(LAYOUTS[kind], implementation=form), inputs, torch.float32), expected, 2e-6)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_share_a_group(threads):
+    """Heads that share their keys are several tasks, whose gradients of these are added up."""
+    skip_without_compiler("cpp")
+    before = torch.get_num_threads()
+    inputs = [x[:1] for x in kda_inputs(2.0, groups=1)]
+    expected = results(run_kda(implementation="recurrent"), inputs, torch.float64)
+    try:
+        torch.set_num_threads(threads)
+        assert_same(results(run_kda(implementation="cpp"), inputs, torch.float32), expected, 2e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_kda_forgets_all(form):
     """Log decays of -50 a token and of minus infinity: every token is alone, and nothing overflows."""

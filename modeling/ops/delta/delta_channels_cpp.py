@@ -13,7 +13,16 @@ from torch.nn import functional as F
 from lalm.modeling.ops.autograd import differentiable_by
 from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
 from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
-from lalm.modeling.ops.delta.delta_rule_cpp import SEGMENT, Gradients, arguments, as_rows, as_taken, fresh
+from lalm.modeling.ops.delta.delta_rule_cpp import (
+    SEGMENT,
+    Gradients,
+    arguments,
+    as_rows,
+    as_taken,
+    fresh,
+    key_gradient,
+    of_groups,
+)
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
@@ -46,7 +55,7 @@ class _CppChannels(torch.autograd.Function):
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[5], saved[6]
-        found = [fresh(x, skip) for x in saved[:5]]
+        found = [*(key_gradient(x, v, skip) for x in saved[:2]), *(fresh(x, skip) for x in saved[2:5])]
         d_state = None  # in, that of the final state; out, that of the initial one
         if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
@@ -56,6 +65,7 @@ class _CppChannels(torch.autograd.Function):
         gradients = Gradients(*(pointer(x) for x in (*found, None, None, d_state)))
         inputs = _inputs(ctx.scale, ctx.eps, *saved)
         ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept), ctypes.byref(gradients))
+        found[:2] = (of_groups(x, saved[0]) for x in found[:2])
         return None, None, None, None, *found, None if state is None else d_state, None, None
 
 

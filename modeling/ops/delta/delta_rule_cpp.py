@@ -33,7 +33,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
         *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads", "parts")),
         *((name, _Strides) for name in ("row", "token")),
     ]
 
@@ -89,7 +89,8 @@ class _CppDeltaRule(torch.autograd.Function):
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[7], saved[8]
-        found = [None if x is None else fresh(x, skip) for x in saved[:7]]
+        found: list[torch.Tensor | None] = [key_gradient(x, v, skip) for x in saved[:2]]
+        found += [None if x is None else fresh(x, skip) for x in saved[2:7]]
         d_state = None  # in, that of the final state; out, that of the initial one
         if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
@@ -100,6 +101,7 @@ class _CppDeltaRule(torch.autograd.Function):
             gates = (None if x is None else x[direction] for x in found[3:])
             gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
             ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
+        found[:2] = (of_groups(x, saved[0]) for x in found[:2] if x is not None)
         return None, None, None, None, None, *found, None if state is None else d_state, None, None
 
 
@@ -125,10 +127,30 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if together else x.contiguous()
 
 
+def parts_of(q: torch.Tensor, v: torch.Tensor) -> int:
+    """How many heads the gradients of `q [B, T, G, K]` have, each of them one task's: G, or more of them if there are
+    fewer than threads."""
+    batch, _, heads = v.shape[:3]
+    wanted, groups = torch.get_num_threads(), q.shape[2]
+    enough = (n for n in range(groups, heads, groups) if heads % n == 0 and batch * n >= wanted)
+    return next(enough, heads) if groups < heads else heads
+
+
+def key_gradient(q: torch.Tensor, v: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for the gradient of q, or k, by parts."""
+    return fresh(q.new_empty(1).expand(*q.shape[:2], parts_of(q, v), q.shape[3]), skip)
+
+
+def of_groups(gradient: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """That by parts -> that of q."""
+    groups = q.shape[2]
+    return gradient if gradient.shape[2] == groups else gradient.unflatten(2, (groups, -1)).sum(3)
+
+
 def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs:
     """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
     q, k, v = tensors[:3]
-    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads())
+    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads(), parts_of(q, v))
     strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
     return _Inputs(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
 

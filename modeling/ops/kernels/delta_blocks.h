@@ -14,11 +14,13 @@ struct Inputs {
   const uint8_t *skip, *starts;
   double scale, eps;  // eps < 0: q and k are taken as they are; else times 1 / sqrt(x . x + eps)
   int64_t batch, length, heads, key_heads, reverse, threads;
+  int64_t parts;  // heads in the gradients of q and k, a multiple of key_heads and a divisor of heads
   int64_t row[3], token[3];  // of q, k and v: numbers from one row of the batch to the next, and from token to token
 };
 
 struct Gradients {
-  float *q, *k, *v;  // [B, T, heads, size], written by the first direction and head of a group, added to by the others
+  // [B, T, parts, KEY] and [B, T, heads, VALUE], written by the first direction and head of a part, added to by others
+  float *q, *k, *v;
   float *decay, *beta, *read, *coupling;  // written; null where the input is
   float* state;                           // in, that of the last state; out, of the first; null where neither counts
 };
@@ -145,7 +147,7 @@ inline void sum_each(const vec (&x)[TOKENS], Lanes& to) {
 // one of keys. Rows of tokens that a short block lacks hold what was there before: no sum reads them.
 struct Rows {
   int count;
-  int64_t at[TOKENS], key_at[TOKENS];  // in [B, T, heads] and [B, T, key_heads]
+  int64_t at[TOKENS], key_at[TOKENS];  // in [B, T, heads] and [B, T, parts]
   const float* values[TOKENS];
   bool adds;  // to gradients of q and k: another head or direction has written them
   alignas(64) Keys q, k;
@@ -153,12 +155,12 @@ struct Rows {
 
   void load_rows(const Inputs& x, const Tokens& tokens, const Block& block, int64_t head) {
     count = block.count;
-    const int64_t shared = x.heads / x.key_heads, key_head = head / shared;
+    const int64_t key_head = head / (x.heads / x.key_heads), shared = x.heads / x.parts;
     adds = x.reverse || head % shared;
     for (int t = 0; t < count; ++t) {
       const int64_t n = tokens.at[block.first + t], row = n / x.length, token = n - row * x.length;
       at[t] = n * x.heads + head;
-      key_at[t] = n * x.key_heads + key_head;
+      key_at[t] = n * x.parts + head / shared;
       values[t] = x.v + row * x.row[2] + token * x.token[2] + head * VALUE;
       q_inverse[t] = load_key(q[t], x.q + row * x.row[0] + token * x.token[0] + key_head * KEY, x.eps, x.scale);
       k_inverse[t] = load_key(k[t], x.k + row * x.row[1] + token * x.token[1] + key_head * KEY, x.eps, 1);

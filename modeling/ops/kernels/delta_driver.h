@@ -19,14 +19,14 @@ struct Task {
         tokens(group.row, x.length, x.skip, x.starts, x.reverse),
         blocks(blocks_of(tokens)),
         states(held) {
-    const int64_t shared = x.heads / x.key_heads;
+    const int64_t shared = x.heads / x.parts;
     group.begin *= shared, group.end *= shared;
     if (states.size() < size_t(groups.size * shared)) states.resize(groups.size * shared);
   }
 
-  // Groups of heads of keys, each with all the values that it serves: one task adds up the gradients of a key.
+  // Groups of parts, each with all the values that it serves: one task adds up the gradients of a key.
   static Groups groups_of(const Inputs& x) {
-    return {x.batch, x.key_heads, x.threads, int64_t(sizeof(State)) * (x.heads / x.key_heads)};
+    return {x.batch, x.parts, x.threads, int64_t(sizeof(State)) * (x.heads / x.parts)};
   }
 
   State& state(int64_t head) const { return states[head - group.begin]; }
