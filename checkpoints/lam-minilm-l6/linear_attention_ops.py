@@ -409,7 +409,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -659,11 +659,13 @@ struct Inputs {
   const uint8_t *skip, *starts;
   double scale, eps;  // eps < 0: q and k are taken as they are; else times 1 / sqrt(x . x + eps)
   int64_t batch, length, heads, key_heads, reverse, threads;
+  int64_t parts;  // heads in the gradients of q and k, a multiple of key_heads and a divisor of heads
   int64_t row[3], token[3];  // of q, k and v: numbers from one row of the batch to the next, and from token to token
 };
 
 struct Gradients {
-  float *q, *k, *v;  // [B, T, heads, size], written by the first direction and head of a group, added to by the others
+  // [B, T, parts, KEY] and [B, T, heads, VALUE], written by the first direction and head of a part, added to by others
+  float *q, *k, *v;
   float *decay, *beta, *read, *coupling;  // written; null where the input is
   float* state;                           // in, that of the last state; out, of the first; null where neither counts
 };
@@ -790,7 +792,7 @@ inline void sum_each(const vec (&x)[TOKENS], Lanes& to) {
 // one of keys. Rows of tokens that a short block lacks hold what was there before: no sum reads them.
 struct Rows {
   int count;
-  int64_t at[TOKENS], key_at[TOKENS];  // in [B, T, heads] and [B, T, key_heads]
+  int64_t at[TOKENS], key_at[TOKENS];  // in [B, T, heads] and [B, T, parts]
   const float* values[TOKENS];
   bool adds;  // to gradients of q and k: another head or direction has written them
   alignas(64) Keys q, k;
@@ -798,12 +800,12 @@ struct Rows {
 
   void load_rows(const Inputs& x, const Tokens& tokens, const Block& block, int64_t head) {
     count = block.count;
-    const int64_t shared = x.heads / x.key_heads, key_head = head / shared;
+    const int64_t key_head = head / (x.heads / x.key_heads), shared = x.heads / x.parts;
     adds = x.reverse || head % shared;
     for (int t = 0; t < count; ++t) {
       const int64_t n = tokens.at[block.first + t], row = n / x.length, token = n - row * x.length;
       at[t] = n * x.heads + head;
-      key_at[t] = n * x.key_heads + key_head;
+      key_at[t] = n * x.parts + head / shared;
       values[t] = x.v + row * x.row[2] + token * x.token[2] + head * VALUE;
       q_inverse[t] = load_key(q[t], x.q + row * x.row[0] + token * x.token[0] + key_head * KEY, x.eps, x.scale);
       k_inverse[t] = load_key(k[t], x.k + row * x.row[1] + token * x.token[1] + key_head * KEY, x.eps, 1);
@@ -873,14 +875,14 @@ struct Task {
         tokens(group.row, x.length, x.skip, x.starts, x.reverse),
         blocks(blocks_of(tokens)),
         states(held) {
-    const int64_t shared = x.heads / x.key_heads;
+    const int64_t shared = x.heads / x.parts;
     group.begin *= shared, group.end *= shared;
     if (states.size() < size_t(groups.size * shared)) states.resize(groups.size * shared);
   }
 
-  // Groups of heads of keys, each with all the values that it serves: one task adds up the gradients of a key.
+  // Groups of parts, each with all the values that it serves: one task adds up the gradients of a key.
   static Groups groups_of(const Inputs& x) {
-    return {x.batch, x.key_heads, x.threads, int64_t(sizeof(State)) * (x.heads / x.key_heads)};
+    return {x.batch, x.parts, x.threads, int64_t(sizeof(State)) * (x.heads / x.parts)};
   }
 
   State& state(int64_t head) const { return states[head - group.begin]; }
@@ -2924,8 +2926,8 @@ def _folder() -> str:
 
 def _open_kept(path: str) -> ctypes.CDLL | None:
     """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
-    the process."""
-    if not os.path.isfile(path):
+    the process. Nor is one loaded that another user may have put there."""
+    if not (os.path.isfile(path) and _is_private(os.path.dirname(path)) and _is_private(path)):
         return None
     try:
         content = _read(path)
@@ -2935,6 +2937,14 @@ def _open_kept(path: str) -> ctypes.CDLL | None:
         logger.info(f"{path} cannot be loaded ({error}).")
     logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
     return None
+
+
+def _is_private(path: str) -> bool:
+    """Whether only this user, or root, can have written there."""
+    if not hasattr(os, "getuid"):  # Windows
+        return True
+    found = os.stat(path)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 def _seal(content: bytes) -> bytes:
@@ -2960,7 +2970,7 @@ def _make(plan: _Plan) -> ctypes.CDLL:
             folder = os.path.dirname(plan.library)
             logger.warning_once(
                 f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
-                "again: set LALM_CACHE to a folder that can be written to."
+                "again: set LALM_CACHE to a folder that you, and nobody else, can write to."
             )
             return _opened(made)
 
@@ -2970,10 +2980,12 @@ def _keep(made: str, library: str) -> None:
     folder, content = os.path.dirname(library), _read(made)
     if not os.path.isabs(folder):  # no home folder
         raise NotADirectoryError(f"{folder} is no absolute path")
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not _is_private(folder):
+        raise PermissionError(f"it belongs to another user, or others may write there; try chmod 700 {folder}")
     scratch = f"{library}.{uuid.uuid4().hex}"
     try:
-        with open(scratch, "xb") as file:
+        with open(scratch, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(content + _seal(content))
             file.flush()
             os.fsync(file.fileno())
@@ -2990,6 +3002,9 @@ def _compile(plan: _Plan, made: str) -> None:
     own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = plan.compiler or ((own,) if own else ())
     if not compiler:
+        logger.warning_once(
+            "There is no C++ compiler: plain torch runs in place of the kernels, slower. Install g++, or set CXX."
+        )
         raise _NoCompiler("there is no C++ compiler")
     folder = os.path.dirname(made)
     for file in kernel_files(plan.name):
@@ -5205,7 +5220,7 @@ def _bounded_scores_backward(
 class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
-    def __init__(self, q, k, v, g, state, segments, factored):
+    def __init__(self, q, k, g, segments, factored):
         self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
@@ -5219,8 +5234,6 @@ class _Chunks:
             self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
             passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
-        updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
-        self.states, self.final = _scan(updates, self.decay, state)
 
     def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
         total = g.cumsum(-2)
@@ -5234,6 +5247,11 @@ class _Chunks:
             self.q_factor = total.exp()
             self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
             self.bounded = g
+
+    def states(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each chunk and after the last. (torch.export(strict=True) loses what a constructor keeps of
+        a loop without a length.)"""
+        return _scan(_scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v), self.decay, state)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
@@ -5263,12 +5281,12 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[torch.Tensor, _Chunks]:
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
-    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
+    return v_c, _Chunks(q_c, k_c, g_c, segments, factored)
 
 
 def _plain_diagonal_recurrence(ctx, q, k, v, g, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5280,23 +5298,25 @@ class _ChunkDiagonal(torch.autograd.Function):
     def forward(ctx, scale, chunk_size, factored, q, k, v, g, state, segments):
         ctx.save_for_backward(q, k, v, g, state, segments)
         ctx.scale, ctx.plan = scale, (chunk_size, factored)
-        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
+        v_c, chunks = _prepare(q, k, v, g, scale, segments, chunk_size, factored)
+        states, final = chunks.states(v_c, state)
         o = chunks.scores() @ v_c
-        o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
-        return from_chunks(o, q.shape[1]), chunks.final
+        o += chunks.q_reads @ _scale_rows(chunks.edge, states)
+        return from_chunks(o, q.shape[1]), final
 
     @staticmethod
     @differentiable_by(_plain_diagonal_recurrence, constants=3)
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
-        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
-        do = to_chunks(do, ctx.plan[0], q_c.dtype)
+        v_c, chunks = _prepare(q, k, v, g, ctx.scale, segments, *ctx.plan)
+        states, final = chunks.states(v_c, state)
+        do = to_chunks(do, ctx.plan[0], v_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
+        d_reads = do @ _scale_rows(chunks.edge, states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
@@ -5308,10 +5328,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
-            dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
-            dq.addcmul_(d_own, k_c)
-            dk.addcmul_(d_own, q_c)
+            ends = _at_boundaries(states, final, d_state, d_leaving, d_final)
+            dg = _gate_gradient((chunks.q * dq).sub_(chunks.k * dk), ends, g)
+            dq.addcmul_(d_own, chunks.k)
+            dk.addcmul_(d_own, chunks.q)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
@@ -5319,10 +5339,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(states, final, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
-    first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
-    between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
+    first, last = (states[:, :, :1] * d_state[:, :, None]), (final * d_final)[:, :, None]
+    between = states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 
@@ -6253,7 +6273,7 @@ class _Inputs_delta_rule_cpp(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
         *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads", "parts")),
         *((name, _Strides) for name in ("row", "token")),
     ]
 
@@ -6309,7 +6329,8 @@ class _CppDeltaRule(torch.autograd.Function):
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[7], saved[8]
-        found = [None if x is None else fresh(x, skip) for x in saved[:7]]
+        found: list[torch.Tensor | None] = [key_gradient(x, v, skip) for x in saved[:2]]
+        found += [None if x is None else fresh(x, skip) for x in saved[2:7]]
         d_state = None  # in, that of the final state; out, that of the initial one
         if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
@@ -6320,6 +6341,7 @@ class _CppDeltaRule(torch.autograd.Function):
             gates = (None if x is None else x[direction] for x in found[3:])
             gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
             ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
+        found[:2] = (of_groups(x, saved[0]) for x in found[:2] if x is not None)
         return None, None, None, None, None, *found, None if state is None else d_state, None, None
 
 
@@ -6345,10 +6367,30 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if together else x.contiguous()
 
 
+def parts_of(q: torch.Tensor, v: torch.Tensor) -> int:
+    """How many heads the gradients of `q [B, T, G, K]` have, each of them one task's: G, or more of them if there are
+    fewer than threads."""
+    batch, _, heads = v.shape[:3]
+    wanted, groups = torch.get_num_threads(), q.shape[2]
+    enough = (n for n in range(groups, heads, groups) if heads % n == 0 and batch * n >= wanted)
+    return next(enough, heads) if groups < heads else heads
+
+
+def key_gradient(q: torch.Tensor, v: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for the gradient of q, or k, by parts."""
+    return fresh(q.new_empty(1).expand(*q.shape[:2], parts_of(q, v), q.shape[3]), skip)
+
+
+def of_groups(gradient: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """That by parts -> that of q."""
+    groups = q.shape[2]
+    return gradient if gradient.shape[2] == groups else gradient.unflatten(2, (groups, -1)).sum(3)
+
+
 def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs_delta_rule_cpp:
     """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
     q, k, v = tensors[:3]
-    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads())
+    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads(), parts_of(q, v))
     strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
     return _Inputs_delta_rule_cpp(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
 
