@@ -18,6 +18,7 @@ that could overflow (`dispatch.MAX_DECAY`) the scores come from exponents that a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -244,7 +245,8 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[torch.Tensor, _Chunks]:
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[Any, _Chunks]:
+    """v in chunks, and what the others give."""
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
