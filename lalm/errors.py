@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -86,8 +86,25 @@ def is_lost_process(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or any(sign in str(error) for sign in signs)
 
 
-def terminate(number: int, frame: object) -> NoReturn:
-    """Handle SIGTERM."""
+def on_sigterm(action: Callable[[], None]) -> Any:
+    """Let SIGTERM do `action` in this process, not in its forks; return the handler before.
+
+    Pools of workers are ended by SIGTERM, silently by its default.
+    """
+    owner = os.getpid()
+
+    def handle(number: int, frame: object) -> None:
+        if os.getpid() == owner:
+            action()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return signal.signal(signal.SIGTERM, handle)
+
+
+def terminate() -> NoReturn:
+    """Leave with `Terminated`."""
     raise Terminated
 
 
@@ -119,9 +136,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
     ``LALM_DEBUG=1`` in the environment shows the traceback instead.
     """
-    before = (
-        signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
-    )
+    before = on_sigterm(terminate) if threading.current_thread() is threading.main_thread() else None
     resume = "saved checkpoints stay, and the same command resumes from the last of them"
     code = 2
     try:

@@ -154,7 +154,7 @@ def write_card(model: Any, folder: Path, repo_id: str, tags: Iterable[str], toke
             license=known.get("license", "apache-2.0"),
             language=known.get("language"),
             datasets=known.get("datasets"),
-            base_model=known.get("base_model") if not start or Path(start).exists() else start,
+            base_model=known.get("base_model") if Path(start).exists() else start if card else None,
             library_name="transformers",
             pipeline_tag=next((task for end, task in TASKS.items() if kind.endswith(end)), "feature-extraction"),
             tags=["lalm", model.config.model_type, "linear-attention"],

@@ -243,6 +243,13 @@ def test_the_card_of_a_model_from_a_folder(hub, tmp_path, trained):
     assert ("# Measured" in card(hub).text) == (not trained)
 
 
+def test_a_folder_that_has_gone_is_no_base(hub, tmp_path):
+    model = tiny_model()
+    model.config._name_or_path = "runs/gone"
+    model.push_to_hub("tiny")
+    assert card(hub).data.base_model is None
+
+
 def test_the_card_of_a_model_from_the_hub_names_its_base(hub):
     tiny_model().push_to_hub("base")
     files = hub.repositories["me/base"].files() | {"README.md": CARD.encode()}

@@ -34,7 +34,9 @@ def blocks(page, language):
 
 
 COMMANDS = [line for page in GUIDES for block in blocks(page, "bash") for line in block.splitlines()]
-MAKE = sorted({match for page in PAGES for match in re.findall(r"\bmake (demo|test|check|bench|help)\b", read(page))})
+MAKE = sorted(
+    {match for page in PAGES for match in re.findall(r"\bmake (demo|test|check|bench|audit|soak|help)\b", read(page))}
+)
 RUN_CLM = [line for line in COMMANDS if "run_clm.py" in line]
 RUN_STS = [line for line in COMMANDS if "run_sts.py" in line]
 MODULES = sorted({match for line in COMMANDS for match in re.findall(r"python -m ([\w.]+)", line)})

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lalm.errors import Terminated
+from lalm.errors import Terminated, on_sigterm
 
 
 class ThroughputCallback(TrainerCallback):
@@ -62,7 +62,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.is_asked = self.is_stopped = False
 
-    def _ask(self, number, frame):
+    def _ask(self) -> None:
         if self.is_asked:
             raise Terminated
         self.is_asked = True
@@ -70,7 +70,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.is_asked = self.is_stopped = False
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            self._before = on_sigterm(self._ask)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_asked:

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,20 @@ def test_sigterm_saves_and_ends_in_one_line(tiny_run, tmp_path, monkeypatch, cap
     monkeypatch.undo()
     tiny_run(*TRAIN, *save, model_type=MODEL)
     assert_equal_runs(tmp_path / "run", unbroken)
+
+
+def test_sigterm_ends_a_worker_of_a_run_silently(capfd):
+    """As datasets ends those that prepare the text."""
+
+    def run():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGTERM
+
+    exit_on_user_error(run)
+    assert capfd.readouterr().err == ""
 
 
 def test_sigterm_before_the_training_is_one_line(tiny_run, tmp_path, monkeypatch, capsys):
