@@ -11,7 +11,7 @@ import torch
 from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -57,6 +57,13 @@ class RunTrainer(_Base):
     def is_over(self, checkpoint: str) -> bool:
         """Tell whether a checkpoint is the end of the training asked for."""
         return is_finished(checkpoint, self.args)
+
+    def read_state(self, checkpoint: str) -> TrainerState:
+        """Return the state at a checkpoint, as that of this process: the first alone prints."""
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.is_local_process_zero = self.is_local_process_zero()
+        return state
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""
