@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Sequence parallelism: every process of a group runs the whole model over its own slice of the tokens.
 
-What a layer remembers after its slice (recurrent state, last inputs of a convolution, window of local heads) goes to
-the process with the next slice, in place of what a cache would hold, and its gradient comes back in the backward pass.
+What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window) goes
+to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the backward pass.
 One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
 process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
 """
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.model_inputs import build_layout, current_mask, positions
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _KINDS = {"conv_states": 0, "recurrent_states": 1}
@@ -139,6 +140,46 @@ class _SliceLayer(RecurrentLayer):
         return value
 
 
+class _SliceWindow:
+    """In the place of the cache of a layer with a sliding window: the last tokens before the slice go in front of it.
+
+    What travels are the keys and values of the last real tokens of a row's last document, and their number.
+    """
+
+    is_initialized = True
+
+    def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
+        self.states = _SliceLayer(neighbours, layer_idx, continues)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SequenceLayout]:
+        """`[B, T, *, K]` each -> `[B, window - 1 + T, *, K]` each and their layout; queries in front are 0."""
+        count, (batch, length, heads, _) = window - 1, k.shape
+        own = torch.cat([k, v], dim=2).flatten(2)
+        before = self.states.previous("conv_states", 0) if count else None
+        filled = self.states.previous("conv_states", 1) if count else None
+        if before is None or filled is None:
+            before, filled = own.new_zeros(batch, count, own.shape[2]), q.new_zeros(batch, dtype=torch.int64)
+        slots = torch.arange(count, device=q.device) >= count - filled[:, None]
+        real = torch.ones_like(own[..., 0], dtype=torch.bool) if layout.mask is None else layout.mask
+        mask, segments = torch.cat([slots, real], dim=1), layout.document_ids()
+        if segments is not None:
+            segments = torch.cat([segments[:, :1].expand(-1, count), segments], dim=1)
+        layout = SequenceLayout(mask, segments, mask.int().argsort(dim=1, stable=True))
+        joined = torch.cat([before, own], dim=1)
+        if count:
+            latest = layout.segments_pads_first()
+            kept = layout.pads_first(mask) & (True if latest is None else latest == latest[:, -1:])
+            self.states._update("conv_states", layout.last_inputs([joined], count), 0, 0, True)
+            self.states._update("conv_states", kept.sum(1).clamp(max=count), 1, 0, True)
+        k, v = joined.unflatten(2, (2 * heads, -1)).split(heads, dim=2)
+        return nn.functional.pad(q, (0, 0, 0, 0, count, 0)), k, v, layout
+
+
 def sequence_parallel(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -158,7 +199,7 @@ def sequence_parallel(
     over the same group make of them. Sum over tokens, not mean over slices: unequal numbers of labels are right.
 
     Args:
-        model: a causal model of lalm whose layers are all recurrent, or what DDP makes of one.
+        model: a causal model of lalm whose layers are recurrent or have a sliding window, or what DDP makes of one.
         input_ids: `[B, T]`, T at least the number of processes.
         group: the processes that share the sequence; None for all.
         attention_mask, position_ids, seq_idx: `[B, T]`, as `LalmModel.forward` takes them: padding anywhere, packed
@@ -171,7 +212,7 @@ def sequence_parallel(
         the model's output for the tokens of this slice.
 
     Raises:
-        ValueError: a softmax layer, a model that reads both sides, activation checkpointing, or too few tokens.
+        ValueError: a full_attention layer, a model that reads both sides, activation checkpointing, or too few tokens.
     """
     config = getattr(model, "module", model).config
     _check(model, config, input_ids, dist.get_world_size(group))
@@ -194,7 +235,10 @@ def sequence_parallel(
         kwargs |= {"labels": labels[:, start:stop], "shift_labels": shifted[:, start:stop].contiguous()}
         kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / neighbours.size
     cache = DynamicCache(config=config)
-    cache.layers = [_SliceLayer(neighbours, i, continues) for i in range(config.num_hidden_layers)]
+    cache.layers = [
+        (_SliceWindow if kind == "sliding_attention" else _SliceLayer)(neighbours, i, continues)
+        for i, kind in enumerate(config.layer_types)
+    ]
     output = model(
         input_ids=input_ids[:, start:stop],
         position_ids=position_ids.expand(batch, -1)[:, start:stop],
@@ -212,10 +256,10 @@ def sequence_parallel(
 def _check(model: nn.Module, config: Any, input_ids: torch.Tensor, size: int) -> None:
     if not config.is_causal:
         raise ValueError("Sequence parallelism needs is_causal=True: an encoder reads the whole sequence at once.")
-    if others := set(config.layer_types) - {RecurrentLayer._layer_type}:
+    if "full_attention" in config.layer_types:
         raise ValueError(
-            f"Sequence parallelism hands on states, and {', '.join(sorted(others))} layers have keys and values: use a "
-            "model without softmax layers, or shard the batch (DDP) or the weights (FSDP) instead."
+            "Sequence parallelism hands on states of a fixed size, and full_attention layers read all keys: use a "
+            "model without full_attention_layers, or shard the batch (DDP) or the weights (FSDP) instead."
         )
     if input_ids.shape[1] < size:
         raise ValueError(f"{input_ids.shape[1]} tokens cannot be shared by {size} processes: each needs one.")
