@@ -58,6 +58,8 @@ class _Neighbours:
         """Give a state to the process with the next slice."""
         if self.rank == self.size - 1:
             return
+        if self.anchor.requires_grad and not torch.is_grad_enabled():
+            raise ValueError("Reentrant activation checkpointing hides gradients: use use_reentrant=False.")
         returns = torch.is_grad_enabled() and state.requires_grad
         header = [int(returns), _DTYPES.index(state.dtype), state.ndim, *state.shape]
         header += [0] * (_HEADER - len(header))
@@ -122,6 +124,9 @@ class _SliceLayer(RecurrentLayer):
     def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
         super().__init__()
         self.neighbours, self.layer_idx, self.continues = neighbours, layer_idx, continues
+        # What activation checkpointing runs again in the backward pass must neither receive nor send a second time.
+        self.received: dict[int, torch.Tensor] = {}
+        self.handed_on: set[int] = set()
         self.has_previous_state[0] = True  # not a first forward: positions that start again mean nothing by themselves
 
     def _tag(self, kind: str, index: int) -> int:
@@ -130,13 +135,20 @@ class _SliceLayer(RecurrentLayer):
     def previous(self, kind: str, index: int) -> torch.Tensor | None:
         if self.neighbours.rank == 0:
             return None
-        state = self.neighbours.take_over(self._tag(kind, index))
+        tag = self._tag(kind, index)
+        if (found := self.received.get(tag)) is not None:
+            state = found.detach().requires_grad_(found.requires_grad)
+        else:
+            state = self.received[tag] = self.neighbours.take_over(tag)
         if self.continues is None:
             return state
         return torch.where(self.continues.view(-1, *[1] * (state.ndim - 1)), state, torch.zeros_like(state))
 
     def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int, given_away: bool) -> torch.Tensor:
-        self.neighbours.hand_on(value, self._tag(kind, index))
+        tag = self._tag(kind, index)
+        if tag not in self.handed_on:
+            self.handed_on.add(tag)
+            self.neighbours.hand_on(value, tag)
         return value
 
 
@@ -212,7 +224,8 @@ def sequence_parallel(
         the model's output for the tokens of this slice.
 
     Raises:
-        ValueError: a full_attention layer, a model that reads both sides, activation checkpointing, or too few tokens.
+        ValueError: a full_attention layer, a model that reads both sides, transformers' own activation checkpointing
+            (torch's wrappers work), or too few tokens.
     """
     config = getattr(model, "module", model).config
     _check(model, config, input_ids, dist.get_world_size(group))
@@ -266,8 +279,8 @@ def _check(model: nn.Module, config: Any, input_ids: torch.Tensor, size: int) ->
     layers = (module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
     if model.training and any(layer.gradient_checkpointing for layer in layers):
         raise ValueError(
-            "Activation checkpointing would run a layer, and send its states, twice: switch it off "
-            "(gradient_checkpointing_disable()); each process keeps the activations of its own slice only."
+            "gradient_checkpointing_enable() drops what layers hand on: call gradient_checkpointing_disable() and wrap "
+            "the blocks by torch's apply_activation_checkpointing, as FSDP's fsdp_activation_checkpointing does."
         )
 
 

@@ -9,7 +9,9 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
+from lalm.modeling.modeling_base import Block
 from lalm.modeling.sequence_parallel import sequence_parallel
 from tests.variants import ROWS
 
@@ -28,7 +30,10 @@ NAMES = (
     "local_global_blindspot",
     "local_global_shift_reversible_blindspot",
 )
-KINDS = {2: ("plain", "padding", "documents", "padding and documents"), 4: ("plain", "padding and documents")}
+KINDS = {
+    2: ("plain", "padding", "documents", "padding and documents"),
+    4: ("plain", "padding and documents", "checkpointed padding and documents"),
+}
 SPLIT = [row for row in ROWS if row.name in NAMES]
 LENGTH, BATCH = 23, 3  # slices of 5 or 6 tokens, of 11 or 12
 
@@ -53,13 +58,16 @@ def inputs(kind: str) -> dict:
 
 
 def gradients(model) -> dict:
-    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), x.grad) for name, x in model.named_parameters())
+    return {name: gradient for name, gradient in named if gradient is not None}
 
 
 def distances(row, kind, group) -> dict:
     """Relative errors of logits, loss and gradients."""
     rank, size, given = dist.get_rank(group), dist.get_world_size(group), inputs(kind)
     model, other = row.build().train(), row.build().train()
+    if "checkpointed" in kind:
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     wanted = other(**given)
     wanted.loss.backward()
     output = sequence_parallel(model, group=group, **given)
