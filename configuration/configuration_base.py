@@ -31,8 +31,8 @@ MOST_LAYERS = 10_000
 # The same for factors of `hidden_size`.
 LARGEST_FACTOR = 1e6
 
-# Tensor parallelism, by names in a mixer; a model leaves out those that it does not have. A weight that all heads share
-# is whole in every process, and its gradient is a sum over them. The styles lalm_* are those of tensor_parallel.py.
+# Tensor parallelism, by names in a mixer; a model leaves out those that it does not have. A weight that all heads
+# share is whole in every process, and its gradient is a sum over them. Styles lalm_* are those of tensor_parallel.py.
 _SHARED = "replicated_with_grad_allreduce"
 _MIXER_TP_PLAN = {
     "q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "g_proj": "colwise", "o_proj": "rowwise",

@@ -1,9 +1,9 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Sequence parallelism: every process of a group runs the whole model over its own slice of the tokens.
 
-What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window) goes
-to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the backward pass.
-One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
+What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window)
+goes to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the
+backward pass. One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
 process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
 """
 
@@ -170,7 +170,7 @@ class _SliceWindow:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, window: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SequenceLayout]:
         """`[B, T, *, K]` each -> `[B, window - 1 + T, *, K]` each and their layout; queries in front are 0."""
-        count, (batch, length, heads, _) = window - 1, k.shape
+        count, batch, heads = window - 1, k.shape[0], k.shape[2]
         own = torch.cat([k, v], dim=2).flatten(2)
         before = self.states.previous("conv_states", 0) if count else None
         filled = self.states.previous("conv_states", 1) if count else None
@@ -279,8 +279,8 @@ def _check(model: nn.Module, config: Any, input_ids: torch.Tensor, size: int) ->
     layers = (module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
     if model.training and any(layer.gradient_checkpointing for layer in layers):
         raise ValueError(
-            "gradient_checkpointing_enable() drops what layers hand on: call gradient_checkpointing_disable() and wrap "
-            "the blocks by torch's apply_activation_checkpointing, as FSDP's fsdp_activation_checkpointing does."
+            "gradient_checkpointing_enable() drops what layers hand on: call gradient_checkpointing_disable() and "
+            "wrap the blocks by torch's apply_activation_checkpointing, as FSDP's fsdp_activation_checkpointing does."
         )
 
 

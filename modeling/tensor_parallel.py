@@ -2,9 +2,8 @@
 """Tensor parallelism by the machinery of transformers (`from_pretrained(tp_plan="auto")`), for its plan in the
 configuration: every process holds some heads of each mixer and a part of each MLP.
 
-What transformers has no style for is whole in
-every process and works for the process's own heads: the short convolution (its channels are those of q, k and v side by
-side), LAM's gates, and GLA's low-rank gate.
+What transformers has no style for is whole in every process and works for the process's own heads: the short
+convolution (its channels are those of q, k and v side by side), LAM's gates, and GLA's low-rank gate.
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@ def distances(row, folder: Path) -> dict:
     output, wanted = model.train()(**given), other.train()(**given)
     output.loss.backward()
     wanted.loss.backward()
-    errors = {"loss": abs(output.loss / wanted.loss - 1).item(), "logits without gradients": quiet, "logits": (output.logits - wanted.logits)[mask != 0].abs().max().item()}
+    errors = {
+        "loss": abs(output.loss / wanted.loss - 1).item(),
+        "logits without gradients": quiet,
+        "logits": (output.logits - wanted.logits)[mask != 0].abs().max().item(),
+    }
     expected = {name: x.grad for name, x in other.named_parameters() if x.grad is not None}
     found = {name: whole(x.grad) for name, x in model.named_parameters() if x.grad is not None}
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
