@@ -3,8 +3,8 @@
 
 What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window)
 goes to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the
-backward pass. One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
-process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
+backward pass. One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer
+l as soon as process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
 """
 
 from __future__ import annotations
