@@ -164,7 +164,7 @@ class ShortConvolution(nn.Module):
         """
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if self.shard is not None:
             whole = weight.split([size * self.shard[1] for size in sizes])
             weight = torch.cat([own_part(part, self.shard, 0) for part in whole])

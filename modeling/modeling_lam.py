@@ -79,8 +79,10 @@ class LamGates(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
-        x, decay_bias = self.proj(hidden_states), self.decay_bias
-        flux_weight, flux_bias = self.flux_weight, self.flux_bias
+        x = self.proj(hidden_states)
+        decay_bias: torch.Tensor = self.decay_bias
+        flux_weight: torch.Tensor | None = self.flux_weight
+        flux_bias: torch.Tensor | None = self.flux_bias
         if self.shard is not None:
             x = own_part(x.unflatten(-1, (self.directions, self.heads, -1)), self.shard, -2).flatten(-3)
             decay_bias = own_part(decay_bias, self.shard, 1)

@@ -60,7 +60,7 @@ class RunTrainer(_Base):
 
     def read_state(self, checkpoint: str) -> TrainerState:
         """Return the state at a checkpoint, as that of this process: the first alone prints."""
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         state.is_world_process_zero = self.is_world_process_zero()
         state.is_local_process_zero = self.is_local_process_zero()
         return state
@@ -145,7 +145,7 @@ class RunTrainer(_Base):
 
     def _save_beside_shards(self, checkpoint: Path) -> None:
         # the stock Trainer writes the shards alone: a resumed run needs the tokenizer, a reader the configuration
-        for part in (cast(Any, self.model).config, self.processing_class):
+        for part in (getattr(self.model, "config", None), self.processing_class):
             if part is not None:
                 part.save_pretrained(checkpoint)
 
@@ -190,13 +190,14 @@ class RunTrainer(_Base):
         if checkpoint is None or self._can_read(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        model, optimizer, folder = cast(nn.Module, self.model), cast(torch.optim.Optimizer, self.optimizer), checkpoint
+        folder, model = Path(checkpoint), cast(nn.Module, self.model)
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
         known = {weight: name.replace(WRAPPED, "") for name, weight in model.named_parameters()}
         names = [known[weight] for group in optimizer.param_groups for weight in group["params"]]
         reads = not self.is_fsdp_enabled or self.is_world_process_zero()
-        state = read_optimizer(Path(folder), names) if reads else {}
+        state = read_optimizer(folder, names) if reads else {}
         set_optimizer_state_dict(model, optimizer, state, options=self._whole)
-        schedule = torch.load(Path(folder) / "scheduler.pt", weights_only=True)
+        schedule = torch.load(folder / "scheduler.pt", weights_only=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is loaded before a first step of the optimizer
             cast(Any, self.lr_scheduler).load_state_dict(schedule)
