@@ -227,7 +227,7 @@ def sequence_parallel(
         ValueError: a full_attention layer, a model that reads both sides, transformers' own activation checkpointing
             (torch's wrappers work), or too few tokens.
     """
-    config = getattr(model, "module", model).config
+    config: Any = getattr(model, "module", model).config
     _check(model, config, input_ids, dist.get_world_size(group))
     neighbours = _Neighbours(group, input_ids.device)
     batch, length = input_ids.shape
@@ -247,7 +247,7 @@ def sequence_parallel(
         items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
         kwargs |= {"labels": labels[:, start:stop], "shift_labels": shifted[:, start:stop].contiguous()}
         kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / neighbours.size
-    cache = DynamicCache(config=config)
+    cache: Any = DynamicCache(config=config)
     cache.layers = [
         (_SliceWindow if kind == "sliding_attention" else _SliceLayer)(neighbours, i, continues)
         for i, kind in enumerate(config.layer_types)

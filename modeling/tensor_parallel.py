@@ -48,7 +48,7 @@ def register_styles() -> None:
     class OwnPart(ReplicatedWithGradAllReduce):
         """Weights are whole, and the module is told which part of the heads is its own."""
 
-        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        def install_forward(self, module: Any, mesh: Any) -> nn.Module:
             module.shard = (mesh.get_local_rank(), mesh.size())
             return super().install_forward(module, mesh)
 
@@ -70,6 +70,10 @@ def register_styles() -> None:
         def transform_output_post_forward(self, module, output, mesh):
             return own_part(output, module.shard, -1) if self.slices_output else output
 
-    styles = {"lalm_own_part": OwnPart(), "lalm_own_heads": OwnHeads(False), "lalm_own_outputs": OwnHeads(True)}
+    styles: dict[str, Any] = {
+        "lalm_own_part": OwnPart(),
+        "lalm_own_heads": OwnHeads(False),
+        "lalm_own_outputs": OwnHeads(True),
+    }
     for name, style in styles.items():
         ALL_PARALLEL_STYLES.register(name, style)

@@ -3770,6 +3770,86 @@ def cpp_short_conv(
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]
 
 
+# ---- lalm.modeling.tensor_parallel ----
+"""Tensor parallelism by the machinery of transformers (`from_pretrained(tp_plan="auto")`), for its plan in the
+configuration: every process holds some heads of each mixer and a part of each MLP.
+
+What transformers has no style for is whole in every process and works for the process's own heads: the short
+convolution (its channels are those of q, k and v side by side), LAM's gates, and GLA's low-rank gate.
+"""
+
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def own_part(x: torch.Tensor, shard: tuple[int, int] | None, dim: int) -> torch.Tensor:
+    """The part of `x` along an axis of heads that belongs to process `shard = (rank, size)`; all of it for None."""
+    if shard is None:
+        return x
+    rank, size = shard
+    return x.chunk(size, dim)[rank].contiguous()
+
+
+def check_tensor_parallel(config: Any, size: int) -> None:
+    """Raise ValueError with the reason why `size` processes cannot share the layers of a configuration."""
+    if not config.base_model_tp_plan:
+        raise ValueError(
+            f"{config.model_type} has no tensor parallel plan: its layers mix heads of two kinds, or channels that "
+            "belong to no head. Shard its weights (FSDP) or the batch (DDP) instead."
+        )
+    names = ["num_attention_heads", "intermediate_size"]
+    names += ["num_key_value_heads"] if {"full_attention", "sliding_attention"} & set(config.layer_types) else []
+    for name in names:
+        if getattr(config, name) % size:
+            raise ValueError(
+                f"{name} = {getattr(config, name)} cannot be shared evenly by {size} processes (tp_size): choose a "
+                "divisor of it."
+            )
+
+
+def register_styles() -> None:
+    """Tell transformers the styles of ours that `LalmConfig.base_model_tp_plan` names."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce, TensorParallelLayer
+
+    class OwnPart(ReplicatedWithGradAllReduce):
+        """Weights are whole, and the module is told which part of the heads is its own."""
+
+        def install_forward(self, module: Any, mesh: Any) -> nn.Module:
+            module.shard = (mesh.get_local_rank(), mesh.size())
+            return super().install_forward(module, mesh)
+
+    class OwnHeads(OwnPart):
+        """The same for a module that reads the hidden states, with all modules inside."""
+
+        def __init__(self, slices_output: bool):
+            self.slices_output = slices_output
+
+        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+            for part in module.modules():
+                super().install_forward(part, mesh)
+            return TensorParallelLayer.install_forward(self, module, mesh)
+
+        def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+            x = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+            return (x.to_local(grad_placements=[Partial()]), *args[1:]), kwargs  # gradients are those of own heads
+
+        def transform_output_post_forward(self, module, output, mesh):
+            return own_part(output, module.shard, -1) if self.slices_output else output
+
+    styles: dict[str, Any] = {
+        "lalm_own_part": OwnPart(),
+        "lalm_own_heads": OwnHeads(False),
+        "lalm_own_outputs": OwnHeads(True),
+    }
+    for name, style in styles.items():
+        ALL_PARALLEL_STYLES.register(name, style)
+
+
 # ---- lalm.modeling.layers ----
 """Layers that several variants share. B batch, T time, D channels, W convolution width, H heads, K head size."""
 
@@ -3904,6 +3984,8 @@ class ShortConvolution(nn.Module):
     is ever inside a window. The state of a causal one is the last W - 1 real inputs.
     """
 
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share the heads of its inputs
+
     def __init__(self, channels: int, width: int, causal: bool = True, activation: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
@@ -3925,12 +4007,16 @@ class ShortConvolution(nn.Module):
         """
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
+        weight: torch.Tensor = self.weight
+        if self.shard is not None:
+            whole = weight.split([size * self.shard[1] for size in sizes])
+            weight = torch.cat([own_part(part, self.shard, 0) for part in whole])
         if state is None:
-            outputs = cpp_short_conv(parts, self.weight, before, self.activation, layout)
+            outputs = cpp_short_conv(parts, weight, before, self.activation, layout)
             if outputs is not None:
                 return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        y, state = plain_short_conv(x, self.weight, before, self.activation, layout, state)
+        y, state = plain_short_conv(x, weight, before, self.activation, layout, state)
         return y.split(sizes, dim=-1), state
 
 
@@ -4323,7 +4409,8 @@ def refuse_sharded_tokens() -> None:
     if origin.startswith("torch.distributed.tensor.experimental"):
         raise ValueError(
             "context_parallel shards the tokens of a sequence over processes, and no layer but full softmax attention "
-            "passes on what it has read: shard the batch (DDP) or the weights (FSDP) instead."
+            "passes on what it has read: call lalm.modeling.sequence_parallel.sequence_parallel instead, or shard the "
+            "batch (DDP) or the weights (FSDP)."
         )
 
 
@@ -4463,14 +4550,15 @@ def softmax_masks(
 
     A sliding layer keeps rows whose padding, in the cache too, has been moved to the front, so that its window counts
     real tokens; the mask returned for it is in that order. There is none, which tells the layer, if it
-    `attends_in_blocks`.
+    `attends_in_blocks`, as it does in a slice of a sequence that several processes share.
     """
     kinds = set(config.layer_types) - {RecurrentLayer._layer_type}
     if isinstance(attention_mask, dict):
         return {kind: attention_mask[kind] for kind in kinds}
     if not kinds:
         return {}
-    if "sliding_attention" in kinds and attends_in_blocks(config, hidden_states.shape[1], cache):
+    is_slice = any(hasattr(layer, "extend") for layer in ([] if cache is None else cache.layers))
+    if "sliding_attention" in kinds and (is_slice or attends_in_blocks(config, hidden_states.shape[1], cache)):
         kinds.remove("sliding_attention")
     if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
         raise ValueError(
@@ -5206,7 +5294,7 @@ def _bounded_scores_backward(
 class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
-    def __init__(self, q, k, v, g, state, segments, factored):
+    def __init__(self, q, k, g, segments, factored):
         self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
@@ -5220,8 +5308,6 @@ class _Chunks:
             self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
             passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
-        updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
-        self.states, self.final = _scan(updates, self.decay, state)
 
     def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
         total = g.cumsum(-2)
@@ -5235,6 +5321,11 @@ class _Chunks:
             self.q_factor = total.exp()
             self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
             self.bounded = g
+
+    def states(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each chunk and after the last. (torch.export(strict=True) loses what a constructor keeps of
+        a loop without a length.)"""
+        return _scan(_scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v), self.decay, state)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
@@ -5264,12 +5355,12 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[torch.Tensor, _Chunks]:
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
-    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
+    return v_c, _Chunks(q_c, k_c, g_c, segments, factored)
 
 
 def _plain_diagonal_recurrence(ctx, q, k, v, g, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5281,23 +5372,25 @@ class _ChunkDiagonal(torch.autograd.Function):
     def forward(ctx, scale, chunk_size, factored, q, k, v, g, state, segments):
         ctx.save_for_backward(q, k, v, g, state, segments)
         ctx.scale, ctx.plan = scale, (chunk_size, factored)
-        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
+        v_c, chunks = _prepare(q, k, v, g, scale, segments, chunk_size, factored)
+        states, final = chunks.states(v_c, state)
         o = chunks.scores() @ v_c
-        o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
-        return from_chunks(o, q.shape[1]), chunks.final
+        o += chunks.q_reads @ _scale_rows(chunks.edge, states)
+        return from_chunks(o, q.shape[1]), final
 
     @staticmethod
     @differentiable_by(_plain_diagonal_recurrence, constants=3)
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
-        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
-        do = to_chunks(do, ctx.plan[0], q_c.dtype)
+        v_c, chunks = _prepare(q, k, v, g, ctx.scale, segments, *ctx.plan)
+        states, final = chunks.states(v_c, state)
+        do = to_chunks(do, ctx.plan[0], v_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
+        d_reads = do @ _scale_rows(chunks.edge, states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
@@ -5309,10 +5402,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
-            dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
-            dq.addcmul_(d_own, k_c)
-            dk.addcmul_(d_own, q_c)
+            ends = _at_boundaries(states, final, d_state, d_leaving, d_final)
+            dg = _gate_gradient((chunks.q * dq).sub_(chunks.k * dk), ends, g)
+            dq.addcmul_(d_own, chunks.k)
+            dk.addcmul_(d_own, chunks.q)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
@@ -5320,10 +5413,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(states, final, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
-    first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
-    between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
+    first, last = (states[:, :, :1] * d_state[:, :, None]), (final * d_final)[:, :, None]
+    between = states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 

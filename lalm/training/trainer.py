@@ -180,7 +180,7 @@ class RunTrainer(_Base):
             return
         model = cast(nn.Module, self.model if model is None else model)
         reads = not self.is_fsdp_enabled or self.is_world_process_zero()
-        weights = read_weights(Path(resume_from_checkpoint)) if reads else {}
+        weights: dict[str, Any] = dict(read_weights(Path(resume_from_checkpoint))) if reads else {}
         for target, source in getattr(model, "all_tied_weights_keys", {}).items():
             if source in weights:  # stored once in a plain checkpoint
                 weights.setdefault(target, weights[source])
