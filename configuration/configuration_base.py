@@ -31,6 +31,17 @@ MOST_LAYERS = 10_000
 # The same for factors of `hidden_size`.
 LARGEST_FACTOR = 1e6
 
+# Tensor parallelism, by names in a mixer; a model leaves out those that it does not have. A weight that all heads
+# share is whole in every process, and its gradient is a sum over them. Styles lalm_* are those of tensor_parallel.py.
+_SHARED = "replicated_with_grad_allreduce"
+_MIXER_TP_PLAN = {
+    "q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "g_proj": "colwise", "o_proj": "rowwise",
+    "a_proj": "colwise", "b_proj": "colwise", "gk_proj": "lalm_own_outputs", "gates": "lalm_own_heads",
+    "gate_bias": "local_params", "gate_bias.A_log": "colwise", "gate_bias.dt_bias": "colwise",
+    "q_norm": _SHARED, "k_norm": _SHARED, "o_norm": _SHARED, "q_map.map": _SHARED, "k_map.map": _SHARED,
+    "conv": "lalm_own_part",
+}  # fmt: skip
+
 
 @strict
 class LalmConfig(PreTrainedConfig):
@@ -79,6 +90,13 @@ class LalmConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str] | None] = {
+        **{f"layers.*.mixer.{name}": style for name, style in _MIXER_TP_PLAN.items()},
+        "layers.*.mixer": "lalm_own_part",  # which of the heads are its own: retention decays by the number of a head
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     supports_bidirectional: ClassVar[bool] = False
     implementations: ClassVar[tuple[str, ...]] = ("auto", "chunk", "recurrent", "fla", "cpp")
     tables: ClassVar[tuple[str, ...]] = ("learned",)  # position_embedding_types that have a table

@@ -47,6 +47,7 @@ class BasedConfig(LalmConfig):
     """
 
     model_type = "lalm_based"
+    base_model_tp_plan = None  # gated convolutions have channels that belong to no head
 
     vocab_size: int = 50264
     num_hidden_layers: int = 27

@@ -55,6 +55,7 @@ class LocalGlobalConfig(LalmConfig):
     """
 
     model_type = "lalm_local_global"
+    base_model_tp_plan = None  # a layer has heads of two kinds, of unequal number
     supports_bidirectional = True
     implementations = ("auto", "chunk", "recurrent")
     tables = ("axial", "learned")

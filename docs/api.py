@@ -19,6 +19,7 @@ import lalm
 import lalm.convert
 import lalm.hub
 import lalm.modeling.ops as ops
+import lalm.modeling.sequence_parallel
 
 PAGE = Path(__file__).resolve().parent / "api.md"
 INTRODUCTION = """# API
@@ -35,7 +36,7 @@ def page() -> str:
     parts += ["## Models\n", models(), "## Ops\n", f"{inspect.getdoc(ops)}\n"]
     public = (getattr(ops, name) for name in ops.__all__)
     parts += [function(op, "lalm.modeling.ops") for op in public if inspect.isfunction(op) and not is_pair(op)]
-    for module in (lalm.hub, lalm.convert):
+    for module in (lalm.modeling.sequence_parallel, lalm.hub, lalm.convert):
         parts.append(f"## `{module.__name__}`\n")
         parts += [function(one, one.__module__) for one in public_functions(module)]
     return "\n".join(parts)

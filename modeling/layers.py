@@ -19,6 +19,7 @@ from lalm.modeling.ops.dense.short_conv import cpp_short_conv, open_short_conv, 
 from lalm.modeling.ops.dispatch import pieces_of_mlp, product_dtype
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.tensor_parallel import own_part
 
 
 def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
@@ -140,6 +141,8 @@ class ShortConvolution(nn.Module):
     is ever inside a window. The state of a causal one is the last W - 1 real inputs.
     """
 
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share the heads of its inputs
+
     def __init__(self, channels: int, width: int, causal: bool = True, activation: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
@@ -161,12 +164,16 @@ class ShortConvolution(nn.Module):
         """
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
+        weight: torch.Tensor = self.weight
+        if self.shard is not None:
+            whole = weight.split([size * self.shard[1] for size in sizes])
+            weight = torch.cat([own_part(part, self.shard, 0) for part in whole])
         if state is None:
-            outputs = cpp_short_conv(parts, self.weight, before, self.activation, layout)
+            outputs = cpp_short_conv(parts, weight, before, self.activation, layout)
             if outputs is not None:
                 return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        y, state = plain_short_conv(x, self.weight, before, self.activation, layout, state)
+        y, state = plain_short_conv(x, weight, before, self.activation, layout, state)
         return y.split(sizes, dim=-1), state
 
 

@@ -35,6 +35,7 @@ class Mixer(nn.Module):
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
     output_gate: ClassVar[str] = "silu"  # what opens the output gate
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share its heads
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -82,7 +83,8 @@ class Mixer(nn.Module):
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary and self.rotates:

@@ -57,7 +57,8 @@ def refuse_sharded_tokens() -> None:
     if origin.startswith("torch.distributed.tensor.experimental"):
         raise ValueError(
             "context_parallel shards the tokens of a sequence over processes, and no layer but full softmax attention "
-            "passes on what it has read: shard the batch (DDP) or the weights (FSDP) instead."
+            "passes on what it has read: call lalm.modeling.sequence_parallel.sequence_parallel instead, or shard the "
+            "batch (DDP) or the weights (FSDP)."
         )
 
 
@@ -197,14 +198,15 @@ def softmax_masks(
 
     A sliding layer keeps rows whose padding, in the cache too, has been moved to the front, so that its window counts
     real tokens; the mask returned for it is in that order. There is none, which tells the layer, if it
-    `attends_in_blocks`.
+    `attends_in_blocks`, as it does in a slice of a sequence that several processes share.
     """
     kinds = set(config.layer_types) - {RecurrentLayer._layer_type}
     if isinstance(attention_mask, dict):
         return {kind: attention_mask[kind] for kind in kinds}
     if not kinds:
         return {}
-    if "sliding_attention" in kinds and attends_in_blocks(config, hidden_states.shape[1], cache):
+    is_slice = any(hasattr(layer, "extend") for layer in ([] if cache is None else cache.layers))
+    if "sliding_attention" in kinds and (is_slice or attends_in_blocks(config, hidden_states.shape[1], cache)):
         kinds.remove("sliding_attention")
     if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
         raise ValueError(

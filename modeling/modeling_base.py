@@ -2,6 +2,7 @@
 """The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from copy import copy
@@ -33,6 +34,7 @@ from lalm.modeling.model_inputs import (
 )
 from lalm.modeling.saving import lossless, open_repository, push_model, staged_save
 from lalm.modeling.softmax_attention import SoftmaxAttention
+from lalm.modeling.tensor_parallel import check_tensor_parallel, register_styles
 
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
@@ -109,6 +111,18 @@ class LalmPreTrainedModel(PreTrainedModel):
                 state_dict[target] = state_dict[source]  # type: ignore[index]
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As the base class, for `from_pretrained(tp_plan="auto")`.
+
+        Raises:
+            ValueError: the layers cannot be shared by so many processes; the message names the field.
+        """
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+            register_styles()
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As the base class, but all files or none: a failed save or push leaves what was in `save_directory`, and in
         the repository, whole. Weights of an earlier save with other shards go. With `config.stored_dtype` the weights
@@ -182,6 +196,12 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         self.norm = NORMS[config.norm_type](config.embedding_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """As the base class, without the rules for modules that this configuration does not have."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\.\d+\b", ".*", name) for name, _ in [*self.named_modules(), *self.named_parameters()]}
+        self._tp_plan = {name: style for name, style in (self._tp_plan or {}).items() if name in names}
 
     @classmethod
     def make_mixer(cls, config: LalmConfig, layer_idx: int) -> nn.Module:

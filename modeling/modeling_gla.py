@@ -42,7 +42,7 @@ class GLAMixer(Mixer):
     def gates_of(self, hidden_states, k, v):
         gate = self.gk_proj(hidden_states)
         g = F.logsigmoid(gate.to(compute_dtype(gate))) / self.gate_logit_normalizer
-        return {"g": g.unflatten(-1, (self.num_heads, -1))}
+        return {"g": g.unflatten(-1, (-1, self.key_dim))}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return gla(

@@ -54,6 +54,7 @@ class LalmForCausalLM(_Head, GenerationMixin):
     """Language model: backbone and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
@@ -158,6 +159,7 @@ class LalmForMaskedLM(_Head):
     """Masked language model: a backbone that reads both sides, and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     names = MODEL_FOR_MASKED_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 

@@ -29,6 +29,7 @@ from lalm.modeling.ops.cpp_kernels import open_heads, open_kernel
 from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
 from lalm.modeling.ops.delta.dual_state import dual_state_delta
 from lalm.modeling.ops.delta.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
+from lalm.modeling.tensor_parallel import own_part
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -39,6 +40,8 @@ class LamGates(nn.Module):
 
     One projection makes them all. Axes of what it gives: directions, B, T, H, and memories.
     """
+
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share the heads
 
     def __init__(self, config: LamConfig):
         super().__init__()
@@ -77,7 +80,15 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        inputs: Any = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+        decay_bias: torch.Tensor = self.decay_bias
+        flux_weight: torch.Tensor | None = self.flux_weight
+        flux_bias: torch.Tensor | None = self.flux_bias
+        if self.shard is not None:
+            x = own_part(x.unflatten(-1, (self.directions, self.heads, -1)), self.shard, -2).flatten(-3)
+            decay_bias = own_part(decay_bias, self.shard, 1)
+            if flux_weight is not None and flux_bias is not None:
+                flux_weight, flux_bias = own_part(flux_weight, self.shard, 0), own_part(flux_bias, self.shard, 1)
+        inputs: Any = (x, k, v, flux_weight, decay_bias, flux_bias, _LEAK_MAX)
         gates: tuple[torch.Tensor | None, ...] | None = cpp_lam_gates(*inputs) if self.is_complete else None
         if gates is None:
             inputs += (self.sizes,)

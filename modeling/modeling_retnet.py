@@ -5,6 +5,7 @@ Code symbol -> paper (section 2): retention_log_decay -> log gamma; g_proj -> W_
 of the heads (RMSNorm here, as in the authors' released code); rotary positions -> e^(i n theta).
 """
 
+import torch
 from transformers import GenerationMixin
 
 from lalm.configuration.configuration_retnet import RetNetConfig
@@ -20,6 +21,7 @@ from lalm.modeling.ops.cpp_kernels import open_heads
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.retention import retention, retention_log_decay
 from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.tensor_parallel import own_part
 
 
 class RetNetMixer(Mixer):
@@ -34,6 +36,9 @@ class RetNetMixer(Mixer):
         return {"g": retention_log_decay(self.num_heads, compute_dtype(k), k.device).expand(*k.shape[:2], -1)}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        log_decay = None
+        if self.shard is not None:
+            log_decay = own_part(retention_log_decay(self.num_heads, torch.float64, q.device), self.shard, 0)
         return retention(
             q,
             k,
@@ -42,6 +47,7 @@ class RetNetMixer(Mixer):
             output_final_state=output_final_state,
             layout=layout,
             causal=self.config.is_causal,
+            log_decay=log_decay,
             implementation=self.config.linear_attn_implementation,
         )
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Sequence parallelism: every process of a group runs the whole model over its own slice of the tokens.
 
-What a layer remembers after its slice (recurrent state, last inputs of a convolution, window of local heads) goes to
-the process with the next slice, in place of what a cache would hold, and its gradient comes back in the backward pass.
-One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer l as soon as
-process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
+What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window)
+goes to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the
+backward pass. One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer
+l as soon as process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.model_inputs import build_layout, current_mask, positions
+from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _KINDS = {"conv_states": 0, "recurrent_states": 1}
@@ -57,6 +58,8 @@ class _Neighbours:
         """Give a state to the process with the next slice."""
         if self.rank == self.size - 1:
             return
+        if self.anchor.requires_grad and not torch.is_grad_enabled():
+            raise ValueError("Reentrant activation checkpointing hides gradients: use use_reentrant=False.")
         returns = torch.is_grad_enabled() and state.requires_grad
         header = [int(returns), _DTYPES.index(state.dtype), state.ndim, *state.shape]
         header += [0] * (_HEADER - len(header))
@@ -121,6 +124,9 @@ class _SliceLayer(RecurrentLayer):
     def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
         super().__init__()
         self.neighbours, self.layer_idx, self.continues = neighbours, layer_idx, continues
+        # What activation checkpointing runs again in the backward pass must neither receive nor send a second time.
+        self.received: dict[int, torch.Tensor] = {}
+        self.handed_on: set[int] = set()
         self.has_previous_state[0] = True  # not a first forward: positions that start again mean nothing by themselves
 
     def _tag(self, kind: str, index: int) -> int:
@@ -129,14 +135,61 @@ class _SliceLayer(RecurrentLayer):
     def previous(self, kind: str, index: int) -> torch.Tensor | None:
         if self.neighbours.rank == 0:
             return None
-        state = self.neighbours.take_over(self._tag(kind, index))
+        tag = self._tag(kind, index)
+        if (found := self.received.get(tag)) is not None:
+            state = found.detach().requires_grad_(found.requires_grad)
+        else:
+            state = self.received[tag] = self.neighbours.take_over(tag)
         if self.continues is None:
             return state
         return torch.where(self.continues.view(-1, *[1] * (state.ndim - 1)), state, torch.zeros_like(state))
 
     def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int, given_away: bool) -> torch.Tensor:
-        self.neighbours.hand_on(value, self._tag(kind, index))
+        tag = self._tag(kind, index)
+        if tag not in self.handed_on:
+            self.handed_on.add(tag)
+            self.neighbours.hand_on(value, tag)
         return value
+
+
+class _SliceWindow:
+    """In the place of the cache of a layer with a sliding window: the last tokens before the slice go in front of it.
+
+    What travels are the keys and values of the last real tokens of a row's last document, and their number.
+    """
+
+    is_initialized = True
+
+    def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
+        self.states = _SliceLayer(neighbours, layer_idx, continues)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SequenceLayout]:
+        """`[B, T, *, K]` each -> `[B, window - 1 + T, *, K]` each and their layout; queries in front are 0."""
+        count, batch, heads = window - 1, k.shape[0], k.shape[2]
+        own = torch.cat([k, v], dim=2).flatten(2)
+        before = self.states.previous("conv_states", 0) if count else None
+        filled = self.states.previous("conv_states", 1) if count else None
+        if before is None or filled is None:
+            before, filled = own.new_zeros(batch, count, own.shape[2]), q.new_zeros(batch, dtype=torch.int64)
+        slots = torch.arange(count, device=q.device) >= count - filled[:, None]
+        real = torch.ones_like(own[..., 0], dtype=torch.bool) if layout.mask is None else layout.mask
+        mask, segments = torch.cat([slots, real], dim=1), layout.document_ids()
+        if segments is not None:
+            segments = torch.cat([segments[:, :1].expand(-1, count), segments], dim=1)
+        layout = SequenceLayout(mask, segments, mask.int().argsort(dim=1, stable=True))
+        joined = torch.cat([before, own], dim=1)
+        if count:
+            latest = layout.segments_pads_first()
+            kept = layout.pads_first(mask) & (True if latest is None else latest == latest[:, -1:])
+            self.states._update("conv_states", layout.last_inputs([joined], count), 0, 0, True)
+            self.states._update("conv_states", kept.sum(1).clamp(max=count), 1, 0, True)
+        k, v = joined.unflatten(2, (2 * heads, -1)).split(heads, dim=2)
+        return nn.functional.pad(q, (0, 0, 0, 0, count, 0)), k, v, layout
 
 
 def sequence_parallel(
@@ -158,7 +211,7 @@ def sequence_parallel(
     over the same group make of them. Sum over tokens, not mean over slices: unequal numbers of labels are right.
 
     Args:
-        model: a causal model of lalm whose layers are all recurrent, or what DDP makes of one.
+        model: a causal model of lalm whose layers are recurrent or have a sliding window, or what DDP makes of one.
         input_ids: `[B, T]`, T at least the number of processes.
         group: the processes that share the sequence; None for all.
         attention_mask, position_ids, seq_idx: `[B, T]`, as `LalmModel.forward` takes them: padding anywhere, packed
@@ -171,9 +224,10 @@ def sequence_parallel(
         the model's output for the tokens of this slice.
 
     Raises:
-        ValueError: a softmax layer, a model that reads both sides, activation checkpointing, or too few tokens.
+        ValueError: a full_attention layer, a model that reads both sides, transformers' own activation checkpointing
+            (torch's wrappers work), or too few tokens.
     """
-    config = getattr(model, "module", model).config
+    config: Any = getattr(model, "module", model).config
     _check(model, config, input_ids, dist.get_world_size(group))
     neighbours = _Neighbours(group, input_ids.device)
     batch, length = input_ids.shape
@@ -193,8 +247,11 @@ def sequence_parallel(
         items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
         kwargs |= {"labels": labels[:, start:stop], "shift_labels": shifted[:, start:stop].contiguous()}
         kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / neighbours.size
-    cache = DynamicCache(config=config)
-    cache.layers = [_SliceLayer(neighbours, i, continues) for i in range(config.num_hidden_layers)]
+    cache: Any = DynamicCache(config=config)
+    cache.layers = [
+        (_SliceWindow if kind == "sliding_attention" else _SliceLayer)(neighbours, i, continues)
+        for i, kind in enumerate(config.layer_types)
+    ]
     output = model(
         input_ids=input_ids[:, start:stop],
         position_ids=position_ids.expand(batch, -1)[:, start:stop],
@@ -212,18 +269,18 @@ def sequence_parallel(
 def _check(model: nn.Module, config: Any, input_ids: torch.Tensor, size: int) -> None:
     if not config.is_causal:
         raise ValueError("Sequence parallelism needs is_causal=True: an encoder reads the whole sequence at once.")
-    if others := set(config.layer_types) - {RecurrentLayer._layer_type}:
+    if "full_attention" in config.layer_types:
         raise ValueError(
-            f"Sequence parallelism hands on states, and {', '.join(sorted(others))} layers have keys and values: use a "
-            "model without softmax layers, or shard the batch (DDP) or the weights (FSDP) instead."
+            "Sequence parallelism hands on states of a fixed size, and full_attention layers read all keys: use a "
+            "model without full_attention_layers, or shard the batch (DDP) or the weights (FSDP) instead."
         )
     if input_ids.shape[1] < size:
         raise ValueError(f"{input_ids.shape[1]} tokens cannot be shared by {size} processes: each needs one.")
     layers = (module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
     if model.training and any(layer.gradient_checkpointing for layer in layers):
         raise ValueError(
-            "Activation checkpointing would run a layer, and send its states, twice: switch it off "
-            "(gradient_checkpointing_disable()); each process keeps the activations of its own slice only."
+            "gradient_checkpointing_enable() drops what layers hand on: call gradient_checkpointing_disable() and "
+            "wrap the blocks by torch's apply_activation_checkpointing, as FSDP's fsdp_activation_checkpointing does."
         )
 
 

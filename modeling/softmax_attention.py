@@ -103,13 +103,18 @@ class SoftmaxAttention(nn.Module):
         cache: Cache | None,
     ) -> torch.Tensor:
         """o `[B, T, H, K]`, of sequences of which nothing is cached yet; q, k, v in the caller's order of tokens."""
-        if cache is not None:
+        length = q.shape[1]
+        if cache is not None and hasattr(cache.layers[self.layer_idx], "extend"):  # a slice, of sequence_parallel.py
+            layer: Any = cache.layers[self.layer_idx]
+            q, k, v, layout = layer.extend(q, k, v, layout, self.sliding_window)
+        elif cache is not None:
             past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
             cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)
         window = self.sliding_window or q.shape[1]
-        return sliding_attention(
+        o = sliding_attention(
             q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
         )
+        return o[:, -length:]
 
     @staticmethod
     def _slide_cache(

@@ -3784,6 +3784,86 @@ def cpp_short_conv(
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]
 
 
+# ---- lalm.modeling.tensor_parallel ----
+"""Tensor parallelism by the machinery of transformers (`from_pretrained(tp_plan="auto")`), for its plan in the
+configuration: every process holds some heads of each mixer and a part of each MLP.
+
+What transformers has no style for is whole in every process and works for the process's own heads: the short
+convolution (its channels are those of q, k and v side by side), LAM's gates, and GLA's low-rank gate.
+"""
+
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def own_part(x: torch.Tensor, shard: tuple[int, int] | None, dim: int) -> torch.Tensor:
+    """The part of `x` along an axis of heads that belongs to process `shard = (rank, size)`; all of it for None."""
+    if shard is None:
+        return x
+    rank, size = shard
+    return x.chunk(size, dim)[rank].contiguous()
+
+
+def check_tensor_parallel(config: Any, size: int) -> None:
+    """Raise ValueError with the reason why `size` processes cannot share the layers of a configuration."""
+    if not config.base_model_tp_plan:
+        raise ValueError(
+            f"{config.model_type} has no tensor parallel plan: its layers mix heads of two kinds, or channels that "
+            "belong to no head. Shard its weights (FSDP) or the batch (DDP) instead."
+        )
+    names = ["num_attention_heads", "intermediate_size"]
+    names += ["num_key_value_heads"] if {"full_attention", "sliding_attention"} & set(config.layer_types) else []
+    for name in names:
+        if getattr(config, name) % size:
+            raise ValueError(
+                f"{name} = {getattr(config, name)} cannot be shared evenly by {size} processes (tp_size): choose a "
+                "divisor of it."
+            )
+
+
+def register_styles() -> None:
+    """Tell transformers the styles of ours that `LalmConfig.base_model_tp_plan` names."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce, TensorParallelLayer
+
+    class OwnPart(ReplicatedWithGradAllReduce):
+        """Weights are whole, and the module is told which part of the heads is its own."""
+
+        def install_forward(self, module: Any, mesh: Any) -> nn.Module:
+            module.shard = (mesh.get_local_rank(), mesh.size())
+            return super().install_forward(module, mesh)
+
+    class OwnHeads(OwnPart):
+        """The same for a module that reads the hidden states, with all modules inside."""
+
+        def __init__(self, slices_output: bool):
+            self.slices_output = slices_output
+
+        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+            for part in module.modules():
+                super().install_forward(part, mesh)
+            return TensorParallelLayer.install_forward(self, module, mesh)
+
+        def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+            x = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+            return (x.to_local(grad_placements=[Partial()]), *args[1:]), kwargs  # gradients are those of own heads
+
+        def transform_output_post_forward(self, module, output, mesh):
+            return own_part(output, module.shard, -1) if self.slices_output else output
+
+    styles: dict[str, Any] = {
+        "lalm_own_part": OwnPart(),
+        "lalm_own_heads": OwnHeads(False),
+        "lalm_own_outputs": OwnHeads(True),
+    }
+    for name, style in styles.items():
+        ALL_PARALLEL_STYLES.register(name, style)
+
+
 # ---- lalm.modeling.layers ----
 """Layers that several variants share. B batch, T time, D channels, W convolution width, H heads, K head size."""
 
@@ -3918,6 +3998,8 @@ class ShortConvolution(nn.Module):
     is ever inside a window. The state of a causal one is the last W - 1 real inputs.
     """
 
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share the heads of its inputs
+
     def __init__(self, channels: int, width: int, causal: bool = True, activation: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
@@ -3939,12 +4021,16 @@ class ShortConvolution(nn.Module):
         """
         width = self.weight.shape[1]
         before, sizes = width - 1 - self.after, [part.shape[-1] for part in parts]
+        weight: torch.Tensor = self.weight
+        if self.shard is not None:
+            whole = weight.split([size * self.shard[1] for size in sizes])
+            weight = torch.cat([own_part(part, self.shard, 0) for part in whole])
         if state is None:
-            outputs = cpp_short_conv(parts, self.weight, before, self.activation, layout)
+            outputs = cpp_short_conv(parts, weight, before, self.activation, layout)
             if outputs is not None:
                 return outputs, layout.last_inputs(parts, before) if keeps_state else None
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        y, state = plain_short_conv(x, self.weight, before, self.activation, layout, state)
+        y, state = plain_short_conv(x, weight, before, self.activation, layout, state)
         return y.split(sizes, dim=-1), state
 
 
@@ -4337,7 +4423,8 @@ def refuse_sharded_tokens() -> None:
     if origin.startswith("torch.distributed.tensor.experimental"):
         raise ValueError(
             "context_parallel shards the tokens of a sequence over processes, and no layer but full softmax attention "
-            "passes on what it has read: shard the batch (DDP) or the weights (FSDP) instead."
+            "passes on what it has read: call lalm.modeling.sequence_parallel.sequence_parallel instead, or shard the "
+            "batch (DDP) or the weights (FSDP)."
         )
 
 
@@ -4477,14 +4564,15 @@ def softmax_masks(
 
     A sliding layer keeps rows whose padding, in the cache too, has been moved to the front, so that its window counts
     real tokens; the mask returned for it is in that order. There is none, which tells the layer, if it
-    `attends_in_blocks`.
+    `attends_in_blocks`, as it does in a slice of a sequence that several processes share.
     """
     kinds = set(config.layer_types) - {RecurrentLayer._layer_type}
     if isinstance(attention_mask, dict):
         return {kind: attention_mask[kind] for kind in kinds}
     if not kinds:
         return {}
-    if "sliding_attention" in kinds and attends_in_blocks(config, hidden_states.shape[1], cache):
+    is_slice = any(hasattr(layer, "extend") for layer in ([] if cache is None else cache.layers))
+    if "sliding_attention" in kinds and (is_slice or attends_in_blocks(config, hidden_states.shape[1], cache)):
         kinds.remove("sliding_attention")
     if attention_mask is not None and layout.segments is not None and "flash" in (config._attn_implementation or ""):
         raise ValueError(

@@ -39,6 +39,7 @@ class Mixer(nn.Module):
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
     output_gate: ClassVar[str] = "silu"  # what opens the output gate
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share its heads
     o_norm: RMSNorm | None
     g_proj: nn.Linear | None
 
@@ -86,7 +87,8 @@ class Mixer(nn.Module):
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary and self.rotates:
@@ -481,13 +483,18 @@ class SoftmaxAttention(nn.Module):
         cache: Cache | None,
     ) -> torch.Tensor:
         """o `[B, T, H, K]`, of sequences of which nothing is cached yet; q, k, v in the caller's order of tokens."""
-        if cache is not None:
+        length = q.shape[1]
+        if cache is not None and hasattr(cache.layers[self.layer_idx], "extend"):  # a slice, of sequence_parallel.py
+            layer: Any = cache.layers[self.layer_idx]
+            q, k, v, layout = layer.extend(q, k, v, layout, self.sliding_window)
+        elif cache is not None:
             past = (k, v) if self.sliding_window is None else (layout.pads_first(k), layout.pads_first(v))
             cache.update(past[0].transpose(1, 2), past[1].transpose(1, 2), self.layer_idx)
         window = self.sliding_window or q.shape[1]
-        return sliding_attention(
+        o = sliding_attention(
             q, k, v, window, scale=self.scaling, causal=self.is_causal, dropout=dropout, layout=layout
         )
+        return o[:, -length:]
 
     @staticmethod
     def _slide_cache(
@@ -510,6 +517,7 @@ class SoftmaxAttention(nn.Module):
 """The backbone of every variant, written once; a variant gives its mixer (docs/adding_a_variant.md)."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from copy import copy
@@ -530,6 +538,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_lam import LalmConfig
 from .linear_attention_ops import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
 from .linear_attention_ops import adopt_cache, build_layout, current_mask, is_fresh, positions, refuse_sharded_tokens, softmax_masks
+from .linear_attention_ops import check_tensor_parallel, register_styles
 
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
@@ -606,6 +615,18 @@ class LalmPreTrainedModel(PreTrainedModel):
                 state_dict[target] = state_dict[source]  # type: ignore[index]
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As the base class, for `from_pretrained(tp_plan="auto")`.
+
+        Raises:
+            ValueError: the layers cannot be shared by so many processes; the message names the field.
+        """
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+            register_styles()
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As the base class, but all files or none: a failed save or push leaves what was in `save_directory`, and in
         the repository, whole. Weights of an earlier save with other shards go. With `config.stored_dtype` the weights
@@ -679,6 +700,12 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         self.norm = NORMS[config.norm_type](config.embedding_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """As the base class, without the rules for modules that this configuration does not have."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\.\d+\b", ".*", name) for name, _ in [*self.named_modules(), *self.named_parameters()]}
+        self._tp_plan = {name: style for name, style in (self._tp_plan or {}).items() if name in names}
 
     @classmethod
     def make_mixer(cls, config: LalmConfig, layer_idx: int) -> nn.Module:
@@ -840,6 +867,7 @@ class LalmForCausalLM(_Head, GenerationMixin):
     """Language model: backbone and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
@@ -944,6 +972,7 @@ class LalmForMaskedLM(_Head):
     """Masked language model: a backbone that reads both sides, and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     names = MODEL_FOR_MASKED_LM_MAPPING_NAMES
     lm_head_bias: ClassVar[bool] = False
 
@@ -1116,6 +1145,7 @@ from .linear_attention_ops import open_heads, open_kernel
 from .linear_attention_ops import delta_kernel
 from .linear_attention_ops import dual_state_delta
 from .linear_attention_ops import COMPLETE, cpp_lam_gates, plain_lam_gates
+from .linear_attention_ops import own_part
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
 _LEAK_INIT, _LEAK_MAX = 0.01, 0.5
@@ -1126,6 +1156,8 @@ class LamGates(nn.Module):
 
     One projection makes them all. Axes of what it gives: directions, B, T, H, and memories.
     """
+
+    shard: tuple[int, int] | None = None  # rank and number of the processes that share the heads
 
     def __init__(self, config: LamConfig):
         super().__init__()
@@ -1164,7 +1196,15 @@ class LamGates(nn.Module):
     def forward(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Mixer input `[B, T, D]`, unit keys and values `[B, T, H, *]` -> g, beta, read and coupling of the op."""
         x = self.proj(hidden_states)
-        inputs: Any = (x, k, v, self.flux_weight, self.decay_bias, self.flux_bias, _LEAK_MAX)
+        decay_bias: torch.Tensor = self.decay_bias
+        flux_weight: torch.Tensor | None = self.flux_weight
+        flux_bias: torch.Tensor | None = self.flux_bias
+        if self.shard is not None:
+            x = own_part(x.unflatten(-1, (self.directions, self.heads, -1)), self.shard, -2).flatten(-3)
+            decay_bias = own_part(decay_bias, self.shard, 1)
+            if flux_weight is not None and flux_bias is not None:
+                flux_weight, flux_bias = own_part(flux_weight, self.shard, 0), own_part(flux_bias, self.shard, 1)
+        inputs: Any = (x, k, v, flux_weight, decay_bias, flux_bias, _LEAK_MAX)
         gates: tuple[torch.Tensor | None, ...] | None = cpp_lam_gates(*inputs) if self.is_complete else None
         if gates is None:
             inputs += (self.sizes,)

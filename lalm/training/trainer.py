@@ -11,7 +11,7 @@ import torch
 from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -57,6 +57,13 @@ class RunTrainer(_Base):
     def is_over(self, checkpoint: str) -> bool:
         """Tell whether a checkpoint is the end of the training asked for."""
         return is_finished(checkpoint, self.args)
+
+    def read_state(self, checkpoint: str) -> TrainerState:
+        """Return the state at a checkpoint, as that of this process: the first alone prints."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.is_local_process_zero = self.is_local_process_zero()
+        return state
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As in Trainer; warmup_stable_decay gets its decay from ``decay_ratio`` if it has no ``num_decay_steps``."""
@@ -138,7 +145,7 @@ class RunTrainer(_Base):
 
     def _save_beside_shards(self, checkpoint: Path) -> None:
         # the stock Trainer writes the shards alone: a resumed run needs the tokenizer, a reader the configuration
-        for part in (cast(Any, self.model).config, self.processing_class):
+        for part in (getattr(self.model, "config", None), self.processing_class):
             if part is not None:
                 part.save_pretrained(checkpoint)
 
@@ -173,7 +180,7 @@ class RunTrainer(_Base):
             return
         model = cast(nn.Module, self.model if model is None else model)
         reads = not self.is_fsdp_enabled or self.is_world_process_zero()
-        weights = read_weights(Path(resume_from_checkpoint)) if reads else {}
+        weights: dict[str, Any] = dict(read_weights(Path(resume_from_checkpoint))) if reads else {}
         for target, source in getattr(model, "all_tied_weights_keys", {}).items():
             if source in weights:  # stored once in a plain checkpoint
                 weights.setdefault(target, weights[source])
@@ -183,13 +190,14 @@ class RunTrainer(_Base):
         if checkpoint is None or self._can_read(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        model, optimizer, folder = cast(nn.Module, self.model), cast(torch.optim.Optimizer, self.optimizer), checkpoint
+        folder, model = Path(checkpoint), cast(nn.Module, self.model)
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
         known = {weight: name.replace(WRAPPED, "") for name, weight in model.named_parameters()}
         names = [known[weight] for group in optimizer.param_groups for weight in group["params"]]
         reads = not self.is_fsdp_enabled or self.is_world_process_zero()
-        state = read_optimizer(Path(folder), names) if reads else {}
+        state = read_optimizer(folder, names) if reads else {}
         set_optimizer_state_dict(model, optimizer, state, options=self._whole)
-        schedule = torch.load(Path(folder) / "scheduler.pt", weights_only=True)
+        schedule = torch.load(folder / "scheduler.pt", weights_only=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is loaded before a first step of the optimizer
             cast(Any, self.lr_scheduler).load_state_dict(schedule)

@@ -85,9 +85,11 @@ def runs(tmp_path_factory):
 
 def test_every_command_ends_well_and_the_second_process_is_silent(runs):
     for name, (first, second) in runs.found.items():
-        assert "results" in first and "results" in second, (name, first, second)
+        assert "results" in first, (name, first)
+        assert "results" in second, (name, second)
         assert second["stdout"] == "", name
-        assert "INFO" not in second["stderr"] and "WARNING" not in second["stderr"], name
+        assert "INFO" not in second["stderr"], name
+        assert "WARNING" not in second["stderr"], name
     assert runs.found["ddp"][0]["stdout"].count("results are in") == 1
 
 
@@ -114,7 +116,8 @@ def test_one_process_resumes_a_sharded_checkpoint(runs):
     other = run_clm.main(runs.arguments("ddp", 8, batch=8))
     assert results["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
     losses = runs.losses("sharded-ddp")
-    assert len(losses) == 8 and losses == pytest.approx(runs.losses("ddp"), rel=1e-6)
+    assert len(losses) == 8
+    assert losses == pytest.approx(runs.losses("ddp"), rel=1e-6)
 
 
 def test_a_finished_sharded_run_is_evaluated_again(runs):

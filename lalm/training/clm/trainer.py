@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
@@ -101,7 +101,7 @@ class ClmTrainer(RunTrainer, Trainer):
 
         `train(resume_from_checkpoint=...)` would do one step beyond the last.
         """
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.state = self.read_state(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         source = best if best and os.path.isdir(best) else checkpoint
         if layout_of(Path(source)) is Layout.DEEPSPEED:

@@ -14,7 +14,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback
 
 from lalm.training.checkpoints import worse_evaluations
 from lalm.training.sts.arguments import StsTrainingArguments
@@ -127,7 +127,7 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
 
     def restore(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint at which training is over."""
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.state = self.read_state(checkpoint)
         self._find_best(Path(checkpoint).parent)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)

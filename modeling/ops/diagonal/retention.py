@@ -44,13 +44,14 @@ def retention(
     *,
     layout: SequenceLayout | None = None,
     causal: bool = True,
+    log_decay: torch.Tensor | None = None,
     implementation: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Retention.
 
     Args:
-        q, k: `[B, T, H, K]`, rotated already. The number of heads H sets the decays, see `retention_log_decay`.
+        q, k: `[B, T, H, K]`, rotated already. The number of heads H sets the decays, unless they are given.
         v: `[B, T, H, V]`.
         scale: factor on q; None for `K ** -0.5`.
         initial_state: `[N, H, K, V]`; None for zeros.
@@ -58,6 +59,7 @@ def retention(
         cu_seqlens: integer `[N + 1]`, boundaries of N documents packed in one row (B = 1), each with its own states.
         layout: padding and document boundaries of a batch; its rows have one state each (N = B).
         causal: False reads both sides of every document, without states (`ops/rules.py`).
+        log_decay: `[H]`, the logarithms of gamma; None for `retention_log_decay`.
         implementation: "recurrent" (eq. 6), "chunk" (eq. 7), "cpp", "fla" or "auto", as for `gla`, or "parallel": the
             matrix of all pairs (eq. 5), with time and memory quadratic in T.
         chunk_size: tokens of a chunk, a power of two.
@@ -74,14 +76,16 @@ def retention(
     forms: dict[str, Callable] = {
         "recurrent": recurrent_diagonal,
         "chunk": partial(chunk_diagonal, chunk_size=chunk_size),
-        "parallel": _parallel,
+        "parallel": partial(_parallel, log_decay=log_decay),
         "fla": fla_diagonal,
         "cpp": cpp_diagonal,
     }
     keys, values = q.shape[-1], v.shape[-1]
     core = forms[choose("retention", implementation, q, v, forms, diagonal_kernel(keys, values, 1))]
     # In the dtype of the arithmetic: a float64 gate would make everything float64.
-    g = retention_log_decay(q.shape[-2], compute_dtype(q, k, v), q.device)[:, None].expand(*q.shape[:-1], 1)
+    dtype = compute_dtype(q, k, v)
+    gamma = retention_log_decay(q.shape[-2], dtype, q.device) if log_decay is None else log_decay.to(dtype)
+    g = gamma[:, None].expand(*q.shape[:-1], 1)
     scale = keys**-0.5 if scale is None else scale
     call = Call(scale, initial_state, output_final_state, cu_seqlens, layout, causal)
     return run_rule(core, (q, k, v, g), call, (q.shape[2], keys, values), bidirectional_diagonal)
@@ -90,18 +94,18 @@ def retention(
 recurrent_retention, chunk_retention = in_form(retention, "recurrent"), in_form(retention, "chunk")
 
 
-def _parallel(q, k, v, g, scale, state, layout):
+def _parallel(q, k, v, g, scale, state, layout, log_decay=None):
     """A core like `recurrent_diagonal`: o = (q k^T * D) v with D_nm = gamma^(n - m) for m <= n."""
     layout, dtype = layout or SequenceLayout(), compute_dtype(q, k, v)
     q, k, v = layout.freeze(q, k, v)
     if must_separate(layout, q, k, v):
 
         def alone(q, k, v, state, layout):
-            return _parallel(q, k, v, g, scale, state, layout)
+            return _parallel(q, k, v, g, scale, state, layout, log_decay)
 
         return document_by_document(alone, (q, k, v), state, layout)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    log_gamma_H = retention_log_decay(q.shape[2], dtype, q.device)
+    log_gamma_H = retention_log_decay(q.shape[2], dtype, q.device) if log_decay is None else log_decay.to(dtype)
     # Whole numbers times one logarithm: exact however far apart n and m are, unlike differences of running sums.
     real_BT = torch.ones_like(q[:, :, 0, 0], dtype=torch.bool) if layout.mask is None else layout.mask
     n_BT = real_BT.cumsum(1)
