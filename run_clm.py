@@ -3,21 +3,27 @@
 
     accelerate launch run_clm.py recipes/lalm_base.yaml --output_dir runs/base
     python run_clm.py --model_type lalm_gla --train_file text.txt --output_dir runs/text
+    python run_clm.py --model_name_or_path runs/base --compare_with runs/text --do_eval --output_dir runs/scores
 
 The first argument may be a YAML or JSON recipe; flags win over it. Without any data the Python language reference is
 used. The same command again resumes. `LALM_DEBUG=1` shows tracebacks.
 """
 
+import copy
+import gc
 import logging
 import sys
+from pathlib import Path
 
 from transformers import set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
 from lalm.errors import UserError, exit_on_user_error, one_line
-from lalm.training.checkpoints import check_output_dir, check_text, claim_output_dir, run_record
+from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
 from lalm.training.clm.arguments import parse_arguments
-from lalm.training.clm.data import prepare_data
+from lalm.training.clm.comparison import bits_per_byte, cost_figures, write_comparison
+from lalm.training.clm.data import RunData, prepare_data
+from lalm.training.clm.decoding import COST_KEYS
 from lalm.training.clm.model_builder import build_model
 from lalm.training.clm.model_card import model_card
 from lalm.training.clm.model_checks import check_model
@@ -79,29 +85,72 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
         save_results(trainer.args.folder, "train", figures)
 
 
-def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results: dict) -> None:
-    """Score a split and gather its figures, with the window they hold for."""
-    metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
-    if trainer.args.do_train:
-        vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
-        check_learned(metrics[f"{prefix}_loss"], vocabulary, trainer.state.log_history)
-    figures = {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
-    figures |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
-    results |= figures
-    if trainer.is_world_process_zero():
-        save_results(trainer.args.folder, prefix, figures)
+def evaluate(trainer: ClmTrainer, data: RunData, data_arguments, results: dict) -> None:
+    """Score the splits asked for and gather their figures, with the window they hold for; measure memory and speed."""
+    training = trainer.args
+    wanted = {"eval": "validation"} if training.do_eval else {}
+    for prefix, split in (wanted | ({"test": "test"} if training.do_test else {})).items():
+        dataset = data.splits[split]
+        metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
+        if trainer.args.do_train:
+            vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
+            check_learned(metrics[f"{prefix}_loss"], vocabulary, trainer.state.log_history)
+        results |= {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
+        results |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
+        results[f"{prefix}_bits_per_byte"] = bits_per_byte(results[f"{prefix}_loss"], dataset, data.tokenizer)
+        if data_arguments.measure_tokens and "parameters" not in results:
+            results |= cost_figures(trainer, dataset, data_arguments.measure_tokens)
+
+
+def save_scores(folder: Path, results: dict) -> None:
+    """Write what `evaluate` gathered: a file for each split, and one for memory and speed."""
+    for prefix in ("eval", "test"):
+        if figures := {key: value for key, value in results.items() if key.startswith(f"{prefix}_")}:
+            save_results(folder, prefix, figures)
+    if figures := {key: results[key] for key in COST_KEYS if key in results}:
+        save_results(folder, "cost", figures)
 
 
 def report(trainer: ClmTrainer, results: dict) -> None:
     """Draw the loss curve, write the card, print the closing lines, and push if asked."""
-    folder = trainer.args.folder
-    if trainer.args.do_train and trainer.is_world_process_zero():
-        write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", folder.name)
-        trainer.create_model_card()
+    folder, trains = trainer.args.folder, trainer.args.do_train
     if trainer.is_world_process_zero():
+        save_scores(folder, results)
+        if trains:
+            write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", folder.name)
+        if trains or not (folder / "README.md").exists():
+            trainer.create_model_card()
         print("\n".join([*summary_lines(results), f"results are in {folder}"]), flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def evaluate_models(arguments, argv: list[str]) -> dict:
+    """Score the model and those it is compared with, each with its tokenizer; return the figures of the first."""
+    model_arguments, data_arguments, training = arguments
+    check_results_dir(training.folder, model_arguments.model_name_or_path)
+    choices = [model_arguments]
+    for name in model_arguments.compare_with or []:
+        choices.append(copy.copy(model_arguments))
+        choices[-1].model_name_or_path, choices[-1].model_type = name, None
+    for choice in choices:
+        check_model(choice, data_arguments.block_size)
+    check_hub(training)
+    rows: list[dict] = []
+    for choice in choices:
+        figures: dict = {}
+        data = prepare_data(choice, data_arguments, training)
+        trainer = build_trainer((choice, data_arguments, training), data, argv, figures)
+        evaluate(trainer, data, data_arguments, figures)
+        model_type = trainer.accelerator.unwrap_model(trainer.model).config.model_type
+        rows.append({"model": choice.model_name_or_path or "untrained", "model_type": model_type, **figures})
+        if choice is model_arguments:
+            report(trainer, figures)
+        del trainer, data
+        gc.collect()  # two models at once would count as the memory of one
+    if training.process_index == 0:
+        write_comparison(training.folder, rows)
+    return {key: value for key, value in rows[0].items() if key not in ("model", "model_type")}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -110,23 +159,21 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = model_arguments, data_arguments, training = parse_arguments(argv)
     set_up_logging(training)
     check_trackers(training.trackers)
+    if not training.do_train:
+        return evaluate_models(arguments, argv)
     record = run_record(*arguments)
-    checkpoint = check_output_dir(record, training) if training.do_train else None
+    checkpoint = check_output_dir(record, training)
     check_model(model_arguments, data_arguments.block_size)
     check_hub(training)
     data = prepare_data(model_arguments, data_arguments, training, checkpoint)
     check_text(record, data.digest, checkpoint, training)
     results: dict = {}
     trainer = build_trainer(arguments, data, argv, results)
-    if training.do_train:
-        if trainer.is_world_process_zero():
-            claim_output_dir(record, training)
-        trainer.accelerator.wait_for_everyone()
-        train(trainer, checkpoint, results)
-    if training.do_eval:
-        evaluate(trainer, data.splits["validation"], "eval", data_arguments, results)
-    if training.do_test:
-        evaluate(trainer, data.splits["test"], "test", data_arguments, results)
+    if trainer.is_world_process_zero():
+        claim_output_dir(record, training)
+    trainer.accelerator.wait_for_everyone()
+    train(trainer, checkpoint, results)
+    evaluate(trainer, data, data_arguments, results)
     report(trainer, results)
     return results
 

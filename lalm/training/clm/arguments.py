@@ -17,6 +17,7 @@ DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
 STREAMED_EVAL_SAMPLES = 1000
+MEASURED_TOKENS = 1024
 
 
 # ruff: noqa: RUF009  `_option` is `dataclasses.field` with a help text
@@ -35,7 +36,12 @@ class ModelArguments:
         "also one JSON object. A recipe gives a mapping. Flags are merged over the recipe key by key.",
     )
     overrides: dict[str, Any] = field(default_factory=dict, init=False)  # config_overrides, read by parse_arguments
-    model_name_or_path: str | None = _option(None, "Continue from this checkpoint (folder or Hub name).")
+    model_name_or_path: str | None = _option(
+        None, "Continue from this checkpoint (folder or Hub name), or score it: --do_eval or --do_test alone."
+    )
+    compare_with: list[str] | None = _option(
+        None, "Other models (folders or Hub names) to score on the same text as --model_name_or_path, in one table."
+    )
     tokenizer_name: str | None = _option(
         None, "Tokenizer (folder or Hub name). Default: the checkpoint's, or one trained on the training text."
     )
@@ -103,6 +109,11 @@ class DataArguments:
         None,
         f"Use this many evaluation blocks a split at most. Default: all, with --streaming {STREAMED_EVAL_SAMPLES}.",
     )
+    measure_tokens: int | None = _option(
+        None,
+        f"Tokens of one sequence with which the cache, the speeds of prefill and decoding and the peak memory are "
+        f"measured; 0: they are not. Default: {MEASURED_TOKENS} for an evaluation alone, 0 for a run that trains.",
+    )
     preprocessing_num_workers: int | None = _option(None, "Processes that tokenize.")
     overwrite_cache: bool = _option(False, "Tokenize again instead of reading the cache.")
 
@@ -117,6 +128,8 @@ class DataArguments:
             raise ValueError(
                 f"--eval_stride is {self.eval_stride}; it must lie in 1 .. block_size ({self.block_size})"
             )
+        if self.measure_tokens is not None and self.measure_tokens < 0:
+            raise ValueError(f"--measure_tokens is {self.measure_tokens}; it must be at least 0")
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError("--validation_split_percentage must lie between 0 and 100, both excluded")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
@@ -215,4 +228,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Clm
     model, data, training = parse_dataclasses(ARGUMENT_CLASSES, argv, "run_clm.py", reconcile)
     if model.model_name_or_path and model.overrides:
         raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
+    if model.compare_with and (training.do_train or not model.model_name_or_path):
+        raise UserError("--compare_with needs --model_name_or_path, and --do_eval or --do_test without --do_train")
+    if data.measure_tokens is None:
+        data.measure_tokens = 0 if training.do_train else MEASURED_TOKENS
     return model, data, training
