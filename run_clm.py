@@ -87,9 +87,8 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
 
 def evaluate(trainer: ClmTrainer, data: RunData, data_arguments, results: dict) -> None:
     """Score the splits asked for and gather their figures, with the window they hold for; measure memory and speed."""
-    training = trainer.args
-    wanted = {"eval": "validation"} if training.do_eval else {}
-    for prefix, split in (wanted | ({"test": "test"} if training.do_test else {})).items():
+    wanted = (("eval", "validation", trainer.args.do_eval), ("test", "test", trainer.args.do_test))
+    for prefix, split in ((prefix, split) for prefix, split, asked in wanted if asked and split in data.splits):
         dataset = data.splits[split]
         metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
         if trainer.args.do_train:

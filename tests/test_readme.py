@@ -62,10 +62,15 @@ def test_training_commands_parse(command, monkeypatch, tmp_path):
     words = shlex.split(command)
     words = words[words.index("run_clm.py") + 1 :]
     model, data, training = parse_arguments([word.replace("runs/", f"{tmp_path}/") for word in words])
-    assert training.do_train
+    assert training.do_train or model.compare_with
     assert model.model_type or model.model_name_or_path or words[0].endswith(".yaml")
-    # One command shows that no text need be named.
-    assert data.dataset_name or data.train_file or words == ["--model_type", "lalm_retnet", *words[2:4]]
+    # One command shows that no text need be named, and one that scores has it from the model's run.
+    assert (
+        data.dataset_name
+        or data.train_file
+        or model.compare_with
+        or words == ["--model_type", "lalm_retnet", *words[2:4]]
+    )
 
 
 @pytest.mark.parametrize("command", RUN_STS)

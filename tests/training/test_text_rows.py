@@ -122,7 +122,7 @@ def test_missing_file_names_a_neighbour(tmp_path):
 
 def test_missing_split(tmp_path):
     (tmp_path / "a.txt").write_text("a\n", encoding="utf-8")
-    with pytest.raises(UserError, match="needs a test split and there is none; give --test_file"):
+    with pytest.raises(UserError, match="needs a test split and there is none; give --test_file or drop --do_test"):
         load(tmp_path, ("train", "test"), train_file=[str(tmp_path / "a.txt")])
 
 

@@ -82,12 +82,19 @@ class DataArguments:
     test_file: list[str] | None = _option(None, "Test files, scored once at the end with --do_test.")
     text_column: str | None = _option(None, "Column that holds the text. Default: 'text', or the only text column.")
     validation_split_percentage: float = _option(
-        5.0, "Without a validation split: the share of training rows, taken from the end, that is held out."
+        5.0,
+        "Without a validation split: the share of training rows, taken from the end, that is held out. Of a stream it "
+        "is the first 1,000 rows.",
     )
     streaming: bool = _option(
         False,
         "Read and tokenize the training text while training, again and again; needs --max_steps. A tokenizer that is "
-        "trained here sees the first 20 million characters.",
+        "trained here sees the first 5 million characters.",
+    )
+    shuffle_buffer: int | None = _option(
+        None,
+        "--streaming: documents that are held in memory, a random one of which comes next; 0: the order of the text. "
+        "Default: 10,000 where a document is a row, else 0.",
     )
     document_boundary: str = _option(
         "auto",
@@ -135,6 +142,8 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.shuffle_buffer is not None and (self.shuffle_buffer < 0 or not self.streaming):
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; it must be at least 0, with --streaming")
         if self.streaming and self.max_eval_samples is None:
             self.max_eval_samples = STREAMED_EVAL_SAMPLES
         files = [name for name in DATA_SOURCES[1:] if getattr(self, name)]
@@ -154,8 +163,8 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
 
     must_match: ClassVar[tuple[str, ...]] = (
         "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
-        "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "document_boundary",
-        "packing", "block_size", "max_train_samples", "seed",
+        "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "shuffle_buffer",
+        "document_boundary", "packing", "block_size", "max_train_samples", "seed",
     )  # fmt: skip
 
     without_meaning: ClassVar[dict[str, str]] = {

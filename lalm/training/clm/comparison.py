@@ -76,7 +76,8 @@ def cells(results: Mapping[str, Any]) -> dict[str, str]:
         found["cache per sequence"] = f"{size(results['cache_bytes'])} ({int(results['context']):,} tokens)"
     for name, column in (("prefill", "prefill tokens/s"), ("decode", "decoding tokens/s")):
         if results.get(f"{name}_tokens_per_second") is not None:
-            found[column] = f"{results[f'{name}_tokens_per_second']:,.0f}"
+            speed = results[f"{name}_tokens_per_second"]
+            found[column] = f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
     if results.get("peak_memory_bytes") is not None:
         found["peak memory"] = size(results["peak_memory_bytes"])
     return found

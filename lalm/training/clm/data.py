@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.errors import UserError
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
-from lalm.training.clm.documents import resolve_boundary, split_pieces
+from lalm.training.clm.documents import ReadingOrder, resolve_boundary, split_pieces
 from lalm.training.clm.packing import PackedDataset, Piece, StreamingPackedDataset, TokenStream, require_blocks
 from lalm.training.clm.tokenizer import STREAM_SAMPLE, make_tokenizer
 from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
@@ -20,6 +19,7 @@ from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10
+SHUFFLED_ROWS = 10_000
 
 
 @dataclass
@@ -81,16 +81,30 @@ def describe(dataset: PackedDataset, split: str, rows: SplitRows, data: DataArgu
     return text
 
 
-def pack_streaming(rows: SplitRows, run: RunData, data: DataArguments) -> StreamingPackedDataset:
+def streamed_pieces(
+    rows: SplitRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, buffer: int, seed: int, turn: int,
+    share: tuple[int, int],
+) -> Iterator[Piece]:  # fmt: skip
+    """Yield the pieces of one pass over a reader's share of a stream."""
+    return split_pieces(rows, tokenizer, data, ReadingOrder(turn, share, buffer, seed))
+
+
+def pack_streaming(
+    rows: SplitRows, run: RunData, data: DataArguments, training: ClmTrainingArguments
+) -> StreamingPackedDataset:
     """Set up blocks that are made while the text is read."""
-    pieces = partial(split_pieces, rows, run.tokenizer, data)
-    run.notes["train"] = f"streamed in blocks of {data.block_size}, documents by {resolve_boundary(data, rows)}"
-    return StreamingPackedDataset(pieces, data.block_size, data.packing == "documents", data.max_train_samples)
+    boundary = resolve_boundary(data, rows)
+    by_rows = boundary == "row"
+    if data.shuffle_buffer and not by_rows:
+        raise UserError(f"--shuffle_buffer: with --document_boundary {boundary} rows are parts of documents; drop it")
+    buffer = data.shuffle_buffer if data.shuffle_buffer is not None else SHUFFLED_ROWS if by_rows else 0
+    seed = training.data_seed if training.data_seed is not None else training.seed
 
-
-def is_streamed(rows: SplitRows) -> bool:
-    """Tell rows that are read one after the other from rows that can be counted."""
-    return any(isinstance(part, IterableDataset) for part in rows.parts)
+    pieces = partial(streamed_pieces, rows, run.tokenizer, data, buffer, seed)
+    order = f"shuffled among {buffer:,} rows" if buffer else "in the order of the text"
+    run.notes["train"] = f"streamed in blocks of {data.block_size}, documents by {boundary}, {order}"
+    documents, process = data.packing == "documents", (training.process_index, training.world_size)
+    return StreamingPackedDataset(pieces, data.block_size, documents, data.max_train_samples, process, by_rows)
 
 
 def check_streaming(training: ClmTrainingArguments) -> None:
@@ -127,15 +141,15 @@ def prepare_data(
         run = RunData(make_tokenizer(model, texts, STREAM_SAMPLE if data.streaming else None))
         for split in ("train", "validation", "test"):
             if split in rows:
-                pack(rows[split], split, run, data)
+                pack(rows[split], split, run, data, training)
     return run
 
 
-def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments) -> None:
+def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments, training: ClmTrainingArguments) -> None:
     """Make the blocks of a split, or set up that they are made while training."""
     run.sources[split] = rows.source
-    if split == "train" and is_streamed(rows):
-        run.splits[split], run.digest = pack_streaming(rows, run, data), rows.digest_of_ends()
+    if split == "train" and rows.is_streamed:
+        run.splits[split], run.digest = pack_streaming(rows, run, data, training), rows.digest_of_ends()
     else:
         logger.info("%s: reading %s", split, rows.source)
         run.splits[split] = packed = pack_mapped(rows, split, run, data)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
 from lalm.errors import UserError
@@ -16,6 +17,7 @@ from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.checkpoint_files import Layout, layout_of, read_weights
 from lalm.training.clm.arguments import ClmTrainingArguments
 from lalm.training.clm.gate_log import GateLog
+from lalm.training.clm.packing import StreamingPackedDataset
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
 from lalm.training.trainer import RunTrainer
@@ -55,6 +57,17 @@ class ClmTrainer(RunTrainer, Trainer):
         if self.gate_log and "loss" in logs:
             logs |= self.gate_log.scalars(self.state.global_step, self.args.gate_logging_steps)
         super().log(logs, start_time)
+
+    def get_train_dataloader(self):
+        """As in Trainer, but each of several processes reads its share of a stream, not of one that reads all."""
+        dataset = self.train_dataset
+        if not isinstance(dataset, StreamingPackedDataset) or self.args.world_size == 1:
+            return super().get_train_dataloader()
+        return DataLoader(
+            dataset, self._train_batch_size, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )  # fmt: skip
 
     def get_eval_dataloader(self, *args, **kwargs):
         """As in Trainer, but --dataloader_drop_last is for the training: a figure is over all blocks."""

@@ -17,7 +17,9 @@ from lalm.training.clm.peak_memory import PeakMemory
 
 
 def test_two_models_in_one_table(tiny_run, texts, tmp_path, capsys):
-    trained = {name: tiny_run("--do_train", "--do_eval", model_type=name, output=name) for name in ("llama", "lalm_gla")}
+    trained = {
+        name: tiny_run("--do_train", "--do_eval", model_type=name, output=name) for name in ("llama", "lalm_gla")
+    }
     assert not set(COST_KEYS) & set(trained["llama"]), "a run that trains is not slowed down"
     capsys.readouterr()
     argv = ["--do_eval", "--do_test", "--validation_file", str(texts["validation"]), "--test_file", str(texts["test"])]
@@ -52,7 +54,14 @@ def test_what_is_compared_is_not_trained(flags):
 
 
 def test_a_model_with_another_name_for_its_cache():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4, "conv_kernel": 4, "expand": 2}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 61,
+        "state_size": 4,
+        "conv_kernel": 4,
+        "expand": 2,
+    }
     model = AutoModelForCausalLM.from_config(MambaConfig(**sizes)).eval()
     figures = inference_cost(model, torch.randint(61, (1, 12)))
     assert figures["cache_bytes"] == 2 * 4 * 32 * (4 + 4)
@@ -89,4 +98,10 @@ def test_the_tokens_that_are_read_fit_the_positions():
 
 
 def test_sizes_are_written_in_their_unit():
-    assert [size(count) for count in (12, 8192, 1.05e6, 24.5e6, 1.2e9)] == ["12 B", "8.19 kB", "1.05 MB", "24.5 MB", "1.2 GB"]
+    assert [size(count) for count in (12, 8192, 1.05e6, 24.5e6, 1.2e9)] == [
+        "12 B",
+        "8.19 kB",
+        "1.05 MB",
+        "24.5 MB",
+        "1.2 GB",
+    ]
