@@ -26,6 +26,7 @@ from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
+from lalm.training.text_rows import go_offline_without_network
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = model_arguments, data_arguments, training = parse_arguments(argv)
     set_up_logging(training)
     check_trackers(training.trackers)
+    go_offline_without_network()
     if not training.do_train:
         return evaluate_models(arguments, argv)
     record = run_record(*arguments)

@@ -16,6 +16,7 @@ from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.results import read_json, save_results
+from lalm.training.text_rows import go_offline_without_network
 from lalm.training.tracking import check_trackers
 
 with extra_needed("run_sts.py", "sts"):
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = model_arguments, data, training = parse_sts_arguments(argv)
     set_up_logging(training)
     check_trackers(training.trackers)
+    go_offline_without_network()
     results: dict = {}
     if training.stage:
         run_stage(arguments, argv, results)
