@@ -16,6 +16,8 @@ from lalm.training.shared_arguments import option as _option
 DATA_SOURCES = ("dataset_name", "train_file", "validation_file", "test_file")
 PACKINGS = ("documents", "concat")
 BOUNDARIES = ("auto", "row", "article", "paragraph", "file")
+CURRICULA = ("none", "grow_p2", "phases")
+SHARED = {"phase_shares": "--phase_lengths", "train_shares": "--train_file"}
 STREAMED_EVAL_SAMPLES = 1000
 MEASURED_TOKENS = 1024
 
@@ -106,6 +108,21 @@ class DataArguments:
         "documents: blocks hold several documents, separated by position_ids that restart; concat: one stream, cut.",
     )
     block_size: int = _option(256, "Tokens in a block.")
+    curriculum: str = _option(
+        "none",
+        "How far tokens look back in the course of the training: none; grow_p2, pieces of documents of 2^i tokens, "
+        "short ones more often early, in cycles (Dataset Decomposition); phases, --phase_lengths one after another.",
+    )
+    curriculum_cycles: int = _option(8, "Cycles of grow_p2 in an epoch.")
+    phase_lengths: list[int] | None = _option(
+        None, "--curriculum phases: lengths, the last at most block_size. Default: a quarter, half and all of it."
+    )
+    phase_shares: list[float] | None = _option(
+        None, "--curriculum phases: share of the steps of each, 1 together. Default: equal shares."
+    )
+    train_shares: list[float] | None = _option(
+        None, "Share of the training blocks from each --train_file, 1 together. Default: each block once in an epoch."
+    )
     eval_stride: int | None = _option(
         None,
         "Step of the evaluation window, 1 .. block_size; below block_size every token is scored with at least "
@@ -146,11 +163,42 @@ class DataArguments:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; it must be at least 0, with --streaming")
         if self.streaming and self.max_eval_samples is None:
             self.max_eval_samples = STREAMED_EVAL_SAMPLES
+        self._check_order()
         files = [name for name in DATA_SOURCES[1:] if getattr(self, name)]
         if self.dataset_name and files:
             raise ValueError(f"--dataset_name contradicts --{files[0]}; give a Hub dataset or local files")
         if self.dataset_config_name and not self.dataset_name:
             raise ValueError("--dataset_config_name needs --dataset_name")
+
+    def _check_order(self) -> None:
+        self._check_choice("curriculum", CURRICULA)
+        if self.curriculum_cycles < 1:
+            raise ValueError(f"--curriculum_cycles is {self.curriculum_cycles}; it must be at least 1")
+        if self.curriculum == "phases":
+            self.phase_lengths = self.phase_lengths or [max(2, self.block_size // part) for part in (4, 2, 1)]
+            self.phase_shares = self.phase_shares or [1 / len(self.phase_lengths)] * len(self.phase_lengths)
+            if not 2 <= min(self.phase_lengths) <= max(self.phase_lengths) <= self.block_size:
+                raise ValueError(
+                    f"--phase_lengths {' '.join(map(str, self.phase_lengths))} must lie in 2 .. --block_size "
+                    f"{self.block_size}"
+                )
+        elif self.phase_lengths or self.phase_shares:
+            raise ValueError("--phase_lengths and --phase_shares need --curriculum phases")
+        for name, counted in (("phase_shares", self.phase_lengths), ("train_shares", self.train_file)):
+            if (shares := getattr(self, name)) is None:
+                continue
+            if len(shares) != len(counted or []):
+                raise ValueError(f"--{name} has {len(shares)} numbers for {len(counted or [])} {SHARED[name]}")
+            if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3:
+                raise ValueError(f"--{name} must be above 0 and sum to 1; their sum is {sum(shares):g}")
+        if self.packing != "documents" and self.curriculum == "grow_p2":
+            raise ValueError("--curriculum grow_p2 cuts documents and needs --packing documents")
+        if self.curriculum == "grow_p2" and self.train_shares:
+            raise ValueError("--curriculum grow_p2 has an order of its own and contradicts --train_shares")
+        if self.streaming and (self.curriculum != "none" or self.train_shares):
+            raise ValueError("--streaming knows no lengths ahead; drop it, or --curriculum and --train_shares")
+        if self.max_train_samples and (self.curriculum == "grow_p2" or self.train_shares):
+            raise ValueError("--max_train_samples has no meaning with --curriculum grow_p2 or --train_shares; drop it")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -164,7 +212,8 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
     must_match: ClassVar[tuple[str, ...]] = (
         "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
         "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "shuffle_buffer",
-        "document_boundary", "packing", "block_size", "max_train_samples", "seed",
+        "document_boundary", "packing", "block_size", "curriculum", "curriculum_cycles", "phase_lengths",
+        "phase_shares", "train_shares", "max_train_samples", "seed",
     )  # fmt: skip
 
     without_meaning: ClassVar[dict[str, str]] = {
@@ -174,6 +223,10 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
     }
     metric_names: ClassVar[tuple[str, ...]] = tuple(f"eval_{key}" for key in EVALUATION_KEYS)
 
+    tokens_per_update: int | None = _option(
+        None,
+        "Tokens of one update, all processes together: sets --gradient_accumulation_steps, rounded up to a batch.",
+    )
     output_dir: str | None = _option("lalm-output", "Folder of the checkpoints, results, loss curve and model card.")
     learning_rate: float = _option(1e-3, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _option("warmup_stable_decay", "Learning-rate schedule.")
@@ -214,6 +267,26 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ClmTrainingArguments)
 
 
+def accumulate(training: ClmTrainingArguments, block_size: int) -> None:
+    """Accumulate as many batches as make `tokens_per_update`."""
+    wanted = training.tokens_per_update
+    if wanted is None:
+        return
+    blocks = training.train_batch_size * training.world_size
+    tokens = blocks * block_size
+    if wanted < tokens:
+        raise UserError(
+            f"--tokens_per_update {wanted:,} is below one batch, which has {blocks} blocks of {block_size} tokens "
+            f"({tokens:,}); lower --per_device_train_batch_size or --block_size"
+        )
+    if training.gradient_accumulation_steps not in (1, steps := -(-wanted // tokens)):
+        raise UserError(
+            f"--gradient_accumulation_steps {training.gradient_accumulation_steps} contradicts --tokens_per_update, "
+            f"which asks for {steps}; drop one of them"
+        )
+    training.gradient_accumulation_steps = steps
+
+
 def reconcile(recipe: dict, given: set[str]) -> dict:
     """Drop from the recipe what the flags replace as a whole: the source of the text, or the model to start from."""
     dropped: set[str] = set()
@@ -239,6 +312,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Clm
         raise UserError("config_overrides shapes a new model and contradicts model_name_or_path; give one of them")
     if model.compare_with and (training.do_train or not model.model_name_or_path):
         raise UserError("--compare_with needs --model_name_or_path, and --do_eval or --do_test without --do_train")
+    accumulate(training, data.block_size)
     if data.measure_tokens is None:
         data.measure_tokens = 0 if training.do_train else MEASURED_TOKENS
     return model, data, training

@@ -4,13 +4,18 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.errors import UserError
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from lalm.training.clm.block_order import DecomposedBlocks, PhasedBlocks
 from lalm.training.clm.documents import ReadingOrder, resolve_boundary, split_pieces
 from lalm.training.clm.packing import PackedDataset, Piece, StreamingPackedDataset, TokenStream, require_blocks
 from lalm.training.clm.tokenizer import STREAM_SAMPLE, make_tokenizer
@@ -27,7 +32,7 @@ class RunData:
     """What a run trains and is scored on; `notes` holds a line on each split."""
 
     tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, PackedDataset | StreamingPackedDataset] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)  # data sets of blocks
     notes: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     digest: str | None = None  # of the training text, None where there is none or it cannot be known
@@ -52,6 +57,32 @@ def pack_mapped(rows: SplitRows, split: str, run: RunData, data: DataArguments) 
     require_blocks(dataset, split)
     run.notes[split] = describe(dataset, split, rows, data, limit)
     return dataset
+
+
+def pack_mixture(rows: SplitRows, run: RunData, data: DataArguments) -> tuple[ConcatDataset, str]:
+    """Pack the training files one by one, to be mixed by their shares; return the blocks and the texts' digest."""
+    shares = data.train_shares or []
+    if len(rows.parts) != len(shares):
+        raise UserError("--train_shares: held-out rows would be of all files together; give --validation_file")
+    parts, notes = [], []
+    for part, source, share in zip(rows.parts, rows.sources, shares, strict=True):
+        parts.append(pack_mapped(replace(rows, parts=[part], source=source, sources=[source]), "train", run, data))
+        notes.append(f"{share:g} from {Path(source).name} ({run.notes['train']})")
+    run.notes["train"] = "mixed: " + ", ".join(notes)
+    return ConcatDataset(parts), ", ".join(part.stream.digest for part in parts)
+
+
+def in_curriculum(
+    packed: PackedDataset, run: RunData, data: DataArguments, training: ClmTrainingArguments
+) -> PackedDataset | DecomposedBlocks:
+    """Cut the documents anew for grow_p2; other blocks stay as they are."""
+    if data.curriculum != "grow_p2":
+        return packed
+    blocks = DecomposedBlocks(packed.stream, data.block_size, training.seed)
+    kinds, counts = np.unique(blocks.kinds, return_counts=True)
+    found = ", ".join(f"{count:,} of {size}" for size, count in zip(kinds, counts, strict=True))
+    run.notes["train"] += f"; cut by length into {len(blocks):,} blocks with pieces of one length each ({found})"
+    return blocks
 
 
 def tell_progress(pieces: Iterable[Piece], split: str) -> Iterator[Piece]:
@@ -152,7 +183,13 @@ def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments, trainin
         run.splits[split], run.digest = pack_streaming(rows, run, data, training), rows.digest_of_ends()
     else:
         logger.info("%s: reading %s", split, rows.source)
-        run.splits[split] = packed = pack_mapped(rows, split, run, data)
-        if split == "train":
-            run.digest = packed.stream.digest
+        if split == "train" and data.train_shares:
+            run.splits[split], run.digest = pack_mixture(rows, run, data)
+        else:
+            packed = pack_mapped(rows, split, run, data)
+            run.splits[split] = packed if split != "train" else in_curriculum(packed, run, data, training)
+            if split == "train":
+                run.digest = packed.stream.digest
+        if split == "train" and data.curriculum == "phases":
+            run.splits[split] = PhasedBlocks(run.splits[split], data.phase_lengths or [])
     logger.info("%s: %s: %s", split, rows.source, run.notes[split])

@@ -51,6 +51,7 @@ def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer
             eval_dataset=data.splits.get("validation"),
             data_collator=PackingCollator(data_arguments.block_size, pad or 0),
             processing_class=data.tokenizer,
+            data=data_arguments,
             write_card=write_card,
         )
     except (ValueError, ImportError, OSError) as error:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,8 +16,9 @@ from transformers import Trainer, TrainerState
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.checkpoint_files import Layout, layout_of, read_weights
-from lalm.training.clm.arguments import ClmTrainingArguments
 from lalm.training.clm.gate_log import GateLog
+from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments
+from lalm.training.clm.block_order import BlockOrder
 from lalm.training.clm.packing import StreamingPackedDataset
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
@@ -37,12 +39,16 @@ class ClmTrainer(RunTrainer, Trainer):
     """Trainer for causal language models over the blocks of lalm.training.clm.packing.
 
     Args:
+        data: says the order of the training blocks; default: shuffled.
         write_card: called with the trainer to write README.md; used by `push_to_hub` in place of the stock card.
     """
 
     args: ClmTrainingArguments
 
-    def __init__(self, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs):
+    def __init__(
+        self, data: DataArguments | None = None, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs
+    ):
+        self.data = data
         kwargs |= {"compute_metrics": TokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
         if smoothing := kwargs["args"].label_smoothing_factor:
             kwargs["compute_loss_func"] = partial(smoothed_loss, smoothing=smoothing)
@@ -57,6 +63,22 @@ class ClmTrainer(RunTrainer, Trainer):
         if self.gate_log and "loss" in logs:
             logs |= self.gate_log.scalars(self.state.global_step, self.args.gate_logging_steps)
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in Trainer, but in the order of a curriculum or a mixture, if the arguments ask for one."""
+        data = self.data
+        if data is None or (data.curriculum == "none" and not data.train_shares):
+            return super()._get_train_sampler(train_dataset)
+        args, ends = self.args, np.cumsum(data.phase_shares or []).tolist()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        batch = args.train_batch_size * args.world_size
+        return BlockOrder(
+            self.train_dataset, batch, self._place, seed, data.curriculum_cycles, data.train_shares or (), ends
+        )
+
+    def _place(self) -> tuple[int, int]:
+        # a resumed run begins within an epoch, of which the Trainer leaves out what was seen
+        return int((self.state.epoch or 0) + 1e-6), self.state.max_steps * self.args.gradient_accumulation_steps
 
     def get_train_dataloader(self):
         """As in Trainer, but each of several processes reads its share of a stream, not of one that reads all."""

@@ -14,7 +14,6 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
-from lalm.training.record_files import read_records
 from lalm.training.sts.arguments import MIXTURE, StsDataArguments
 from lalm.training.sts.data import (
     PAIR_NAMES,
@@ -26,6 +25,7 @@ from lalm.training.sts.data import (
     load_texts,
     output_names,
 )
+from lalm.training.sts.record_files import read_records
 from lalm.training.text_rows import check_file
 
 logger = logging.getLogger(__name__)
