@@ -72,9 +72,8 @@ class ClmTrainer(RunTrainer, Trainer):
         args, ends = self.args, np.cumsum(data.phase_shares or []).tolist()
         seed = args.seed if args.data_seed is None else args.data_seed
         batch = args.train_batch_size * args.world_size
-        return BlockOrder(
-            self.train_dataset, batch, self._place, seed, data.curriculum_cycles, data.train_shares or (), ends
-        )
+        blocks: Any = self.train_dataset
+        return BlockOrder(blocks, batch, self._place, seed, data.curriculum_cycles, data.train_shares or (), ends)
 
     def _place(self) -> tuple[int, int]:
         # a resumed run begins within an epoch, of which the Trainer leaves out what was seen
