@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerState
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.checkpoint_files import Layout, layout_of, read_weights
-from lalm.training.clm.gate_log import GateLog
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments
 from lalm.training.clm.block_order import BlockOrder
+from lalm.training.clm.gate_log import GateLog
 from lalm.training.clm.packing import StreamingPackedDataset
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
