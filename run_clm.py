@@ -1,135 +1,16 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""Train and evaluate a causal language model.
+"""Train and evaluate a causal language model; the code is in lalm/training/clm/run.py.
 
     accelerate launch run_clm.py recipes/lalm_base.yaml --output_dir runs/base
     python run_clm.py --model_type lalm_gla --train_file text.txt --output_dir runs/text
+    python run_clm.py --model_name_or_path runs/base --compare_with runs/text --do_eval --output_dir runs/scores
 
 The first argument may be a YAML or JSON recipe; flags win over it. Without any data the Python language reference is
-used. The same command again resumes. `LALM_DEBUG=1` shows tracebacks.
+used. The same command again resumes. `LALM_DEBUG=1` shows tracebacks. An installed lalm has it as `lalm-clm`.
 """
 
-import logging
-import sys
-
-from transformers import set_seed
-
-import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
-from lalm.errors import UserError, exit_on_user_error, one_line
-from lalm.training.checkpoints import check_output_dir, check_text, claim_output_dir, run_record
-from lalm.training.clm.arguments import parse_arguments
-from lalm.training.clm.data import prepare_data
-from lalm.training.clm.model_builder import build_model
-from lalm.training.clm.model_card import model_card
-from lalm.training.clm.model_checks import check_model
-from lalm.training.clm.packing import PackingCollator
-from lalm.training.clm.trainer import ClmTrainer
-from lalm.training.divergence import check_learned
-from lalm.training.hub_push import check_hub
-from lalm.training.logs import set_up_logging
-from lalm.training.loss_curve import write_loss_curve
-from lalm.training.results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
-from lalm.training.tracking import check_trackers
-
-logger = logging.getLogger("lalm.training")
-
-
-def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer:
-    """Build the model and its Trainer."""
-    model_arguments, data_arguments, training = arguments
-    set_seed(training.seed)
-    model = build_model(model_arguments, data.tokenizer, data_arguments.block_size)
-    pad = data.tokenizer.pad_token_id if data.tokenizer.pad_token_id is not None else data.tokenizer.eos_token_id
-
-    def write_card(trainer: ClmTrainer) -> None:
-        card = model_card(trainer.accelerator.unwrap_model(trainer.model), data, arguments, results, argv)
-        (training.folder / "README.md").write_text(card, encoding="utf-8")
-
-    try:
-        return ClmTrainer(
-            model=model,
-            args=training,
-            train_dataset=data.splits.get("train"),
-            eval_dataset=data.splits.get("validation"),
-            data_collator=PackingCollator(data_arguments.block_size, pad or 0),
-            processing_class=data.tokenizer,
-            write_card=write_card,
-        )
-    except (ValueError, ImportError, OSError) as error:
-        # options that only the Trainer holds against each other, and packages that it misses
-        raise UserError(one_line(error)) from error
-
-
-def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
-    """Train (or resume), save the model, and gather the figures."""
-    if checkpoint and trainer.is_over(checkpoint):
-        logger.info("%s is the end of the training: nothing is left to train", checkpoint)
-        trainer.restore(checkpoint)
-    else:
-        trainer.args.eval_on_start &= checkpoint is None  # a resumed run has that evaluation in its history
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(_internal_call=True)
-    trainer.save_state()
-    figures = training_figures(trainer)
-    if not figures["train_seconds"]:
-        # the run was complete already: keep the speed that was measured then
-        earlier = read_json(trainer.args.folder / "train_results.json")
-        figures |= {key: earlier[key] for key in ("tokens_per_second", "train_seconds") if key in earlier}
-    results |= figures
-    if trainer.is_world_process_zero():
-        save_results(trainer.args.folder, "train", figures)
-
-
-def evaluate(trainer: ClmTrainer, dataset, prefix: str, data_arguments, results: dict) -> None:
-    """Score a split and gather its figures, with the window they hold for."""
-    metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
-    if trainer.args.do_train:
-        vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
-        check_learned(metrics[f"{prefix}_loss"], vocabulary, trainer.state.log_history)
-    figures = {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
-    figures |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
-    results |= figures
-    if trainer.is_world_process_zero():
-        save_results(trainer.args.folder, prefix, figures)
-
-
-def report(trainer: ClmTrainer, results: dict) -> None:
-    """Draw the loss curve, write the card, print the closing lines, and push if asked."""
-    folder = trainer.args.folder
-    if trainer.args.do_train and trainer.is_world_process_zero():
-        write_loss_curve(trainer.state.log_history, folder / "loss_curve.png", folder.name)
-        trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        print("\n".join([*summary_lines(results), f"results are in {folder}"]), flush=True)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Run what the command line asks for and return the figures."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = model_arguments, data_arguments, training = parse_arguments(argv)
-    set_up_logging(training)
-    check_trackers(training.trackers)
-    record = run_record(*arguments)
-    checkpoint = check_output_dir(record, training) if training.do_train else None
-    check_model(model_arguments, data_arguments.block_size)
-    check_hub(training)
-    data = prepare_data(model_arguments, data_arguments, training, checkpoint)
-    check_text(record, data.digest, checkpoint, training)
-    results: dict = {}
-    trainer = build_trainer(arguments, data, argv, results)
-    if training.do_train:
-        if trainer.is_world_process_zero():
-            claim_output_dir(record, training)
-        trainer.accelerator.wait_for_everyone()
-        train(trainer, checkpoint, results)
-    if training.do_eval:
-        evaluate(trainer, data.splits["validation"], "eval", data_arguments, results)
-    if training.do_test:
-        evaluate(trainer, data.splits["test"], "test", data_arguments, results)
-    report(trainer, results)
-    return results
-
+from lalm.errors import exit_on_user_error
+from lalm.training.clm.run import main
 
 if __name__ == "__main__":
     exit_on_user_error(main)

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lalm.training.clm import peak_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 _WARM_UP = 64  # tokens
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -66,13 +68,8 @@ def keep_freed_memory() -> None:
 
 def resident() -> tuple[int, int]:
     """Current and peak resident bytes (without /proc, the peak twice)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return most, most
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
-    return sizes["VmRSS"], sizes["VmHWM"]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory.resident() or (most, most)
 
 
 def train_step(name: str) -> Callable[[int], Any]:

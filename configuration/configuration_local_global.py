@@ -1,6 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the local-global transformer, after lucidrains' linear-attention-transformer 0.19.1 and 0.2.1."""
 
+from dataclasses import field
 from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -17,6 +18,27 @@ _UNUSED: dict[str, tuple[Any, str]] = {
     "mlp_type": ("mlp", "set ff_glu=True for a gated MLP"),
     "full_attention_layers": ([], "a head is softmax attention by num_local_heads"),
     "sliding_attention_layers": ([], "set num_local_heads and local_attn_window_size"),
+}
+
+# What the constructor of linear-attention-transformer 0.19.1 calls a field, and what it does not have here.
+UPSTREAM_NAMES = {
+    "num_tokens": "vocab_size",
+    "dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "max_seq_len": "max_position_embeddings",
+    "heads": "num_attention_heads",
+    "dim_head": "head_dim",
+    "causal": "is_causal",
+    "emb_dim": "embedding_size",
+    "attn_layer_dropout": "dropout",
+    "attn_dropout": "attention_dropout",
+    "n_local_attn_heads": "num_local_heads",
+    "use_axial_pos_emb": 'position_embedding_type="axial" (the default) or "learned"',
+    "use_rotary_emb": 'position_embedding_type="rope"',
+    "return_embeddings": "the class LocalGlobalModel",
+    "attend_axially": "not available",
+    "linformer_settings": "not available",
+    "context_linformer_settings": "not available",
 }
 
 
@@ -47,6 +69,8 @@ class LocalGlobalConfig(LalmConfig):
             adds sinusoids to the embeddings besides rotating q and k; others as in `LalmConfig`.
         max_position_embeddings: positions that "axial" and "learned" have, -1 for 2048.
         hidden_act: None for "gelu", "leaky_relu" (slope 0.01) under semantics "v0.2.1".
+        pkm_layers: layers, from 0, whose MLP is a product-key memory (Lample et al., arXiv 1907.05242).
+        pkm_num_keys: sub-keys K of each half of such a memory, which has K * K values.
         semantics: "0.19" normalises causal linear attention by one sum per token and takes exp features; "v0.2.1"
             normalises each feature, takes elu + 1, and has neither biases in the MLP nor a final norm.
 
@@ -75,6 +99,8 @@ class LocalGlobalConfig(LalmConfig):
     ff_dropout: float | int = 0.0
     shift_tokens: bool = False
     receives_context: bool = False
+    pkm_layers: list[int] = field(default_factory=list)
+    pkm_num_keys: int = 128
     semantics: Literal["0.19", "v0.2.1"] = "0.19"
     hidden_act: str | None = None  # type: ignore[assignment]
     mlp_type: Literal["gated", "mlp"] = "mlp"
@@ -115,6 +141,15 @@ class LocalGlobalConfig(LalmConfig):
     def _is_known(cls, key: str) -> bool:
         return key == "local_attn_window" or super()._is_known(key)
 
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        for key in kwargs:
+            if key in UPSTREAM_NAMES and not self._is_known(key):
+                raise ValueError(
+                    f"{type(self).__name__} has no field {key!r}: linear-attention-transformer's {key} is "
+                    f"{UPSTREAM_NAMES[key]} here."
+                )
+        super()._refuse_unknown(kwargs)
+
     def local_heads(self, layer_idx: int) -> int:
         """Local heads of one layer."""
         return self.num_local_heads if isinstance(self.num_local_heads, int) else self.num_local_heads[layer_idx]
@@ -133,7 +168,7 @@ class LocalGlobalConfig(LalmConfig):
         """Heads need not divide the width, which the projections change."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "max_position_embeddings", "head_dim", "embedding_size", "local_attn_window_size",
-                     "blindspot_size", "ff_chunks"):  # fmt: skip
+                     "blindspot_size", "ff_chunks", "pkm_num_keys"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -153,6 +188,13 @@ class LocalGlobalConfig(LalmConfig):
         if wrong:
             raise ValueError(
                 f"num_local_heads must be 0 to num_attention_heads = {heads} in every layer, got {wrong[0]}."
+            )
+
+    def validate_memories(self) -> None:
+        wrong = [layer for layer in self.pkm_layers if not 0 <= layer < self.num_hidden_layers]
+        if wrong or len(set(self.pkm_layers)) != len(self.pkm_layers):
+            raise ValueError(
+                f"pkm_layers must name different layers from 0 to {self.num_hidden_layers - 1}, got {self.pkm_layers}."
             )
 
     def validate_blindspot(self) -> None:

@@ -6,6 +6,7 @@
 
 Only articles of 1,000 words and more take part. Each model reads as much of an article as --tokens and its own limit
 let it; recall@1 and @10 are the shares of queries whose article is the nearest, or among the ten nearest, by cosine.
+A bar shows the texts that are read, and how long the rest will take.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 import lalm  # noqa: F401  registers our models
 from lalm.errors import UserError, exit_on_user_error
 from lalm.training.sts.evaluation import encode
 from lalm.training.sts.stages import backbone
 
-FEWEST_WORDS = 1000
+FEWEST_WORDS, TEXTS_AT_ONCE = 1000, 32
 
 
 def read_articles(path: Path, most: int | None) -> list[dict[str, str]]:
@@ -52,6 +54,18 @@ def recalls(queries: np.ndarray, articles: np.ndarray) -> tuple[float, float]:
     return float((rank < 1).mean()), float((rank < 10).mean())
 
 
+def read(model: SentenceTransformer, texts: list[str], title: str) -> np.ndarray:
+    """Return the vectors `[N, D]` of long texts, with a progress bar on stderr."""
+    parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+    bar = tqdm(total=len(texts), desc=title, unit=" texts")
+    found = []
+    for part in parts:
+        found.append(encode(model, part, batch_size=8))
+        bar.update(len(part))
+    bar.close()
+    return np.concatenate(found)
+
+
 def readable(model: SentenceTransformer) -> int | None:
     """Return how many tokens a model can read, None if there is no limit."""
     positions = getattr(backbone(model).config, "max_position_embeddings", -1)
@@ -77,7 +91,7 @@ def main() -> None:
         queries = {kind: encode(model, [row[kind] for row in articles]) for kind in ("title", "sentence")}
         for tokens in arguments.tokens:
             model.max_seq_length = min(tokens, limit or tokens)
-            vectors = encode(model, [row["body"] for row in articles], batch_size=8)
+            vectors = read(model, [row["body"] for row in articles], f"{name}, {model.max_seq_length:,} tokens")
             for kind, asked in queries.items():
                 first, ten = recalls(asked, vectors)
                 print(f"| {name} | {model.max_seq_length:,} | {kind} | {first:.3f} | {ten:.3f} |", flush=True)

@@ -230,7 +230,7 @@ def train(plan: Plan, name: str, rate: float, seed: int, place: Path) -> tuple[A
         logging_steps=max(1, plan.max_steps // 20),
         save_strategy="no",
         report_to=[],
-        disable_tqdm=True,
+        disable_tqdm=False,  # the bar of a run tells how long the rest of it takes
         use_cpu=True,
     )
     trainer = Trainer(model, arguments, train_dataset=texts)
@@ -371,7 +371,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/recall"))
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
-    results = evaluate(Plan.read(arguments.plan), arguments.output_dir)
+    plan = Plan.read(arguments.plan)
+    runs = len(plan.models) * (len(plan.learning_rates) + len(plan.seeds) - 1)
+    print(f"{runs} runs of {plan.max_steps:,} steps, one after the other; those that are finished are not repeated")
+    results = evaluate(plan, arguments.output_dir)
     write_json(arguments.output_dir / "results.json", results)
     draw(results, arguments.output_dir / "recall.png")
     print(f"\n{table(results)}\n\n{arguments.output_dir}: results.json, recall.png")

@@ -2,7 +2,8 @@
 """The local-global transformer, after lucidrains' linear-attention-transformer (its versions 0.19.1 and 0.2.1).
 
 Code symbol -> upstream: mixer -> SelfAttention; mlp -> FeedForward; shift_tokens -> PreShiftTokens; AxialPositions ->
-AxialPositionalEmbedding; embedding_in and embedding_out -> ProjectInOut; context_mixer -> SelfAttention of a context.
+AxialPositionalEmbedding; embedding_in and embedding_out -> ProjectInOut; context_mixer -> SelfAttention of a context;
+ProductKeyMemory -> PKM.
 Unlike upstream, ff_glu and ff_dropout apply to every MLP, and the token shift never moves padding.
 """
 
@@ -29,6 +30,7 @@ from lalm.modeling.modeling_heads import (
 )
 from lalm.modeling.ops.autograd import has_open_length, hides_values
 from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.product_key_memory import ProductKeyMemory
 from lalm.modeling.reversible import run_reversible
 
 # Numbers of the convolution states that hold a shifted token. The mixer has 0 and 1.
@@ -100,6 +102,8 @@ class LocalGlobalBlock(Block):
     def __init__(self, config: LocalGlobalConfig, mixer: nn.Module):
         super().__init__(config, mixer)
         self.config = config
+        if mixer.layer_idx in config.pkm_layers:
+            self.mlp = ProductKeyMemory(config)
         self.context_mixer: CrossMixer | None = None
         if config.receives_context:
             norm = NORMS[config.norm_type]
@@ -237,6 +241,9 @@ class LocalGlobalModel(LalmModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ProductKeyMemory):
+            init.normal_(module.keys, 0.0, module.keys.shape[-1] ** -0.5)
+            init.normal_(module.values.weight, 0.0, module.values.embedding_dim**-0.5)
         # By name: the base class initialises before they are made.
         if isinstance(module, nn.Linear) and any(
             module is self._modules.get(name) for name in ("embedding_in", "embedding_out")

@@ -41,6 +41,8 @@ OPTIONS = {
     "reversible": CAUSAL | {"reversible": True, "n_local_attn_heads": 1},
     "reversible_shift_both_sides": {"reversible": True, "shift_tokens": True},
     "chunks": CAUSAL | {"ff_chunks": 3, "ff_glu": True},
+    "memory": CAUSAL | {"pkm_layers": (2,)},
+    "memory_context_shift": CAUSAL | {"pkm_layers": (1, 2), "receives_context": True, "shift_tokens": True},
     "context": CAUSAL | {"receives_context": True},
     "context_reversible_shift_blindspot": CAUSAL
     | {"receives_context": True, "reversible": True, "shift_tokens": True, "blindspot_size": 4, "emb_dim": 10},
@@ -142,7 +144,6 @@ def renamed(state, old, new):
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"pkm_layers": (1,)}, {}, "pkm_layers"),
         ({"linformer_settings": LinformerSettings(4)}, {}, "linformer_settings"),
         ({"attend_axially": True}, {}, "attend_axially"),
         ({}, {"attend_axially": True}, "attend_axially.*not have"),

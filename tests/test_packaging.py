@@ -23,7 +23,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "configuration"}
-PACKAGE_DATA = {
+RECIPES = {f"lalm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+PACKAGE_DATA = RECIPES | {
     "lalm/py.typed",
     "lalm/training/sts/default_pairs.tsv",
     "lalm/modeling/ops/kernels/blocks.h",
@@ -74,8 +75,9 @@ def module_name(path):
 
 def test_package_list_matches_the_folders():
     settings = PROJECT["tool"]["setuptools"]
-    assert set(settings["packages"]) == {module_name(path / "__init__.py") for path in {p.parent for p in SOURCES}}
-    assert settings["package-dir"] == FOLDERS
+    modules = {module_name(path / "__init__.py") for path in {p.parent for p in SOURCES}}
+    assert set(settings["packages"]) == modules | {"lalm.recipes"}, "recipes are files without a module"
+    assert settings["package-dir"] == FOLDERS | {"lalm.recipes": "recipes"}
     assert {str(path.parent) for path in SOURCES if not (path.parent / "__init__.py").is_file()} == set()
 
 
@@ -141,9 +143,10 @@ def test_constraints_pin_every_direct_dependency():
 def built(tmp_path_factory):
     """An sdist of a copy of the tree that has no symlinks, and the wheel built from that sdist."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for folder in ("configuration", "modeling", "lalm"):
+    (tree / "docs").mkdir()
+    for name in ("pyproject.toml", "docs/package.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    for folder in ("configuration", "modeling", "lalm", "recipes"):
         skip = ("__pycache__", *(FOLDERS.values() if folder == "lalm" else ()))
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns(*skip))
     run_backend("build_sdist", tree)
@@ -188,3 +191,35 @@ print(*(row.config.model_type for row in lalm.VARIANTS))
     run = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == [row.config.model_type for row in lalm.VARIANTS]
+
+
+def test_commands_of_the_wheel(built, tmp_path):
+    """Entry points, and a recipe of the package by its name, far from the repository."""
+    archive = zipfile.ZipFile(built)
+    archive.extractall(tmp_path)
+    (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert re.findall(r"lalm-(\w+) = lalm.__main__:(\w+)", archive.read(entry_points).decode()) == [
+        ("clm", "clm"),
+        ("sts", "sts"),
+    ]
+    found = run_lalm(tmp_path, "clm", "demo_gla", "--max_stepz", "3")
+    assert (found.returncode, found.stderr) == (
+        2,
+        "error: unknown argument '--max_stepz' (did you mean 'max_steps'?)\n",
+    )
+    found = run_lalm(tmp_path, "clm", "gla_wikitext")
+    assert found.stderr.startswith("error: cannot read the recipe gla_wikitext: there is no such file (did you mean")
+    found = run_lalm(tmp_path, "cml")
+    assert found.stderr.startswith("error: there is no command 'cml' (did you mean 'clm'?)")
+
+
+def run_lalm(folder, *words):
+    command = [sys.executable, "-m", "lalm", *words]
+    environment = os.environ | {"PYTHONPATH": str(folder), "LALM_DEBUG": "0"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_page_of_the_package_index_has_no_links_into_the_repository():
+    page = ROOT / PROJECT["project"]["readme"]
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []

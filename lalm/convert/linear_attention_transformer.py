@@ -39,9 +39,10 @@ _INFERRED = {
     "max_seq_len": "max_position_embeddings",
     "reversible": "reversible",
     "shift_tokens": "shift_tokens",
+    "pkm_layers": "pkm_layers",
 }
 _IGNORED = {"return_embeddings", "use_axial_pos_emb", "use_rotary_emb", "pkm_num_keys", "ff_glu"}
-_UNSUPPORTED = {"attend_axially", "pkm_layers", "linformer_settings", "context_linformer_settings"}
+_UNSUPPORTED = {"attend_axially", "linformer_settings", "context_linformer_settings"}
 
 _LAYER = re.compile(r"transformer\.(?:fn\.)?layers\.(?:layers\.(\d+)\.([01])|blocks\.(\d+)\.([fg])\.net)\.")
 # What keys that do not fit come from; the first that any of them matches is named.
@@ -49,7 +50,6 @@ _ORIGINS = {
     r".*\.net\.[02]\.weight$": "version 0.2.1, whose MLP is another one",
     r".*\.to_kv\.": "a version before 0.19, which has joint key and value projections",
     r".*\.(proj_k|proj_v)$": "linformer_settings or context_linformer_settings, which we do not have",
-    r".*\.fn\.(keys|values\.weight|to_queries\.weight)$": "pkm_layers (product-key memory), which we do not have",
 }
 
 
@@ -134,6 +134,8 @@ def _fields(state: StateDict, options: dict[str, Any]) -> dict[str, Any]:
     found = _shape_of_model(state, fields) | _position_fields(state, fields, options)
     for name, ours in _INFERRED.items():
         given = options.get(name)
+        if name == "pkm_layers" and given is not None:  # upstream counts from 1, and takes one number too
+            given = sorted(layer - 1 for layer in ([given] if isinstance(given, int) else given))
         if given is not None and given != found[ours]:
             hint = " with this receives_context" if name == "depth" else ""
             raise ValueError(f"{name} = {given} does not fit the weights, which say {found[ours]}{hint}.")
@@ -153,7 +155,10 @@ def _shape_of_model(state: StateDict, fields: dict[str, Any]) -> dict[str, Any]:
     if size % heads:
         raise ValueError(f"heads = {heads} does not divide the {size} rows of {queries[0]}: give the right heads.")
     vocab_size, embedding_size = state["token_emb.weight"].shape
+    memories = {key: match for key in state if (match := _LAYER.match(key)) and key.endswith(".keys")}
     return {
+        "pkm_layers": sorted(int(match[1] or match[3]) // each for match in memories.values()),
+        "pkm_num_keys": next((state[key].shape[1] for key in memories), 128),
         "vocab_size": vocab_size,
         "hidden_size": dim,
         "num_hidden_layers": count // each,
@@ -212,6 +217,10 @@ def _names(config: LocalGlobalConfig, has_head: bool) -> Iterator[tuple[str, str
                 yield f"{attention}.fn.{shift}to_{name}.weight", f"{ours}mixer.{name}_proj.weight"
             yield from _both(f"{attention}.fn.{shift}to_out", f"{ours}mixer.o_proj")
             yield from _both(f"{mlp}.norm", f"{ours}mlp_norm")
+            if layer in config.pkm_layers and not extra:
+                for name in ("to_queries.weight", "norm.weight", "norm.bias", "keys", "values.weight"):
+                    yield f"{mlp}.fn.{shift}{name}", f"{ours}mlp.{name}"
+                continue
             yield from _both(f"{mlp}.fn.{shift}fn.w1", f"{ours}mlp.up_proj")
             yield from _both(f"{mlp}.fn.{shift}fn.w2", f"{ours}mlp.down_proj")
     yield from _both("norm", f"{model}norm")
@@ -254,6 +263,7 @@ def _check_expressible(config: LocalGlobalConfig) -> None:
         "intermediate_size": (4 * config.hidden_size,),
         "position_embedding_type": ("axial", "learned", "rope"),
         "rope_theta": (10000,),
+        "pkm_num_keys": (128,),
     }
     for name, values in wanted.items():
         if getattr(config, name) not in values:

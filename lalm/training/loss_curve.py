@@ -31,7 +31,7 @@ def write_loss_curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("matplotlib is not installed: no loss curve is drawn (pip install matplotlib)")
+        logger.warning("matplotlib is not installed: no loss curve is drawn (pip install 'lalm[plot]')")
         return False
     # no pyplot: its global state and window backends have no place in a training process
     figure = Figure(figsize=(7, 4), layout="constrained")

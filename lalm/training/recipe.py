@@ -10,7 +10,8 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 
-from lalm.errors import UserError, one_line
+import lalm
+from lalm.errors import UserError, nearest_hint, one_line
 from lalm.training.argument_checks import check_finite
 from lalm.training.flag_names import name_hint
 
@@ -28,6 +29,31 @@ class QuietParser(HfArgumentParser):
 def field_names(classes: Sequence[Any]) -> list[str]:
     """Return every name that a recipe or a flag may carry."""
     return [item.name for cls in classes for item in fields(cls) if item.init]
+
+
+def recipe_folder() -> Path:
+    """Return the folder of our recipes: inside an installed lalm, beside the package in a clone."""
+    package = Path(lalm.__file__).resolve().parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe, given as a path or as the name of one of ours.
+
+    Raises:
+        UserError: there is neither; the nearest name is given.
+    """
+    if Path(name).exists():
+        return name
+    ours = {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    plain = name.removeprefix("recipes/").removesuffix(".yaml")
+    if plain in ours:
+        return str(ours[plain])
+    raise UserError(
+        f"cannot read the recipe {name}: there is no such file{nearest_hint(plain, list(ours))}; ours are "
+        f"{', '.join(ours)}"
+    )
 
 
 def read_recipe(path: str, known: Sequence[str], depth: int = 0) -> dict:
@@ -165,7 +191,7 @@ def parse_dataclasses(
     known = field_names(classes)
     recipe: dict = {}
     if argv and not argv[0].startswith("-"):
-        recipe, argv = read_recipe(argv[0], known), argv[1:]
+        recipe, argv = read_recipe(find_recipe(argv[0]), known), argv[1:]
     given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
     recipe = reconcile(recipe, given) if reconcile else recipe
     recipe_overrides = recipe.pop("config_overrides", None)

@@ -4,6 +4,7 @@
 import os
 import platform
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -31,5 +32,7 @@ def command_line(argv: list[str], script: str) -> str:
         secret = name in ("--token", "--hub_token", "--hub-token")
         words.append("..." if hide else f"{name}=..." if secret and "=" in word else word)
         hide = secret and "=" not in word
+    if (program := Path(sys.argv[0]).name) in ("lalm-clm", "lalm-sts"):
+        return f"{program} {shlex.join(words)}".rstrip()
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     return f"{launcher} {script} {shlex.join(words)}".rstrip()

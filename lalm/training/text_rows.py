@@ -5,14 +5,18 @@ import gzip
 import logging
 import os
 import re
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from huggingface_hub import constants
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.clm.arguments import DataArguments, ModelArguments
@@ -23,18 +27,31 @@ SPLITS = ("train", "validation", "test")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 END = 1 << 24
+# rows of a stream without a validation split that are not trained on
+HELD_OUT_ROWS = 1000
 # characters of a word from which on the training of a tokenizer takes minutes (it is quadratic in them), and its use
 LONGEST_TRAINED_WORD, LONGEST_WORD = 100_000, 10_000_000
 
 
 @dataclass
 class SplitRows:
-    """One split: datasets with one ``text`` column, a dataset a file. `is_text_file` tells lines from records."""
+    """One split: datasets with one ``text`` column, a dataset a file. `is_text_file` tells lines from records.
+
+    Of a stream that has no other validation text, one split is the first `take` rows and the other what follows the
+    first `skip`.
+    """
 
     parts: list[Dataset | IterableDataset]
     is_text_file: bool
     source: str
     sources: list[str] = field(default_factory=list)
+    skip: int = 0
+    take: int | None = None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the rows are read one after the other and cannot be counted."""
+        return any(isinstance(part, IterableDataset) for part in self.parts)
 
     def texts(self) -> Iterator[str]:
         """Iterate over the texts of all parts; None (an empty cell) comes as ''.
@@ -42,11 +59,32 @@ class SplitRows:
         Raises:
             UserError: a word is so long that a tokenizer would hardly ever be trained on it.
         """
+        for text, _ in self.read():
+            check_words(text, LONGEST_TRAINED_WORD, self.source)
+            yield text
+
+    def read(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, bool]]:
+        """Iterate over (text, whether it is the first of a file).
+
+        Args:
+            share: (index, count): of `count` readers that share the rows, the one that this is. Each gets files of its
+                own where there are enough of them, else every `count`-th row.
+        """
+        index, count = share
+        end = float("inf") if self.take is None else self.skip + self.take
+        row = 0
         with self.readable():
             for part in self.parts:
-                for row in part:
-                    check_words(row["text"] or "", LONGEST_TRAINED_WORD, self.source)
-                    yield row["text"] or ""
+                by_file = count > 1 and end == float("inf") and not self.skip and files_of(part) >= count
+                begins_file = True
+                for batch in (part.shard(count, index) if by_file else part).iter(batch_size=1000):
+                    for text in batch["text"]:
+                        if row >= end:
+                            return
+                        if row >= self.skip and (by_file or row % count == index):
+                            yield text or "", begins_file
+                            begins_file = False
+                        row += 1
 
     @contextmanager
     def readable(self) -> Iterator[None]:
@@ -71,6 +109,11 @@ class SplitRows:
                 handle.seek(max(0, size - END))
                 found.append(f"{size} bytes {zlib.crc32(handle.read(), value):08x}")
         return ", ".join(found) or None
+
+
+def files_of(part: Dataset | IterableDataset) -> int:
+    """Files that readers of a stream can share."""
+    return part.num_shards if isinstance(part, IterableDataset) else 1
 
 
 def check_words(text: str, longest: int, source: str) -> None:
@@ -210,9 +253,9 @@ def load_hub(data: DataArguments, model: ModelArguments) -> dict[str, SplitRows]
 
 
 def hold_out(rows: SplitRows, percentage: float) -> tuple[SplitRows, SplitRows]:
-    """Split the last `percentage` percent of the rows off for validation."""
-    if any(isinstance(part, IterableDataset) for part in rows.parts):
-        raise UserError("--streaming cannot hold out validation text; give --validation_file or drop --do_eval")
+    """Split the last `percentage` percent of the rows off for validation, of a stream its first rows."""
+    if rows.is_streamed:
+        return hold_out_first(rows)
     whole = concatenate_datasets(rows.parts) if len(rows.parts) > 1 else rows.parts[0]
     held = max(1, round(len(whole) * percentage / 100))
     if held >= len(whole):
@@ -222,6 +265,19 @@ def hold_out(rows: SplitRows, percentage: float) -> tuple[SplitRows, SplitRows]:
     train = SplitRows([whole.select(range(cut))], rows.is_text_file, f"{rows.source}, first {cut} rows", rows.sources)
     source = f"{rows.source}, last {held} rows"
     return train, SplitRows([whole.select(range(cut, len(whole)))], rows.is_text_file, source, rows.sources)
+
+
+def hold_out_first(rows: SplitRows) -> tuple[SplitRows, SplitRows]:
+    """Split the first rows of a stream off for validation: it need not have an end."""
+    held = f"first {HELD_OUT_ROWS:,} rows"
+    train = replace(rows, source=f"{rows.source}, without the {held}", skip=HELD_OUT_ROWS)
+    if next(train.read(), None) is None:
+        raise UserError(
+            f"the training text has at most {HELD_OUT_ROWS:,} rows, of which --streaming cannot hold out any for "
+            f"validation; give --validation_file or drop --do_eval"
+        )
+    logger.warning("no validation split: the %s of the training text are held out", held)
+    return train, replace(rows, source=f"{rows.source}, {held}", take=HELD_OUT_ROWS)
 
 
 def load_splits(data: DataArguments, model: ModelArguments, needed: set[str]) -> dict[str, SplitRows]:
@@ -242,10 +298,29 @@ def load_splits(data: DataArguments, model: ModelArguments, needed: set[str]) ->
         }
     if "validation" in needed and "validation" not in splits and "train" in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"], data.validation_split_percentage)
+    if data.dataset_name and "test" in needed and "test" not in splits and len(needed) > 1:
+        logger.warning("--do_test: %s has no test split, and none is scored", data.dataset_name)
+        needed = needed - {"test"}
     for split in sorted(needed):
         if split not in splits:
-            raise UserError(f"the run needs a {split} split and there is none; give --{split}_file")
+            flag = {"train": "do_train", "validation": "do_eval", "test": "do_test"}[split]
+            raise UserError(f"the run needs a {split} split and there is none; give --{split}_file or drop --{flag}")
     return {split: rows for split, rows in splits.items() if split in needed}
+
+
+def go_offline_without_network() -> None:
+    """Set the libraries of the Hub to offline mode if its address is unknown here; they would retry for half a minute.
+
+    What is cached is found all the same. Behind a proxy an unknown address says nothing.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        logger.info("%s cannot be reached: only what is local or cached can be used", host)
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
 def quiet_progress_bars() -> None:

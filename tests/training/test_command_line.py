@@ -91,14 +91,14 @@ def test_mistakes(texts, tmp_path, capsys, flags, message):
     ],
 )
 def test_names_are_looked_up_before_any_text_is_read(texts, tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr(run_clm, "prepare_data", None)
+    monkeypatch.setattr("lalm.training.clm.run.prepare_data", None)
     fails(capsys, "--train_file", str(texts["train"]), "--output_dir", str(tmp_path / "run"), *flags)
 
 
 def test_a_folder_without_weights(tiny_run, texts, tmp_path, capsys, monkeypatch):
     tiny_run("--do_train")
     (tmp_path / "run" / "model.safetensors").unlink()
-    monkeypatch.setattr(run_clm, "prepare_data", None)
+    monkeypatch.setattr("lalm.training.clm.run.prepare_data", None)
     line = fails(capsys, "--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "next"))
     assert line == f"error: --model_name_or_path: the folder {tmp_path / 'run'} holds no weights (*.safetensors)"
 

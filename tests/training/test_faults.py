@@ -17,7 +17,6 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerState, modeling_utils
 
-import run_clm
 from lalm.errors import UserError, exit_on_user_error
 from lalm.modeling import saving
 from lalm.training import checkpoint_files, trainer
@@ -156,7 +155,7 @@ def test_sigterm_ends_a_worker_of_a_run_silently(capfd):
 
 
 def test_sigterm_before_the_training_is_one_line(tiny_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_clm, "prepare_data", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("lalm.training.clm.run.prepare_data", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
         exit_on_user_error(lambda: tiny_run(*TRAIN))
     assert caught.value.code == 143

@@ -3,15 +3,25 @@
 import gzip
 import json
 import os
+import time
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from lalm.errors import UserError
 from lalm.training.clm.arguments import DataArguments, ModelArguments
 from lalm.training.clm.tokenizer import make_tokenizer
-from lalm.training.text_rows import LONGEST_TRAINED_WORD, LONGEST_WORD, check_words, load_splits
+from lalm.training.text_rows import (
+    LONGEST_TRAINED_WORD,
+    LONGEST_WORD,
+    check_words,
+    go_offline_without_network,
+    load_splits,
+)
 
 DOCUMENTS = ["one, two", 'a "quoted" text', "übergröße\nsecond line", "last"]
 LINES = ["first line", "", "  third  ", "last"]
@@ -122,7 +132,7 @@ def test_missing_file_names_a_neighbour(tmp_path):
 
 def test_missing_split(tmp_path):
     (tmp_path / "a.txt").write_text("a\n", encoding="utf-8")
-    with pytest.raises(UserError, match="needs a test split and there is none; give --test_file"):
+    with pytest.raises(UserError, match="needs a test split and there is none; give --test_file or drop --do_test"):
         load(tmp_path, ("train", "test"), train_file=[str(tmp_path / "a.txt")])
 
 
@@ -164,3 +174,19 @@ def test_a_word_that_no_tokenizer_ends_on(tmp_path, streaming):
     check_words("a word, and " * 30_000, LONGEST_TRAINED_WORD, "a long text")
     with pytest.raises(UserError, match="characters without a space"):
         check_words("-" * LONGEST_TRAINED_WORD, LONGEST_TRAINED_WORD, "other signs")
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, caplog):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://no-such-host.invalid")
+    monkeypatch.setattr("lalm.training.text_rows.getproxies", dict)
+    for module, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+    with caplog.at_level("INFO"):
+        go_offline_without_network()
+    assert constants.HF_HUB_OFFLINE
+    assert "no-such-host.invalid cannot be reached" in caplog.text
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="--dataset_name: cannot load 'org/nothing'"):
+        load(Path("nowhere"), dataset_name="org/nothing")
+    assert time.monotonic() - begin < 5

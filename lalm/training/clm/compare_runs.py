@@ -50,10 +50,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     runs = [read_run(folder) for folder in arguments.runs]
     curves = {run["name"]: loss_points(run["log"])[0] for run in runs}
-    if not write_loss_curves(curves, arguments.output, arguments.title):
-        raise UserError("nothing was drawn: the runs logged no training loss, or matplotlib is not installed")
+    if not any(curves.values()):
+        raise UserError("nothing can be compared: the runs logged no training loss")
     print(table(runs))
-    print(f"the picture is in {arguments.output}")
+    if write_loss_curves(curves, arguments.output, arguments.title):
+        print(f"the picture is in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from datasets import IterableDataset
+import numpy as np
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.errors import UserError
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
-from lalm.training.clm.documents import resolve_boundary, split_pieces
+from lalm.training.clm.block_order import DecomposedBlocks, PhasedBlocks
+from lalm.training.clm.documents import ReadingOrder, resolve_boundary, split_pieces
 from lalm.training.clm.packing import PackedDataset, Piece, StreamingPackedDataset, TokenStream, require_blocks
 from lalm.training.clm.tokenizer import STREAM_SAMPLE, make_tokenizer
 from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
@@ -20,6 +24,7 @@ from lalm.training.text_rows import SplitRows, load_splits, quiet_progress_bars
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10
+SHUFFLED_ROWS = 10_000
 
 
 @dataclass
@@ -27,7 +32,7 @@ class RunData:
     """What a run trains and is scored on; `notes` holds a line on each split."""
 
     tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, PackedDataset | StreamingPackedDataset] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)  # data sets of blocks
     notes: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     digest: str | None = None  # of the training text, None where there is none or it cannot be known
@@ -52,6 +57,32 @@ def pack_mapped(rows: SplitRows, split: str, run: RunData, data: DataArguments) 
     require_blocks(dataset, split)
     run.notes[split] = describe(dataset, split, rows, data, limit)
     return dataset
+
+
+def pack_mixture(rows: SplitRows, run: RunData, data: DataArguments) -> tuple[ConcatDataset, str]:
+    """Pack the training files one by one, to be mixed by their shares; return the blocks and the texts' digest."""
+    shares = data.train_shares or []
+    if len(rows.parts) != len(shares):
+        raise UserError("--train_shares: held-out rows would be of all files together; give --validation_file")
+    parts, notes = [], []
+    for part, source, share in zip(rows.parts, rows.sources, shares, strict=True):
+        parts.append(pack_mapped(replace(rows, parts=[part], source=source, sources=[source]), "train", run, data))
+        notes.append(f"{share:g} from {Path(source).name} ({run.notes['train']})")
+    run.notes["train"] = "mixed: " + ", ".join(notes)
+    return ConcatDataset(parts), ", ".join(part.stream.digest for part in parts)
+
+
+def in_curriculum(
+    packed: PackedDataset, run: RunData, data: DataArguments, training: ClmTrainingArguments
+) -> PackedDataset | DecomposedBlocks:
+    """Cut the documents anew for grow_p2; other blocks stay as they are."""
+    if data.curriculum != "grow_p2":
+        return packed
+    blocks = DecomposedBlocks(packed.stream, data.block_size, training.seed)
+    kinds, counts = np.unique(blocks.kinds, return_counts=True)
+    found = ", ".join(f"{count:,} of {size}" for size, count in zip(kinds, counts, strict=True))
+    run.notes["train"] += f"; cut by length into {len(blocks):,} blocks with pieces of one length each ({found})"
+    return blocks
 
 
 def tell_progress(pieces: Iterable[Piece], split: str) -> Iterator[Piece]:
@@ -81,16 +112,30 @@ def describe(dataset: PackedDataset, split: str, rows: SplitRows, data: DataArgu
     return text
 
 
-def pack_streaming(rows: SplitRows, run: RunData, data: DataArguments) -> StreamingPackedDataset:
+def streamed_pieces(
+    rows: SplitRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, buffer: int, seed: int, turn: int,
+    share: tuple[int, int],
+) -> Iterator[Piece]:  # fmt: skip
+    """Yield the pieces of one pass over a reader's share of a stream."""
+    return split_pieces(rows, tokenizer, data, ReadingOrder(turn, share, buffer, seed))
+
+
+def pack_streaming(
+    rows: SplitRows, run: RunData, data: DataArguments, training: ClmTrainingArguments
+) -> StreamingPackedDataset:
     """Set up blocks that are made while the text is read."""
-    pieces = partial(split_pieces, rows, run.tokenizer, data)
-    run.notes["train"] = f"streamed in blocks of {data.block_size}, documents by {resolve_boundary(data, rows)}"
-    return StreamingPackedDataset(pieces, data.block_size, data.packing == "documents", data.max_train_samples)
+    boundary = resolve_boundary(data, rows)
+    by_rows = boundary == "row"
+    if data.shuffle_buffer and not by_rows:
+        raise UserError(f"--shuffle_buffer: with --document_boundary {boundary} rows are parts of documents; drop it")
+    buffer = data.shuffle_buffer if data.shuffle_buffer is not None else SHUFFLED_ROWS if by_rows else 0
+    seed = training.data_seed if training.data_seed is not None else training.seed
 
-
-def is_streamed(rows: SplitRows) -> bool:
-    """Tell rows that are read one after the other from rows that can be counted."""
-    return any(isinstance(part, IterableDataset) for part in rows.parts)
+    pieces = partial(streamed_pieces, rows, run.tokenizer, data, buffer, seed)
+    order = f"shuffled among {buffer:,} rows" if buffer else "in the order of the text"
+    run.notes["train"] = f"streamed in blocks of {data.block_size}, documents by {boundary}, {order}"
+    documents, process = data.packing == "documents", (training.process_index, training.world_size)
+    return StreamingPackedDataset(pieces, data.block_size, documents, data.max_train_samples, process, by_rows)
 
 
 def check_streaming(training: ClmTrainingArguments) -> None:
@@ -127,18 +172,24 @@ def prepare_data(
         run = RunData(make_tokenizer(model, texts, STREAM_SAMPLE if data.streaming else None))
         for split in ("train", "validation", "test"):
             if split in rows:
-                pack(rows[split], split, run, data)
+                pack(rows[split], split, run, data, training)
     return run
 
 
-def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments) -> None:
+def pack(rows: SplitRows, split: str, run: RunData, data: DataArguments, training: ClmTrainingArguments) -> None:
     """Make the blocks of a split, or set up that they are made while training."""
     run.sources[split] = rows.source
-    if split == "train" and is_streamed(rows):
-        run.splits[split], run.digest = pack_streaming(rows, run, data), rows.digest_of_ends()
+    if split == "train" and rows.is_streamed:
+        run.splits[split], run.digest = pack_streaming(rows, run, data, training), rows.digest_of_ends()
     else:
         logger.info("%s: reading %s", split, rows.source)
-        run.splits[split] = packed = pack_mapped(rows, split, run, data)
-        if split == "train":
-            run.digest = packed.stream.digest
+        if split == "train" and data.train_shares:
+            run.splits[split], run.digest = pack_mixture(rows, run, data)
+        else:
+            packed = pack_mapped(rows, split, run, data)
+            run.splits[split] = packed if split != "train" else in_curriculum(packed, run, data, training)
+            if split == "train":
+                run.digest = packed.stream.digest
+        if split == "train" and data.curriculum == "phases":
+            run.splits[split] = PhasedBlocks(run.splits[split], data.phase_lengths or [])
     logger.info("%s: %s: %s", split, rows.source, run.notes[split])

@@ -2,6 +2,8 @@
 """What decoding costs a causal language model: the memory that it holds of a text, and the time of the next tokens."""
 
 import copy
+import inspect
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +11,26 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from lalm.training.clm.peak_memory import PeakMemory
+
+DECODED, REPEATS = 32, 3
+COST_KEYS = (
+    "parameters", "weight_bytes", "context", "cache_bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
+    "peak_memory_bytes",
+)  # fmt: skip
+
+
+def cache_argument(model: Any) -> str:
+    """The argument by which a model takes its cache; Mamba and its kin have another name for it than the others."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
+
 
 @torch.no_grad()
 def read_texts(model: Any, input_ids: torch.Tensor) -> Cache:
     """The cache after `input_ids [B, T]`, of the kind that `generate` makes for the model."""
     cache = DynamicCache(config=model.config)
-    model.eval()(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model.eval()(input_ids=input_ids, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -48,11 +64,61 @@ def decoding_seconds(model: Any, cache: Cache, last: torch.Tensor, steps: int) -
         cache: of `read_texts`; a copy of it is continued, made before the clock starts.
         last: `[B, 1]`, the token that comes next, whose successors are generated.
     """
-    cache = copy.deepcopy(cache)
+    options = {cache_argument(model): copy.deepcopy(cache), "use_cache": True, "logits_to_keep": 1}
     start = time.perf_counter()
     for _ in range(steps):
-        logits = model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=last, **options).logits
         last = logits[:, -1].argmax(dim=-1, keepdim=True)
+    if last.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def inference_cost(model: Any, input_ids: torch.Tensor) -> dict[str, float | None]:
+    """Memory and speed of one sequence: reading it, then generating 32 tokens.
+
+    Speeds are medians of three runs after a first one that is not timed.
+
+    Args:
+        input_ids: `[1, N]`, on the model's device.
+
+    Returns:
+        `COST_KEYS`. `context` is N, `cache_bytes` what the cache holds after N tokens, `peak_memory_bytes` the weights
+        and the largest amount of memory in use beside them while the N tokens are read. A figure is None where it
+        cannot be measured: the peak outside Linux, cache and decoding of a model without transformers' cache.
+    """
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    read_texts(model, input_ids)  # compiles kernels, and makes what libraries keep
+    with PeakMemory(model.device) as peak:
+        cache = read_texts(model, input_ids)
+    figures: dict[str, float | None] = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "weight_bytes": weights,
+        "context": input_ids.shape[1],
+        "cache_bytes": None,
+        "prefill_tokens_per_second": None,
+        "decode_tokens_per_second": None,
+        "peak_memory_bytes": None if peak.rise is None else weights + peak.rise,
+    }
+    seconds = [prefill_seconds(model, input_ids) for _ in range(REPEATS)]
+    figures["prefill_tokens_per_second"] = round(input_ids.shape[1] / statistics.median(seconds), 1)
+    try:
+        figures["cache_bytes"] = state_bytes(cache)
+    except ValueError:  # a state of the model's own, not of transformers' cache
+        return figures
+    last = input_ids[:, -1:]
+    decoding_seconds(model, cache, last, 2)
+    seconds = [decoding_seconds(model, cache, last, DECODED) for _ in range(REPEATS)]
+    figures["decode_tokens_per_second"] = round(DECODED / statistics.median(seconds), 1)
+    return figures
+
+
+def prefill_seconds(model: Any, input_ids: torch.Tensor) -> float:
+    """Seconds that reading `input_ids [B, T]` into a cache takes."""
+    start = time.perf_counter()
+    read_texts(model, input_ids)
+    if input_ids.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -1,21 +1,34 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Rows of text -> tokens with marks where documents begin."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lalm.training.clm.arguments import DataArguments
 from lalm.training.text_rows import LONGEST_WORD, SplitRows, check_words
 
+Item = TypeVar("Item")
 BLANK, HEADING, TEXT = 0, 1, 2
+STREAM_BATCH = 256
 # ` = Title = ` but not ` = = Section = = `: WikiText's top level
 ARTICLE_HEADING = re.compile(r"^\s*=\s(?!=\s).*(?<!\s=)\s=\s*$")
+
+
+@dataclass(frozen=True)
+class ReadingOrder:
+    """How a stream is read: its pass, the share (index, count) of a reader, the rows of a shuffle buffer (0: none)."""
+
+    turn: int = 0
+    share: tuple[int, int] = (0, 1)
+    buffer: int = 0
+    seed: int = 0
 
 
 def resolve_boundary(data: DataArguments, rows: SplitRows) -> str:
@@ -56,19 +69,41 @@ class Row:
 def tokenized_rows(
     rows: SplitRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, boundary: str
 ) -> Iterator[Row]:
-    """Tokenize every part of a split and iterate over its rows in order."""
+    """Tokenize every part of a split that is read whole and iterate over its rows in order."""
     function = partial(tokenize_rows, tokenizer=tokenizer, boundary=boundary, strip=rows.is_text_file)
     for part in rows.parts:
-        options: dict = {"batched": True, "remove_columns": ["text"]}
-        if isinstance(part, Dataset):
-            options |= {"load_from_cache_file": not data.overwrite_cache, "desc": "Tokenizing"}
-            options["num_proc"] = data.preprocessing_num_workers
+        options: dict = {"load_from_cache_file": not data.overwrite_cache, "num_proc": data.preprocessing_num_workers}
         with rows.readable():
             begins_file = True
-            for batch in part.map(function, **options).with_format("numpy").iter(batch_size=1000):
+            done = part.map(function, batched=True, remove_columns=["text"], desc="Tokenizing", **options)
+            for batch in done.with_format("numpy").iter(batch_size=1000):
                 for ids, kind in zip(batch["input_ids"], batch["kind"], strict=True):
                     yield Row(np.asarray(ids, dtype=np.int32), int(kind), begins_file)
                     begins_file = False
+
+
+def streamed_rows(
+    rows: SplitRows, tokenizer: PreTrainedTokenizerBase, boundary: str, order: ReadingOrder
+) -> Iterator[Row]:
+    """Read rows and tokenize them a few at a time."""
+    texts = rows.read(order.share)
+    if order.buffer:
+        texts = shuffled(texts, order.buffer, np.random.default_rng([order.seed, order.turn, *order.share]))
+    while few := list(itertools.islice(texts, STREAM_BATCH)):
+        batch = tokenize_rows({"text": [text for text, _ in few]}, tokenizer, boundary, rows.is_text_file)
+        for ids, kind, (_, begins_file) in zip(batch["input_ids"], batch["kind"], few, strict=True):
+            yield Row(np.asarray(ids, dtype=np.int32), kind, begins_file)
+
+
+def shuffled(items: Iterator[Item], size: int, source: np.random.Generator) -> Iterator[Item]:
+    """Hold `size` items, of which a random one comes next and is replaced by the next that is read."""
+    held = list(itertools.islice(items, size))
+    for item in items:
+        index = int(source.integers(size))
+        yield held[index]
+        held[index] = item
+    for index in source.permutation(len(held)):
+        yield held[index]
 
 
 def begins_document(boundary: str) -> Callable[[Row, Row | None, Row | None], bool]:
@@ -130,12 +165,19 @@ def token_pieces(
 
 
 def split_pieces(
-    rows: SplitRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments
+    rows: SplitRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, order: ReadingOrder | None = None
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Tokenize a split and yield its documents piece by piece (see `token_pieces`).
 
     Concatenated text has no document starts, hence one separator between documents instead of an end and a start.
+
+    Args:
+        order: which rows of a stream, in which order; default: all as they are.
     """
     boundary = resolve_boundary(data, rows)
     bos = tokenizer.bos_token_id if data.packing == "documents" else None
-    return token_pieces(tokenized_rows(rows, tokenizer, data, boundary), boundary, bos, tokenizer.eos_token_id)
+    if rows.is_streamed:
+        tokenized = streamed_rows(rows, tokenizer, boundary, order or ReadingOrder())
+    else:
+        tokenized = tokenized_rows(rows, tokenizer, data, boundary)
+    return token_pieces(tokenized, boundary, bos, tokenizer.eos_token_id)

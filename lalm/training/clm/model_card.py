@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from lalm.training.clm.comparison import cells
 from lalm.training.clm.data import RunData
 from lalm.training.clm.model_builder import count_parameters
 from lalm.training.run_facts import command_line, hardware
@@ -56,14 +57,15 @@ print(tokenizer.decode(model.generate(inputs["input_ids"], max_new_tokens=40)[0]
 """
 
 
-def origin(model, arguments: ModelArguments) -> str:
+def origin(model, arguments: ModelArguments, trained: bool) -> str:
     """Say where the weights come from."""
     total, embeddings = count_parameters(model)
     size = f"{total:,} parameters ({embeddings:,} of them token embeddings)"
     kind = f"`{model.config.model_type}` causal language model, {size}"
     if arguments.model_name_or_path:
-        return f"A {kind}, trained further from `{arguments.model_name_or_path}`."
-    return f"A {kind}, trained from scratch."
+        what = "trained further from" if trained else "evaluated here as it is in"
+        return f"A {kind}, {what} `{arguments.model_name_or_path}`."
+    return f"A {kind}, {'trained from scratch' if trained else 'not trained'}."
 
 
 def figures_table(results: Mapping[str, float]) -> str:
@@ -77,6 +79,13 @@ def figures_table(results: Mapping[str, float]) -> str:
             )
             rows.append(f"| {label} | {perplexity:.2f} | {accuracy:.4f} | {int(scored):,} |")
     return "\n".join(rows) if len(rows) > 2 else "This run was not evaluated."
+
+
+def cost_line(results: Mapping[str, float]) -> str:
+    """Return memory and speed in one line, where they were measured."""
+    names = ("cache per sequence", "prefill tokens/s", "decoding tokens/s", "peak memory")
+    found = cells(results)
+    return "; ".join(f"{name}: {found[name]}" for name in names if name in found)
 
 
 def scoring(data: DataArguments) -> str:
@@ -170,12 +179,12 @@ def model_card(
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     return front_matter(network, run, arguments, results) + BODY.format(
         name=Path(str(path)).name,
-        origin=origin(network, model),
-        figures=figures_table(results),
+        origin=origin(network, model, training.do_train),
+        figures="\n\n".join(filter(None, [figures_table(results), cost_line(results)])),
         scoring=scoring(data),
         data=data_facts(run),
         command=command_line(argv, training.script),
-        training=training_facts(training, results),
+        training=training_facts(training, results) if training.do_train else "Nothing was trained.",
         hardware=hardware(),
         path=path,
         # with lalm installed and imported the flag is not needed; the reader of a card may have neither

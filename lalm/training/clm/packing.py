@@ -132,34 +132,44 @@ class StreamingPackedDataset(IterableDataset):
     within one pass what a resumed run has seen in several, and leave the gradients of a last, incomplete accumulation
     to the first step of the next pass.
 
+    The processes of a run and the workers of their loaders are its readers, each of which gives its share of the
+    blocks: those of documents that it alone reads, or some of those that all of them make.
+
     Args:
-        pieces: called at the start of each pass; returns the pieces of the split.
+        pieces: called at the start of each pass with its number and with (index, count), the share of the rows that a
+            reader wants; returns the pieces.
         max_blocks: a pass is the first blocks only.
+        process: (rank, number of processes).
+        shares_rows: whether readers may share the rows; not if a document has several.
     """
 
     def __init__(
         self,
-        pieces: Callable[[], Iterable[Piece]],
+        pieces: Callable[[int, tuple[int, int]], Iterable[Piece]],
         block_size: int,
         separate_documents: bool = True,
         max_blocks: int | None = None,
+        process: tuple[int, int] = (0, 1),
+        shares_rows: bool = False,
     ):
         self.pieces, self.block_size, self.max_blocks = pieces, block_size, max_blocks
-        self.separate_documents = separate_documents
+        self.separate_documents, self.process, self.shares_rows = separate_documents, process, shares_rows
 
     def _item(self, tokens: np.ndarray, starts: np.ndarray) -> dict:
         scored = ~starts if self.separate_documents else np.ones(len(tokens), dtype=bool)
         scored[0] = False
         return {"input_ids": tokens, "scored": scored, "starts": starts if self.separate_documents else None}
 
-    def one_pass(self) -> Iterator[dict]:
-        """Iterate over the blocks of the text once."""
-        return itertools.islice(self._blocks(), self.max_blocks)
+    def one_pass(self, turn: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[dict]:
+        """Iterate over the blocks of a share of the text once."""
+        index, count = share
+        most = None if self.max_blocks is None else (self.max_blocks - index + count - 1) // count
+        return itertools.islice(self._blocks(turn, share), most)
 
-    def _blocks(self) -> Iterator[dict]:
+    def _blocks(self, turn: int, share: tuple[int, int]) -> Iterator[dict]:
         size = self.block_size
         tokens, starts = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
-        for piece, begins in self.pieces():
+        for piece, begins in self.pieces(turn, share):
             mark = np.zeros(len(piece), dtype=bool)
             mark[0] = begins
             tokens, starts = np.concatenate([tokens, piece]), np.concatenate([starts, mark])
@@ -171,19 +181,22 @@ class StreamingPackedDataset(IterableDataset):
             if last["scored"].any():
                 yield last
 
-    def _passes(self) -> Iterator[dict]:
-        while True:
+    def _passes(self, share: tuple[int, int]) -> Iterator[dict]:
+        for turn in itertools.count():
             block = None
-            for block in self.one_pass():
+            for block in self.one_pass(turn, share):
                 yield block
             if block is None:
-                raise UserError("the train text is too short to score one token; give more text")
+                shared = f" for each of {share[1]} readers (processes x workers)" if share[1] > 1 else ""
+                raise UserError(f"the train text is too short to score one token{shared}; give more text")
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
-        # every worker reads the whole stream and keeps its share
-        share = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return itertools.islice(self._passes(), share[0], None, share[1])
+        (rank, processes), (number, workers) = self.process, (worker.id, worker.num_workers) if worker else (0, 1)
+        share = (rank * workers + number, processes * workers)
+        if self.shares_rows:
+            return self._passes(share)
+        return itertools.islice(self._passes((0, 1)), share[0], None, share[1])
 
 
 @dataclass

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 # characters of a stream that its tokenizer is trained on; a stream may have no end
-STREAM_SAMPLE = 20_000_000
+STREAM_SAMPLE = 5_000_000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -7,15 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from lalm.errors import UserError
 from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.checkpoint_files import Layout, layout_of, read_weights
-from lalm.training.clm.arguments import ClmTrainingArguments
+from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments
+from lalm.training.clm.block_order import BlockOrder
 from lalm.training.clm.gate_log import GateLog
+from lalm.training.clm.packing import StreamingPackedDataset
 from lalm.training.clm.perplexity import TokenMetrics, score_tokens, smoothed_loss
 from lalm.training.divergence import check_figures
 from lalm.training.trainer import RunTrainer
@@ -35,12 +39,16 @@ class ClmTrainer(RunTrainer, Trainer):
     """Trainer for causal language models over the blocks of lalm.training.clm.packing.
 
     Args:
+        data: says the order of the training blocks; default: shuffled.
         write_card: called with the trainer to write README.md; used by `push_to_hub` in place of the stock card.
     """
 
     args: ClmTrainingArguments
 
-    def __init__(self, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs):
+    def __init__(
+        self, data: DataArguments | None = None, write_card: Callable[["ClmTrainer"], None] | None = None, **kwargs
+    ):
+        self.data = data
         kwargs |= {"compute_metrics": TokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
         if smoothing := kwargs["args"].label_smoothing_factor:
             kwargs["compute_loss_func"] = partial(smoothed_loss, smoothing=smoothing)
@@ -55,6 +63,32 @@ class ClmTrainer(RunTrainer, Trainer):
         if self.gate_log and "loss" in logs:
             logs |= self.gate_log.scalars(self.state.global_step, self.args.gate_logging_steps)
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in Trainer, but in the order of a curriculum or a mixture, if the arguments ask for one."""
+        data = self.data
+        if data is None or (data.curriculum == "none" and not data.train_shares):
+            return super()._get_train_sampler(train_dataset)
+        args, ends = self.args, np.cumsum(data.phase_shares or []).tolist()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        batch = args.train_batch_size * args.world_size
+        blocks: Any = self.train_dataset
+        return BlockOrder(blocks, batch, self._place, seed, data.curriculum_cycles, data.train_shares or (), ends)
+
+    def _place(self) -> tuple[int, int]:
+        # a resumed run begins within an epoch, of which the Trainer leaves out what was seen
+        return int((self.state.epoch or 0) + 1e-6), self.state.max_steps * self.args.gradient_accumulation_steps
+
+    def get_train_dataloader(self):
+        """As in Trainer, but each of several processes reads its share of a stream, not of one that reads all."""
+        dataset = self.train_dataset
+        if not isinstance(dataset, StreamingPackedDataset) or self.args.world_size == 1:
+            return super().get_train_dataloader()
+        return DataLoader(
+            dataset, self._train_batch_size, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )  # fmt: skip
 
     def get_eval_dataloader(self, *args, **kwargs):
         """As in Trainer, but --dataloader_drop_last is for the training: a figure is over all blocks."""

@@ -72,6 +72,10 @@ class StsModelArguments:
         "without it; --eval_only takes checkpoints/lam-minilm-l6, or the teacher where that is missing.",
     )
     teacher: str = _option(DEFAULT_TEACHER, "Model to learn from: folder or Hub name of a sentence transformer.")
+    teacher_prompt: str | None = _option(
+        None,
+        "Put before every text that the teacher reads: 'query: ' for E5. Default: its own default prompt, if any.",
+    )
     teacher_bf16: bool = _option(False, "Load the teacher in bfloat16: twice as fast on CPUs that have it.")
     baseline: str | None = _option(
         None, "Second model: its figures and a paired bootstrap interval of the difference are shown."
@@ -179,16 +183,16 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
 
     script: ClassVar[str] = "run_sts.py"
     must_match: ClassVar[tuple[str, ...]] = (
-        "stage", "model_name_or_path", "teacher", "overrides", "ridge_texts", "freeze", "data_dir", "train_file",
-        "train_weights", "nli_file", "qa_file", "paraphrase_file", "triplet_file", "shares", "mine_negatives",
-        "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples", "max_seq_length",
-        "seed",
+        "stage", "model_name_or_path", "teacher", "teacher_prompt", "overrides", "ridge_texts", "freeze", "data_dir",
+        "train_file", "train_weights", "nli_file", "qa_file", "paraphrase_file", "triplet_file", "shares",
+        "mine_negatives", "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples",
+        "max_seq_length", "seed",
     )  # fmt: skip
     changes_training: ClassVar[tuple[str, ...]] = (
         *RunArguments.changes_training, "embedding_weight", "layer_weight", "similarity_weight", "margin_weight",
-        "embedding_metric", "layer_map", "temperature", "margin", "sts_mse_weight", "orthogonal_weight",
-        "retention_weight", "max_batch_tokens", "curriculum", "curriculum_cycles", "early_stopping_patience",
-        "projection_learning_rate",
+        "contrastive_weight", "embedding_metric", "layer_map", "temperature", "margin", "sts_mse_weight",
+        "orthogonal_weight", "retention_weight", "max_batch_tokens", "curriculum", "curriculum_cycles",
+        "early_stopping_patience", "projection_learning_rate",
     )  # fmt: skip
 
     # sentence-transformers' list is older than transformers' own
@@ -214,6 +218,9 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     layer_weight: float | None = _option(None, "Weight of the error of the hidden states.")
     similarity_weight: float | None = _option(None, "Weight of the divergence of the similarities in a batch.")
     margin_weight: float | None = _option(None, "Weight of the contrastive margin between pairs.")
+    contrastive_weight: float = _option(
+        0.0, "Weight of the cross-entropy of finding a text's pair, or its teacher's vector, in the batch."
+    )
     embedding_metric: str | None = _option(None, "Distance to the teacher's vectors: cosine, mse, l2.")
     layer_map: str = _option("uniform", "Which of the teacher's layers are matched: uniform, last, final (only one).")
     temperature: float = _option(0.04, "Temperature of the similarities in a batch.")
@@ -258,7 +265,8 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         self.check_run()
         _check_choices(self)
         names = ("embedding_weight", "layer_weight", "similarity_weight", "margin_weight", "retention_weight")
-        _check_range(self, (*names, "orthogonal_weight", "sts_mse_weight", "early_stopping_patience"), 0)
+        others = ("contrastive_weight", "orthogonal_weight", "sts_mse_weight", "early_stopping_patience")
+        _check_range(self, (*names, *others), 0)
         _check_range(self, ("max_seq_length", "curriculum_cycles"), 1)
         if self.temperature <= 0:
             raise ValueError(f"--temperature is {self.temperature:g}; it must be above 0")
@@ -299,7 +307,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weights of `DistillationLoss`."""
-        names = {"embedding": "embedding", "layers": "layer", "similarity": "similarity", "margin": "margin"}
+        names = {term: term for term in ("embedding", "similarity", "margin", "contrastive")} | {"layers": "layer"}
         return {term: float(getattr(self, f"{name}_weight") or 0) for term, name in names.items()}
 
     @property

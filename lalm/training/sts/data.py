@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
-from lalm.training.record_files import (
+from lalm.training.sts.record_files import (
     RECORD_SUFFIXES,
     Record,
     is_table,

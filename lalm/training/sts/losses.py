@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lalm.errors import UserError
 
-TERMS = ("embedding", "layers", "similarity", "margin")
+TERMS = ("embedding", "layers", "similarity", "margin", "contrastive")
 LAYER_MAPS = ("uniform", "last", "final")
 # texts whose teacher vectors are closer than this are one text: not each other's negatives
 SAME_TEXT = 0.99
@@ -52,6 +52,26 @@ def contrastive_margin(a_BE: Tensor, b_BE: Tensor, margin: float = 0.2, same_BB:
     # a row without negatives costs nothing: relu(margin - 2 - positive) is 0
     negatives = scores.masked_fill(off, -2.0)
     losses = [F.relu(margin - positive + negatives.amax(dim)).mean() for dim in (0, 1)]
+    return torch.stack(losses).mean()
+
+
+def contrastive_cross_entropy(
+    a_BE: Tensor, b_BE: Tensor, same_BB: Tensor | None = None, scale: float = 20.0, smoothing: float = 0.1
+) -> Tensor:
+    """Cross-entropy of finding b_i for a_i among all b by `scale` times the cosine, and the same from b to a.
+
+    InfoNCE in both directions with smoothed labels, as in LAM's stage 1.
+
+    Args:
+        same_BB: True where b_j says the same as a_i and is no negative, besides the diagonal.
+    """
+    scores = scale * F.normalize(a_BE.float(), dim=-1) @ F.normalize(b_BE.float(), dim=-1).T
+    if same_BB is not None:
+        # at the lowest score rather than at minus infinity, which a smoothed label would make infinite
+        other = same_BB & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(other, float(scores.detach().amin()))
+    target = torch.arange(len(scores), device=scores.device)
+    losses = [F.cross_entropy(x, target, label_smoothing=smoothing) for x in (scores, scores.T)]
     return torch.stack(losses).mean()
 
 
@@ -111,6 +131,24 @@ def run_encoder(
     return output["sentence_embedding"], output["all_layer_embeddings"] if with_layers else None
 
 
+def prompt_ids(teacher: SentenceTransformer) -> list[int]:
+    """The tokens of a teacher's default prompt, without special tokens."""
+    prompt = teacher.prompts.get(teacher.default_prompt_name or "") or ""
+    return teacher.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+
+
+def with_prompt(inputs: dict[str, Tensor], prompt: list[int]) -> dict[str, Tensor]:
+    """Insert the tokens of a prompt after the first token of every text, each tensor `[B, T]`."""
+    if not prompt:
+        return inputs
+    fill: dict[str, Any] = {"input_ids": prompt, "attention_mask": 1, "token_type_ids": 0}
+    found = {}
+    for name, value in inputs.items():
+        middle = value.new_tensor(fill[name]).expand(len(value), len(prompt))
+        found[name] = torch.cat([value[:, :1], middle, value[:, 1:]], dim=1)
+    return found
+
+
 def fit_projection(student_NE: Tensor, teacher_NF: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Weight `[F, E]` and bias `[F]` of the ridge regression teacher ~ student: where a projection starts."""
     x, y = student_NE.double(), teacher_NF.double()
@@ -126,9 +164,11 @@ class DistillationLoss(nn.Module):
 
     Terms (each times its weight): `embedding`, sentence-transformers' EmbedDistillLoss; `layers`, the mean of
     `layer_error` over the paired layers; `similarity`, `similarity_kl`; `margin`, `contrastive_margin` between the
-    first two columns. A teacher of another width is met in its own space: linear maps from the student's width, which
-    are trained with the student (LAM's released code computes them without gradients). A map from the teacher's side
-    could shrink its target to nothing.
+    first two columns; `contrastive`, `contrastive_cross_entropy` between them, or between the student's and the
+    teacher's vectors where there is one column. A teacher of another width is met in its own space: linear maps from
+    the student's width, which are trained with the student (LAM's released code computes them without gradients). A
+    map from the teacher's side could shrink its target to nothing. The default prompt of the teacher stands before
+    each of its texts.
 
     Args:
         weights: term -> weight.
@@ -198,6 +238,8 @@ class DistillationLoss(nn.Module):
             terms["similarity"] = similarity_kl(torch.cat(vectors), torch.cat(targets), self.temperature)
         if "margin" in self.weights:
             terms["margin"] = self._margin(vectors, targets)
+        if "contrastive" in self.weights:
+            terms["contrastive"] = self._contrast(vectors, targets)
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     @torch.no_grad()
@@ -207,7 +249,10 @@ class DistillationLoss(nn.Module):
         found = []
         for column in columns:
             inputs = {name: column[name] for name in given if name in column}
-            vectors, states = run_encoder(teacher, inputs, "layers" in self.weights)
+            prompt = prompt_ids(teacher)
+            vectors, states = run_encoder(teacher, with_prompt(inputs, prompt), "layers" in self.weights)
+            if states is not None and prompt:
+                states = tuple(torch.cat([x[:, :1], x[:, 1 + len(prompt) :]], dim=1) for x in states)
             if not torch.isfinite(vectors).all():
                 row = int((~torch.isfinite(vectors)).any(-1).nonzero()[0])
                 text = teacher.tokenizer.decode(column["input_ids"][row], skip_special_tokens=True)
@@ -227,6 +272,17 @@ class DistillationLoss(nn.Module):
             raise ValueError("the term 'margin' needs pairs of texts; set its weight to 0 for single texts")
         first, second = (F.normalize(target.float(), dim=-1) for target in targets[:2])
         return contrastive_margin(vectors[0], vectors[1], self.margin, first @ second.T >= SAME_TEXT)
+
+    def _contrast(self, vectors: list[Tensor], targets: list[Tensor]) -> Tensor:
+        units = [F.normalize(target.float(), dim=-1) for target in targets[:2]]
+        same = units[0] @ units[-1].T >= SAME_TEXT
+        if len(vectors) > 1:
+            return contrastive_cross_entropy(vectors[0], vectors[1], same)
+        projection = None if self.embedding is None else self.embedding.projection
+        ours = vectors[0] if projection is None else projection(vectors[0])
+        if ours.shape[-1] != targets[0].shape[-1]:
+            raise ValueError("the term 'contrastive' needs the term 'embedding' for a teacher of another width")
+        return contrastive_cross_entropy(ours, targets[0], same)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""

@@ -6,15 +6,14 @@ import logging
 import random
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
-from lalm.training.record_files import read_records
 from lalm.training.sts.arguments import MIXTURE, StsDataArguments
 from lalm.training.sts.data import (
     PAIR_NAMES,
@@ -26,6 +25,7 @@ from lalm.training.sts.data import (
     load_texts,
     output_names,
 )
+from lalm.training.sts.record_files import Record, read_records, text_of
 from lalm.training.text_rows import check_file
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ KNOWN_COLUMNS = (
     ("1", "2", "3"),
     ("1", "2"),
 )
+# a query with lists of texts, as FlagEmbedding and others write their training data
+LISTS = ("query", "pos", "neg")
 # columns that tell which pairs belong together; taking all rows would train on the others as well
 LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "score")
 # of the pairs embedded in lalm, those at least this alike stand in for paraphrases
@@ -147,6 +149,37 @@ def choose_columns(names: Collection[str], texts: int, place: str) -> tuple[str,
     return found
 
 
+def lists_of(path: Path, texts: int, flag: str) -> Dataset | None:
+    """Load a file of records with lists of positives and negatives; None if its first record is no such."""
+    first = next(read_records(path, flag), (1, {}))[1]
+    return from_lists(read_records(path, flag), path, texts) if isinstance(first.get("pos"), list) else None
+
+
+def from_lists(records: Iterable[tuple[int, Record]], path: Path, texts: int) -> Dataset:
+    """Make rows of {"query": ..., "pos": [...], "neg": [...]}: one for each positive, with the negatives in turn.
+
+    Args:
+        texts: 3 for anchor, positive, negative; 2 for pairs; 0 for triplets if every record has negatives.
+
+    Raises:
+        UserError: a query or an item of a list is no text, or a record without negatives for 3 texts.
+    """
+    rows: list[dict[str, str]] = []
+    for number, record in records:
+        lists = {name: record.get(name) or [] for name in LISTS[1:]}
+        if not all(isinstance(items, list) for items in lists.values()) or (texts == 3 and not lists["neg"]):
+            raise UserError(f"{path}: row {number}: pos{' and neg' if texts == 3 else ''} must be a list of texts")
+        for index, positive in enumerate(lists["pos"]):
+            cells = {"anchor": record.get("query"), "positive": positive}
+            if lists["neg"] and texts != 2:
+                cells["negative"] = lists["neg"][index % len(lists["neg"])]
+            rows.append({name: text_of(cells, name, path, number) for name in cells})
+    columns = [name for name in PAIR_NAMES if rows and all(name in row for row in rows)]
+    if not columns:
+        raise UserError(f"{path} holds no row with a query and its positives")
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+
+
 def pairs_of(source: Source, texts: int, flag: str, cache_dir: str | None, token: str | None) -> Dataset:
     """Load a source as anchor, positive[, negative].
 
@@ -156,11 +189,16 @@ def pairs_of(source: Source, texts: int, flag: str, cache_dir: str | None, token
     if not source.is_on_hub:
         path = Path(source.name).expanduser()
         columns = source.columns
+        if not columns and (lists := lists_of(path, texts, flag)) is not None:
+            return lists
         if not columns:
             record = next(read_records(path, flag, [name for known in KNOWN_COLUMNS for name in known]), (1, {}))[1]
             columns = choose_columns(list(record), texts, source.name)
         return load_pairs([path], columns, source.where, flag)
     rows = load_from_hub(source.name, flag, cache_dir, token)
+    if not source.columns and set(LISTS[:2]) <= set(rows.column_names):
+        records = ((number, cast(Record, row)) for number, row in enumerate(rows, 1))
+        return from_lists(records, Path(source.name), texts)
     columns = source.columns or choose_columns(rows.column_names, texts, source.name)
     for name in (*columns, *source.where):
         if name not in rows.column_names:

@@ -43,6 +43,7 @@ from lalm.training.sts.losses import (
     WithPenalties,
     backbone,
     fit_projection,
+    prompt_ids,
 )
 from lalm.training.sts.sources import TrainingData
 from lalm.training.sts.teacher import TeacherVectors, default_cache, load_teacher, local_copy, teacher_vectors
@@ -252,10 +253,12 @@ def distillation_stage(
     if live or training.loss_weights["layers"]:
         check_tokenizers(model, teacher)
         positions = positions_of(teacher)
-        if positions and training.max_seq_length > positions:
+        prompt = len(prompt_ids(teacher))
+        if positions and training.max_seq_length + prompt > positions:
+            after = f" after its prompt of {prompt} tokens" if prompt else ""
             raise UserError(
-                f"--max_seq_length {training.max_seq_length} is above the teacher's {positions} positions; lower it, "
-                f"or set --layer_weight 0 and --teacher_vectors cached"
+                f"--max_seq_length {training.max_seq_length} is above the teacher's {positions - prompt} positions"
+                f"{after}; lower it, or set --layer_weight 0 and --teacher_vectors cached"
             )
     rows = found.parts.get("pairs") or Dataset.from_dict({"text": found.texts})
     try:
@@ -349,7 +352,7 @@ def build_stage(arguments: Arguments, found: TrainingData) -> Stage:
     if training.stage != "finetune" or data.mine_negatives:
         teacher = load_teacher(
             model_arguments.teacher, model_arguments.teacher_bf16, device, model_arguments.trust_remote_code,
-            model_arguments.token, model_arguments.cache_dir,
+            model_arguments.token, model_arguments.cache_dir, model_arguments.teacher_prompt,
         )  # fmt: skip
     name = model_arguments.model_name_or_path
     if name:

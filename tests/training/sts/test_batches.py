@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 
-from lalm.training.sts.batches import LengthSampler, MixtureSampler, cut, grow_p2, token_estimates
+from lalm.training.curriculum import grow_p2
+from lalm.training.sts.batches import LengthSampler, MixtureSampler, cut, token_estimates
 
 LENGTHS = np.random.default_rng(0).integers(3, 120, size=1000)
 

@@ -13,6 +13,7 @@ from lalm.training.sts.losses import (
     Retention,
     ScoreLoss,
     WithPenalties,
+    contrastive_cross_entropy,
     contrastive_margin,
     fit_projection,
     layer_error,
@@ -217,3 +218,56 @@ def test_penalties_are_named_and_weighted():
     distillation = DistillationLoss(student, {"similarity": 1.0}, teacher_dim=32)
     terms = WithPenalties(student, distillation, {})(batch(student), torch.randn(4, 2, 32))
     assert list(terms) == ["similarity"]
+
+
+def test_contrastive_cross_entropy_is_its_formula():
+    a, b, total = unit(4, 6), unit(4, 6, seed=1), 0.0
+    scores = 20 * a @ b.T
+    for x in (scores, scores.T):
+        for i in range(4):
+            log_p = [float(x[i, j]) - math.log(sum(math.exp(float(y)) for y in x[i])) for j in range(4)]
+            total -= sum((0.9 * (i == j) + 0.1 / 4) * log_p[j] for j in range(4))
+    assert float(contrastive_cross_entropy(a, b)) == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_a_copy_is_no_negative():
+    a = unit(4, 6)
+    twice = torch.cat([a, a[:1]])
+    same = twice @ twice.T > 0.99
+    assert contrastive_cross_entropy(twice, twice, same) < contrastive_cross_entropy(twice, twice) - 0.05
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_contrastive_term_takes_the_teachers_vectors_for_a_single_column(columns, wide_teacher):
+    student = sts_tiny.student()
+    loss = DistillationLoss(student, {"embedding": 1.0, "contrastive": 0.5}, wide_teacher)
+    features = batch(student, columns=columns)
+    terms = loss(features, None)
+    ours = [run_encoder(student, column, False)[0] for column in features]
+    theirs = [run_encoder(wide_teacher, column, False)[0] for column in features]
+    first, second = (ours[0], ours[1]) if columns == 2 else (loss.embedding.projection(ours[0]), theirs[0])
+    expected = contrastive_cross_entropy(first, second, theirs[0] @ theirs[-1].T >= 0.99)
+    torch.testing.assert_close(terms["contrastive"], 0.5 * expected)
+    if columns == 1:
+        with pytest.raises(ValueError, match="needs the term 'embedding' for a teacher of another width"):
+            DistillationLoss(student, {"contrastive": 0.5}, wide_teacher)(features, None)
+
+
+def test_a_prompt_of_the_teacher(wide_teacher):
+    """Live as by `encode`, which puts the prompt before the text; the hidden states are those of the text's tokens."""
+    student, texts = sts_tiny.student(), sts_tiny.sentences(3)
+    plain = wide_teacher.encode(texts, convert_to_tensor=True)
+    before = wide_teacher.prompts, wide_teacher.default_prompt_name
+    try:
+        wide_teacher.prompts, wide_teacher.default_prompt_name = {"lalm": "a red dog "}, "lalm"
+        loss = DistillationLoss(student, {"embedding": 1.0, "layers": 1.0}, wide_teacher)
+        ((vectors, states),) = loss._teach([student.preprocess(texts)])
+        expected = wide_teacher.encode(texts, convert_to_tensor=True)
+    finally:
+        wide_teacher.prompts, wide_teacher.default_prompt_name = before
+    torch.testing.assert_close(vectors, expected)
+    assert (vectors - plain).abs().max() > 0.01
+    words = wide_teacher.preprocess([f"a red dog {text}" for text in texts])
+    whole = run_encoder(wide_teacher, words, True)[1]
+    for state, found in zip(states, whole, strict=True):
+        torch.testing.assert_close(state[:, 1:], found[:, 4:])

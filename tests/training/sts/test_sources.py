@@ -181,3 +181,24 @@ def test_embedded_pairs_stand_in(embedded, caplog):
     kinds = collect_kinds(data(), embedded, 0, HUB)
     assert set(kinds.parts) == {"sts", "paraphrase"}
     assert "give --qa_file" in caplog.text
+
+
+@pytest.mark.parametrize("texts", [0, 2, 3])
+def test_lists_of_positives_and_negatives(tmp_path, texts):
+    rows = [{"query": "q", "pos": ["p1", "p2", "p3"], "neg": ["n1", "n2"]}, {"query": "r", "pos": ["s"], "neg": ["m"]}]
+    path = write(tmp_path / "lists.jsonl", *map(json.dumps, rows))
+    found = pairs_of(Source(path), texts, "--triplet_file", **HUB)
+    expected = [("q", "p1", "n1"), ("q", "p2", "n2"), ("q", "p3", "n1"), ("r", "s", "m")]
+    names = ("anchor", "positive", "negative")[: texts or 3]
+    assert found.column_names == list(names)
+    assert list(zip(*(found[name] for name in names), strict=True)) == [row[: len(names)] for row in expected]
+
+
+def test_lists_that_are_none(tmp_path):
+    path = write(tmp_path / "lists.jsonl", '{"query": "q", "pos": ["p"]}')
+    assert pairs_of(Source(path), 0, "--nli_file", **HUB).column_names == ["anchor", "positive"]
+    with pytest.raises(UserError, match="row 1: pos and neg must be a list of texts"):
+        pairs_of(Source(path), 3, "--triplet_file", **HUB)
+    path = write(tmp_path / "numbers.jsonl", '{"query": "q", "pos": [7]}')
+    with pytest.raises(UserError, match="row 1, column 'positive': '?7'? is no text"):
+        pairs_of(Source(path), 2, "--qa_file", **HUB)

@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-import run_sts
 from lalm.errors import UserError
 from lalm.training.sts import evaluation as sts_evaluation
 from lalm.training.sts.data import load_stsb
@@ -41,7 +40,7 @@ np.save(out, np.stack([model.encode(texts) for model in models]))
 @pytest.fixture(autouse=True)
 def no_plots(chain, monkeypatch):
     """The runs of `chain` draw theirs; others would spend a third of their time on it."""
-    monkeypatch.setattr(run_sts, "write_loss_curve", lambda *_: None)
+    monkeypatch.setattr("lalm.training.sts.run.write_loss_curve", lambda *_: None)
     monkeypatch.setattr(sts_evaluation, "scatter_plot", lambda *_: None)
 
 
@@ -271,7 +270,7 @@ class Scripted(BaseEvaluator):
 
 
 def test_the_best_checkpoint_is_kept(chain, sts_world, monkeypatch):
-    monkeypatch.setattr(run_sts, "dev_evaluator", lambda *_: Scripted())
+    monkeypatch.setattr("lalm.training.sts.run.dev_evaluator", lambda *_: Scripted())
     flags = ("--learning_rate", "1e-3", "--eval_steps", "2", "--save_total_limit", "2")
     results = sts_world.run("finetune", *flags, output="best")
     folder = sts_world.folder / "best"
