@@ -5206,7 +5206,7 @@ def _bounded_scores_backward(
 class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
-    def __init__(self, q, k, v, g, state, segments, factored):
+    def __init__(self, q, k, g, segments, factored):
         self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
@@ -5220,8 +5220,6 @@ class _Chunks:
             self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
             passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
-        updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
-        self.states, self.final = _scan(updates, self.decay, state)
 
     def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
         total = g.cumsum(-2)
@@ -5235,6 +5233,11 @@ class _Chunks:
             self.q_factor = total.exp()
             self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
             self.bounded = g
+
+    def states(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each chunk and after the last. (torch.export(strict=True) loses what a constructor keeps of
+        a loop without a length.)"""
+        return _scan(_scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v), self.decay, state)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
@@ -5264,12 +5267,12 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[torch.Tensor, _Chunks]:
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
-    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
+    return v_c, _Chunks(q_c, k_c, g_c, segments, factored)
 
 
 def _plain_diagonal_recurrence(ctx, q, k, v, g, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5281,23 +5284,25 @@ class _ChunkDiagonal(torch.autograd.Function):
     def forward(ctx, scale, chunk_size, factored, q, k, v, g, state, segments):
         ctx.save_for_backward(q, k, v, g, state, segments)
         ctx.scale, ctx.plan = scale, (chunk_size, factored)
-        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
+        v_c, chunks = _prepare(q, k, v, g, scale, segments, chunk_size, factored)
+        states, final = chunks.states(v_c, state)
         o = chunks.scores() @ v_c
-        o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
-        return from_chunks(o, q.shape[1]), chunks.final
+        o += chunks.q_reads @ _scale_rows(chunks.edge, states)
+        return from_chunks(o, q.shape[1]), final
 
     @staticmethod
     @differentiable_by(_plain_diagonal_recurrence, constants=3)
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
-        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
-        do = to_chunks(do, ctx.plan[0], q_c.dtype)
+        v_c, chunks = _prepare(q, k, v, g, ctx.scale, segments, *ctx.plan)
+        states, final = chunks.states(v_c, state)
+        do = to_chunks(do, ctx.plan[0], v_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
+        d_reads = do @ _scale_rows(chunks.edge, states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
@@ -5309,10 +5314,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
-            dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
-            dq.addcmul_(d_own, k_c)
-            dk.addcmul_(d_own, q_c)
+            ends = _at_boundaries(states, final, d_state, d_leaving, d_final)
+            dg = _gate_gradient((chunks.q * dq).sub_(chunks.k * dk), ends, g)
+            dq.addcmul_(d_own, chunks.k)
+            dk.addcmul_(d_own, chunks.q)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
@@ -5320,10 +5325,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(states, final, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
-    first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
-    between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
+    first, last = (states[:, :, :1] * d_state[:, :, None]), (final * d_final)[:, :, None]
+    between = states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 
