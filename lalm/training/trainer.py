@@ -176,7 +176,8 @@ class RunTrainer(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._can_read(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # that of sentence-transformers takes no model
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
             return
         model = cast(nn.Module, self.model if model is None else model)
         reads = not self.is_fsdp_enabled or self.is_world_process_zero()
