@@ -277,15 +277,28 @@ def _each(function: Callable, *states: Any) -> Any:
     return None if states[0] is None else function(*states)
 
 
-def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout | None = None) -> None:
-    """Raise ValueError unless q, k are `[B, T, H, K]`, v is `[B, T, H, V]` and the layout is `[B, T]`."""
+def check_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout | None = None,
+    shares_heads: bool = False,
+) -> None:
+    """Raise ValueError unless q, k are `[B, T, H, K]`, v is `[B, T, H, V]` and the layout is `[B, T]`. With
+    `shares_heads`, v may have a multiple of the heads of q."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q, k and v must be [B, T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q [B, T, H, K] = {tuple(q.shape)}, got {tuple(k.shape)}.")
-    if v.shape[:3] != q.shape[:3]:
+    if shares_heads and v.shape[:2] == q.shape[:2] and v.shape[2] != q.shape[2]:
+        if q.shape[2] == 0 or v.shape[2] % q.shape[2]:
+            raise ValueError(
+                f"v must have a multiple of the {q.shape[2]} heads of q, [B, T, H, V] with H % {q.shape[2]} == 0, got "
+                f"{tuple(v.shape)}."
+            )
+    elif v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {tuple(q.shape[:3])}, got {tuple(v.shape)}.")
     if q.shape[1] == 0:
         raise ValueError("q, k and v hold no token (T = 0); pass at least one.")
@@ -406,7 +419,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.lalm")
 
 # -O2 compiles these faster, and they run as fast as with -O3.
-_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2"}
+_LEVELS = {"diagonal": "-O2", "delta_rule": "-O2", "delta_channels": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
@@ -630,6 +643,351 @@ inline void keep_below(float (&x)[TOKENS][TOKENS], int rows) {  // zeros on the 
 
 }  // namespace
 ''',
+    'delta_blocks.h': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+// Blocks of the delta rules: what Python hands over, the states of a head, and the rows of q, k and v that a block reads.
+
+#pragma once
+
+#include <cmath>
+
+#include "blocks.h"
+
+extern "C" {
+
+struct Inputs {
+  const float *q, *k, *v, *decay, *beta, *read, *coupling, *state;
+  const uint8_t *skip, *starts;
+  double scale, eps;  // eps < 0: q and k are taken as they are; else times 1 / sqrt(x . x + eps)
+  int64_t batch, length, heads, key_heads, reverse, threads;
+  int64_t row[3], token[3];  // of q, k and v: numbers from one row of the batch to the next, and from token to token
+};
+
+struct Gradients {
+  float *q, *k, *v;  // [B, T, heads, size], written by the first direction and head of a group, added to by the others
+  float *decay, *beta, *read, *coupling;  // written; null where the input is
+  float* state;                           // in, that of the last state; out, of the first; null where neither counts
+};
+}
+
+namespace {
+
+constexpr int GROUP = 4;  // tokens of a triangular system that are solved one by one
+constexpr int KEYS = rounded(KEY);
+static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
+
+// The largest number of vectors, `wanted` at most, that divides a row of values.
+constexpr int parts_of(int wanted) { return VALUE / LANES % wanted == 0 ? wanted : parts_of(wanted - 1); }
+constexpr int PARTS = parts_of(SUMS / 2 / M ? SUMS / 2 / M : 1);
+
+typedef float Lanes[TOKENS];  // a number for each token
+typedef float Pairs[TOKENS][TOKENS];
+typedef float Keys[TOKENS][KEYS];
+typedef float Values[TOKENS][VALUE];
+
+#define EACH_MEMORY(a) _Pragma("GCC unroll 4") for (int a = 0; a < M; ++a)
+#define EACH_PAIR(a, b) EACH_MEMORY(a) EACH_MEMORY(b)
+#define EACH_TOKENS(g) _Pragma("GCC unroll 4") for (int g = 0; g < TOKENS; g += LANES)
+
+// The memories of a head, or their gradients. Those of an empty one are zeros that nobody has written.
+struct State {
+  alignas(64) float of[M][KEYS * VALUE];
+  bool empty;
+
+  State() {}  // leaves them unwritten
+
+  void load(const float* from) {
+    empty = !from;
+    for (int a = 0; from && a < M; ++a) {
+      std::memcpy(of[a], from + a * KEY * VALUE, KEY * VALUE * sizeof(float));
+      std::memset(of[a] + KEY * VALUE, 0, (KEYS - KEY) * VALUE * sizeof(float));
+    }
+  }
+
+  void store(float* to) const {
+    for (int a = 0; a < M; ++a) {
+      if (empty)
+        std::memset(to + a * KEY * VALUE, 0, KEY * VALUE * sizeof(float));
+      else
+        std::memcpy(to + a * KEY * VALUE, of[a], KEY * VALUE * sizeof(float));
+    }
+  }
+
+  // The memories of `from` mixed: a takes by[a][b] of b.
+  void mix(const State& from, const float (&by)[M][M]) {
+    for (int i = 0; i < KEYS * VALUE; i += LANES) {
+      vec old[M];
+      EACH_MEMORY(b) old[b] = aligned(from.of[b] + i);
+      EACH_MEMORY(a) {
+        vec total = by[a][0] * old[0];
+        for (int b = 1; b < M; ++b) total += by[a][b] * old[b];
+        aligned(of[a] + i) = total;
+      }
+    }
+  }
+
+  // memory a (+)= x^T y, for x [count, KEYS] and y [count, VALUE]
+  void write(int a, const Keys& x, const Values& y, int count, bool adds) {
+    adds ? multiply<VALUE, 1, KEYS, WHOLE, true>(of[a], x[0], y[0], KEYS, count)
+         : multiply<VALUE, 1, KEYS>(of[a], x[0], y[0], KEYS, count);
+  }
+};
+
+struct Block {
+  int64_t first;  // of the tokens of a row
+  int count;
+  bool fresh;  // begins from an empty state
+};
+
+std::vector<Block> blocks_of(const Tokens& tokens) {
+  std::vector<Block> blocks;
+  for (int64_t s = 0; s < tokens.count(); ++s) {
+    if (tokens.begins[s] || blocks.empty() || blocks.back().count == TOKENS)
+      blocks.push_back({s, 0, bool(tokens.begins[s])});
+    ++blocks.back().count;
+  }
+  return blocks;
+}
+
+struct Unit {
+  alignas(64) Pairs at = {};
+  constexpr Unit() {
+    for (int i = 0; i < TOKENS; ++i) at[i][i] = 1;
+  }
+};
+constexpr Unit unit;
+
+// PARTS vectors of a row of values.
+struct Row {
+  vec part[PARTS];
+
+  static Row at(const float* x) {
+    Row row;
+    EACH_PART(p) row.part[p] = unaligned(x + p * LANES);
+    return row;
+  }
+  void store(float* x) const { EACH_PART(p) unaligned(x + p * LANES) = part[p]; }
+  void scale(float a) { EACH_PART(p) part[p] *= a; }
+  void add(float a, const Row& x) { EACH_PART(p) part[p] += a * x.part[p]; }
+  vec dot(const Row& x) const {  // still to be summed over the lanes
+    vec total = part[0] * x.part[0];
+    for (int p = 1; p < PARTS; ++p) total += part[p] * x.part[p];
+    return total;
+  }
+};
+
+inline vec dot(const float* x, const float* y) {  // of VALUE numbers, still to be summed over the lanes
+  vec total = {};
+  for (int c = 0; c < VALUE; c += LANES) total += aligned(x + c) * aligned(y + c);
+  return total;
+}
+
+// The sums over the lanes of a register for each token.
+inline void sum_each(const vec (&x)[TOKENS], Lanes& to) {
+  EACH_TOKENS(g) aligned(to + g) = sums_of<LANES>(x + g);
+}
+
+// Where the rows of a block lie, with q and k as the rule takes them. `heads / key_heads` heads of values in a row share
+// one of keys. Rows of tokens that a short block lacks hold what was there before: no sum reads them.
+struct Rows {
+  int count;
+  int64_t at[TOKENS], key_at[TOKENS];  // in [B, T, heads] and [B, T, key_heads]
+  const float* values[TOKENS];
+  bool adds;  // to gradients of q and k: another head or direction has written them
+  alignas(64) Keys q, k;
+  Lanes q_inverse, k_inverse;  // of the norms
+
+  void load_rows(const Inputs& x, const Tokens& tokens, const Block& block, int64_t head) {
+    count = block.count;
+    const int64_t shared = x.heads / x.key_heads, key_head = head / shared;
+    adds = x.reverse || head % shared;
+    for (int t = 0; t < count; ++t) {
+      const int64_t n = tokens.at[block.first + t], row = n / x.length, token = n - row * x.length;
+      at[t] = n * x.heads + head;
+      key_at[t] = n * x.key_heads + key_head;
+      values[t] = x.v + row * x.row[2] + token * x.token[2] + head * VALUE;
+      q_inverse[t] = load_key(q[t], x.q + row * x.row[0] + token * x.token[0] + key_head * KEY, x.eps, x.scale);
+      k_inverse[t] = load_key(k[t], x.k + row * x.row[1] + token * x.token[1] + key_head * KEY, x.eps, 1);
+    }
+  }
+
+  // Gradients of the rows as the rule takes them -> of those that were given.
+  void hand_in_keys(const Inputs& x, const Gradients& d, Keys& d_q, Keys& d_k) const {
+    for (int t = 0; t < count; ++t) {
+      hand_in_key(d.q + key_at[t] * KEY, d_q[t], q[t], q_inverse[t], x.eps, x.scale);
+      hand_in_key(d.k + key_at[t] * KEY, d_k[t], k[t], k_inverse[t], x.eps, 1);
+    }
+  }
+
+ private:
+  static float load_key(float* to, const float* from, double eps, double scale) {
+    vec total = {};
+    for (int g = 0; g < KEYS; g += LANES) {
+      const vec part = part_of<KEY>(from, g);
+      aligned(to + g) = part;
+      total += part * part;
+    }
+    const float inverse = eps < 0 ? 1 : 1 / std::sqrt(sum(total) + float(eps));
+    for (int g = 0; g < KEYS; g += LANES) aligned(to + g) *= float(scale) * inverse;
+    return inverse;
+  }
+
+  // y = x / |x| has the gradient (dy - y (y . dy)) / |x|; `taken` is scale y.
+  void hand_in_key(float* to, const float* d, const float* taken, float inverse, double eps, double scale) const {
+    vec total = {};
+    for (int g = 0; eps >= 0 && g < KEYS; g += LANES) total += aligned(taken + g) * aligned(d + g);
+    const float along = sum(total) / float(scale);
+    for (int g = 0; g < KEYS; g += LANES) {
+      vec part = float(scale) * aligned(d + g);
+      if (eps >= 0) part = inverse * (part - along * aligned(taken + g));
+      adds ? add_to<KEY>(to, g, part) : write_to<KEY>(to, g, part);
+    }
+  }
+};
+
+template <int SIZE>
+inline void hand_in_row(float* to, const float* x, bool adds) {
+  for (int c = 0; c < SIZE; c += LANES)
+    adds ? add_to<SIZE>(to, c, aligned(x + c)) : write_to<SIZE>(to, c, aligned(x + c));
+}
+
+}  // namespace
+''',
+    'delta_driver.h': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+// The passes over the blocks of a row, forward and backward, for a `Workspace` and a `Backward` that a kernel defines.
+
+#pragma once
+
+namespace {
+
+// Some heads of a row, block by block, and a state of each.
+struct Task {
+  const Inputs& x;
+  Group group;
+  const Tokens tokens;
+  const std::vector<Block> blocks;
+  std::vector<State>& states;
+
+  Task(const Inputs& x, const Groups& groups, int64_t index, std::vector<State>& held)
+      : x(x),
+        group(groups, index),
+        tokens(group.row, x.length, x.skip, x.starts, x.reverse),
+        blocks(blocks_of(tokens)),
+        states(held) {
+    const int64_t shared = x.heads / x.key_heads;
+    group.begin *= shared, group.end *= shared;
+    if (states.size() < size_t(groups.size * shared)) states.resize(groups.size * shared);
+  }
+
+  // Groups of heads of keys, each with all the values that it serves: one task adds up the gradients of a key.
+  static Groups groups_of(const Inputs& x) {
+    return {x.batch, x.key_heads, x.threads, int64_t(sizeof(State)) * (x.heads / x.key_heads)};
+  }
+
+  State& state(int64_t head) const { return states[head - group.begin]; }
+  int64_t segment(size_t i) const { return blocks[i].first / SEGMENT; }
+
+  // The end of the segment that begins with block i.
+  size_t end(size_t i) const {
+    const int64_t here = segment(i);
+    while (i < blocks.size() && segment(i) == here) ++i;
+    return i;
+  }
+
+  // Where a head's state lies in [B, H, M, KEY, VALUE], and the one that enters a segment in `kept`.
+  int64_t place(int64_t head) const { return (group.row * x.heads + head) * M * KEY * VALUE; }
+  int64_t kept_place(int64_t head, int64_t segment) const {
+    return place(head) * ((x.length - 1) / SEGMENT) + (segment - 1) * M * KEY * VALUE;
+  }
+};
+
+thread_local Backward work;
+thread_local std::vector<State> held, entering;
+
+#define EACH_HEAD(head) for (int64_t head = task.group.begin; head < task.group.end; ++head)
+
+}  // namespace
+
+extern "C" {
+
+// Writes the reads to o, adds them where it reads backwards, and writes, if not null, the last states to final_state
+// and those that enter segments to kept [B, H, (T - 1) / SEGMENT, M, KEY, VALUE].
+void forward(const Inputs* in, float* o, float* final_state, float* kept) {
+  const Inputs x = *in;
+  const Groups groups = Task::groups_of(x);
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Workspace& w = work;
+    const Task task(x, groups, index, held);
+    EACH_HEAD(head) task.state(head).load(x.state ? x.state + task.place(head) : nullptr);
+    for (size_t first = 0, end; first < task.blocks.size(); first = end) {
+      end = task.end(first);
+      EACH_HEAD(head) {
+        State& state = task.state(head);
+        if (kept && first) state.store(kept + task.kept_place(head, task.segment(first)));
+        for (size_t i = first; i < end; ++i) {
+          state.empty |= task.blocks[i].fresh;
+          w.load(x, task.tokens, task.blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(state);
+          w.output(x, state, o);
+          if (final_state || i + 1 < task.blocks.size()) w.advance(state, state);
+        }
+      }
+    }
+    if (final_state) EACH_HEAD(head) {
+      task.state(head).empty |= task.tokens.ends_empty;
+      task.state(head).store(final_state + task.place(head));
+    }
+  }
+}
+
+void backward(const Inputs* in, const float* d_o, const float* kept, const Gradients* out) {
+  const Inputs x = *in;
+  const Gradients d = *out;
+  const Groups groups = Task::groups_of(x);
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+  for (int64_t index = 0; index < groups.total; ++index) {
+    Backward& w = work;
+    const Task task(x, groups, index, held);
+    std::vector<size_t> boundaries = {0};  // of segments, in blocks
+    while (boundaries.back() < task.blocks.size()) boundaries.push_back(task.end(boundaries.back()));
+    EACH_HEAD(head) {
+      task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
+      task.state(head).empty |= task.tokens.ends_empty;
+    }
+    for (size_t s = boundaries.size() - 1; s-- > 0;) {
+      const size_t count = boundaries[s + 1] - boundaries[s];
+      const Block* const blocks = &task.blocks[boundaries[s]];
+      if (entering.size() < count) entering.resize(count);
+      EACH_HEAD(head) {
+        if (s)
+          entering[0].load(kept + task.kept_place(head, task.segment(boundaries[s])));
+        else
+          entering[0].load(x.state ? x.state + task.place(head) : nullptr);
+        for (size_t i = 0; i < count; ++i) {
+          entering[i].empty |= blocks[i].fresh;
+          if (i + 1 == count) break;
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.solve(entering[i]);
+          w.advance(entering[i], entering[i + 1]);
+        }
+        for (size_t i = count; i-- > 0;) {
+          w.load(x, task.tokens, blocks[i], head);
+          w.relate();
+          w.look();
+          w.solve(entering[i]);
+          w.retreat(x, d_o, d, entering[i], task.state(head));
+        }
+      }
+    }
+    if (d.state) EACH_HEAD(head) task.state(head).store(d.state + task.place(head));
+  }
+}
+
+}  // extern "C"
+''',
     'delta_rule.cpp': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 // The delta rule with M coupled memories (dual_state.py; one memory is that of delta_rule.py) in blocks of at most 16
 // tokens, for one CPU core per head. dual_state.py has the formulas of its chunk form, docs/derivations/lam.md those of
@@ -667,8 +1025,6 @@ struct Backward : Workspace {
     follow_steps(before, grad);
     for (int t = 0; t < count; ++t) {
       const int64_t n = at[t];
-      hand_in_row<KEY>(d.q + n * KEY, d_q[t], x.reverse, float(x.scale));
-      hand_in_row<KEY>(d.k + n * KEY, d_k[t], x.reverse);
       EACH_MEMORY(a) {
         d.beta[n * M + a] = d_beta[a][t];
         if (d.decay) d.decay[n * M + a] = d_decay[a][t];
@@ -676,6 +1032,7 @@ struct Backward : Workspace {
         if (d.coupling) EACH_MEMORY(b) d.coupling[(n * M + a) * M + b] = d_coupling[a][b][t];
       }
     }
+    hand_in_keys(x, d, d_q, d_k);
     leave(before, grad);
   }
 
@@ -904,273 +1261,21 @@ struct Backward : Workspace {
   }
 };
 
-// Some heads of a row, block by block, and a state of each.
-struct Task {
-  const Inputs& x;
-  const Group group;
-  const Tokens tokens;
-  const std::vector<Block> blocks;
-  std::vector<State>& states;
-
-  Task(const Inputs& x, const Groups& groups, int64_t index, std::vector<State>& held)
-      : x(x),
-        group(groups, index),
-        tokens(group.row, x.length, x.skip, x.starts, x.reverse),
-        blocks(blocks_of(tokens)),
-        states(held) {
-    if (states.size() < size_t(groups.size)) states.resize(groups.size);
-  }
-
-  State& state(int64_t head) const { return states[head - group.begin]; }
-  int64_t segment(size_t i) const { return blocks[i].first / SEGMENT; }
-
-  // The end of the segment that begins with block i.
-  size_t end(size_t i) const {
-    const int64_t here = segment(i);
-    while (i < blocks.size() && segment(i) == here) ++i;
-    return i;
-  }
-
-  // Where a head's state lies in [B, H, M, KEY, VALUE], and the one that enters a segment in `kept`.
-  int64_t place(int64_t head) const { return (group.row * x.heads + head) * M * KEY * VALUE; }
-  int64_t kept_place(int64_t head, int64_t segment) const {
-    return place(head) * ((x.length - 1) / SEGMENT) + (segment - 1) * M * KEY * VALUE;
-  }
-};
-
-thread_local Backward work;
-thread_local std::vector<State> held, entering;
-
-#define EACH_HEAD(head) for (int64_t head = task.group.begin; head < task.group.end; ++head)
-
 }  // namespace
 
-extern "C" {
-
-// Writes the reads to o, adds them where it reads backwards, and writes, if not null, the last states to final_state
-// and those that enter segments to kept [B, H, (T - 1) / SEGMENT, M, KEY, VALUE].
-void forward(const Inputs* in, float* o, float* final_state, float* kept) {
-  const Inputs x = *in;
-  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
-#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t index = 0; index < groups.total; ++index) {
-    Workspace& w = work;
-    const Task task(x, groups, index, held);
-    EACH_HEAD(head) task.state(head).load(x.state ? x.state + task.place(head) : nullptr);
-    for (size_t first = 0, end; first < task.blocks.size(); first = end) {
-      end = task.end(first);
-      EACH_HEAD(head) {
-        State& state = task.state(head);
-        if (kept && first) state.store(kept + task.kept_place(head, task.segment(first)));
-        for (size_t i = first; i < end; ++i) {
-          state.empty |= task.blocks[i].fresh;
-          w.load(x, task.tokens, task.blocks[i], head);
-          w.relate();
-          w.look();
-          w.solve(x, state);
-          w.output(x, state, o);
-          if (final_state || i + 1 < task.blocks.size()) w.advance(state, state);
-        }
-      }
-    }
-    if (final_state) EACH_HEAD(head) {
-      task.state(head).empty |= task.tokens.ends_empty;
-      task.state(head).store(final_state + task.place(head));
-    }
-  }
-}
-
-void backward(const Inputs* in, const float* d_o, const float* kept, const Gradients* out) {
-  const Inputs x = *in;
-  const Gradients d = *out;
-  const Groups groups(x.batch, x.heads, x.threads, sizeof(State));
-#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
-  for (int64_t index = 0; index < groups.total; ++index) {
-    Backward& w = work;
-    const Task task(x, groups, index, held);
-    std::vector<size_t> boundaries = {0};  // of segments, in blocks
-    while (boundaries.back() < task.blocks.size()) boundaries.push_back(task.end(boundaries.back()));
-    EACH_HEAD(head) {
-      task.state(head).load(d.state ? d.state + task.place(head) : nullptr);
-      task.state(head).empty |= task.tokens.ends_empty;
-    }
-    for (size_t s = boundaries.size() - 1; s-- > 0;) {
-      const size_t count = boundaries[s + 1] - boundaries[s];
-      const Block* const blocks = &task.blocks[boundaries[s]];
-      if (entering.size() < count) entering.resize(count);
-      EACH_HEAD(head) {
-        if (s)
-          entering[0].load(kept + task.kept_place(head, task.segment(boundaries[s])));
-        else
-          entering[0].load(x.state ? x.state + task.place(head) : nullptr);
-        for (size_t i = 0; i < count; ++i) {
-          entering[i].empty |= blocks[i].fresh;
-          if (i + 1 == count) break;
-          w.load(x, task.tokens, blocks[i], head);
-          w.relate();
-          w.solve(x, entering[i]);
-          w.advance(entering[i], entering[i + 1]);
-        }
-        for (size_t i = count; i-- > 0;) {
-          w.load(x, task.tokens, blocks[i], head);
-          w.relate();
-          w.look();
-          w.solve(x, entering[i]);
-          w.retreat(x, d_o, d, entering[i], task.state(head));
-        }
-      }
-    }
-    if (d.state) EACH_HEAD(head) task.state(head).store(d.state + task.place(head));
-  }
-}
-
-}  // extern "C"
+#include "delta_driver.h"
 ''',
     'delta_rule.h': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// A block of the delta rule: what delta_rule.cpp reads and writes, token by token and with the states.
+// A block of the delta rule with M coupled memories: what delta_rule.cpp reads and writes, with the states.
 
 #pragma once
 
-#include "blocks.h"
-
-extern "C" {
-
-struct Inputs {
-  const float *q, *k, *v, *decay, *beta, *read, *coupling, *state;
-  const uint8_t *skip, *starts;
-  double scale;
-  int64_t batch, length, heads, reverse, threads;
-};
-
-struct Gradients {
-  float *q, *k, *v;                       // written by the first direction, added to by the second
-  float *decay, *beta, *read, *coupling;  // written; null where the input is
-  float* state;                           // in, that of the last state; out, of the first; null where neither counts
-};
-}
+#include "delta_blocks.h"
 
 namespace {
 
-constexpr int GROUP = 4;  // tokens of a triangular system that are solved one by one
-constexpr int KEYS = rounded(KEY);
-static_assert(VALUE % LANES == 0 && VALUE > 0, "VALUE must be whole registers");
-
-// The largest number of vectors, `wanted` at most, that divides a row of values.
-constexpr int parts_of(int wanted) { return VALUE / LANES % wanted == 0 ? wanted : parts_of(wanted - 1); }
-constexpr int PARTS = parts_of(SUMS / 2 / M ? SUMS / 2 / M : 1);
-
-typedef float Lanes[TOKENS];  // a number for each token
-typedef float Pairs[TOKENS][TOKENS];
-typedef float Keys[TOKENS][KEYS];
-typedef float Values[TOKENS][VALUE];
-
-#define EACH_MEMORY(a) _Pragma("GCC unroll 4") for (int a = 0; a < M; ++a)
-#define EACH_PAIR(a, b) EACH_MEMORY(a) EACH_MEMORY(b)
-#define EACH_TOKENS(g) _Pragma("GCC unroll 4") for (int g = 0; g < TOKENS; g += LANES)
-
-// The memories of a head, or their gradients. Those of an empty one are zeros that nobody has written.
-struct State {
-  alignas(64) float of[M][KEYS * VALUE];
-  bool empty;
-
-  State() {}  // leaves them unwritten
-
-  void load(const float* from) {
-    empty = !from;
-    for (int a = 0; from && a < M; ++a) {
-      std::memcpy(of[a], from + a * KEY * VALUE, KEY * VALUE * sizeof(float));
-      std::memset(of[a] + KEY * VALUE, 0, (KEYS - KEY) * VALUE * sizeof(float));
-    }
-  }
-
-  void store(float* to) const {
-    for (int a = 0; a < M; ++a) {
-      if (empty)
-        std::memset(to + a * KEY * VALUE, 0, KEY * VALUE * sizeof(float));
-      else
-        std::memcpy(to + a * KEY * VALUE, of[a], KEY * VALUE * sizeof(float));
-    }
-  }
-
-  // The memories of `from` mixed: a takes by[a][b] of b.
-  void mix(const State& from, const float (&by)[M][M]) {
-    for (int i = 0; i < KEYS * VALUE; i += LANES) {
-      vec old[M];
-      EACH_MEMORY(b) old[b] = aligned(from.of[b] + i);
-      EACH_MEMORY(a) {
-        vec total = by[a][0] * old[0];
-        for (int b = 1; b < M; ++b) total += by[a][b] * old[b];
-        aligned(of[a] + i) = total;
-      }
-    }
-  }
-
-  // memory a (+)= x^T y, for x [count, KEYS] and y [count, VALUE]
-  void write(int a, const Keys& x, const Values& y, int count, bool adds) {
-    adds ? multiply<VALUE, 1, KEYS, WHOLE, true>(of[a], x[0], y[0], KEYS, count)
-         : multiply<VALUE, 1, KEYS>(of[a], x[0], y[0], KEYS, count);
-  }
-};
-
-struct Block {
-  int64_t first;  // of the tokens of a row
-  int count;
-  bool fresh;  // begins from an empty state
-};
-
-std::vector<Block> blocks_of(const Tokens& tokens) {
-  std::vector<Block> blocks;
-  for (int64_t s = 0; s < tokens.count(); ++s) {
-    if (tokens.begins[s] || blocks.empty() || blocks.back().count == TOKENS)
-      blocks.push_back({s, 0, bool(tokens.begins[s])});
-    ++blocks.back().count;
-  }
-  return blocks;
-}
-
-struct Unit {
-  alignas(64) Pairs at = {};
-  constexpr Unit() {
-    for (int i = 0; i < TOKENS; ++i) at[i][i] = 1;
-  }
-};
-constexpr Unit unit;
-
-// PARTS vectors of a row of values.
-struct Row {
-  vec part[PARTS];
-
-  static Row at(const float* x) {
-    Row row;
-    EACH_PART(p) row.part[p] = unaligned(x + p * LANES);
-    return row;
-  }
-  void store(float* x) const { EACH_PART(p) unaligned(x + p * LANES) = part[p]; }
-  void scale(float a) { EACH_PART(p) part[p] *= a; }
-  void add(float a, const Row& x) { EACH_PART(p) part[p] += a * x.part[p]; }
-  vec dot(const Row& x) const {  // still to be summed over the lanes
-    vec total = part[0] * x.part[0];
-    for (int p = 1; p < PARTS; ++p) total += part[p] * x.part[p];
-    return total;
-  }
-};
-
-inline vec dot(const float* x, const float* y) {  // of VALUE numbers, still to be summed over the lanes
-  vec total = {};
-  for (int c = 0; c < VALUE; c += LANES) total += aligned(x + c) * aligned(y + c);
-  return total;
-}
-
-// The sums over the lanes of a register for each token.
-inline void sum_each(const vec (&x)[TOKENS], Lanes& to) {
-  EACH_TOKENS(g) aligned(to + g) = sums_of<LANES>(x + g);
-}
-
-// A block as it is read. Rows of tokens that a short one lacks hold what was there before: no sum reads them.
-struct Workspace {
-  int count;
-  int64_t at[TOKENS];  // in [B, T, H]
-  alignas(64) Keys q, k, scaled;
+struct Workspace : Rows {
+  alignas(64) Keys scaled;
   float across[KEYS][TOKENS];                                    // of k
   Lanes decay[M], beta[M], read[M], coupling[M][M], step[M][M];  // step: B
   Lanes rho[M], since[M][M], seen[M], leaving[M][M];             // since: P, seen: rho^T P, leaving: C_last N_last,j
@@ -1180,13 +1285,9 @@ struct Workspace {
   float last[M][M];  // C_last P_last
 
   void load(const Inputs& x, const Tokens& tokens, const Block& block, int64_t head) {
-    count = block.count;
+    load_rows(x, tokens, block, head);
     for (int t = 0; t < count; ++t) {
-      const int64_t n = at[t] = tokens.at[block.first + t] * x.heads + head;
-      for (int g = 0; g < KEYS; g += LANES) {
-        aligned(q[t] + g) = float(x.scale) * part_of<KEY>(x.q + n * KEY, g);
-        aligned(k[t] + g) = part_of<KEY>(x.k + n * KEY, g);
-      }
+      const int64_t n = at[t];
       EACH_MEMORY(a) {
         decay[a][t] = x.decay ? x.decay[n * M + a] : 1;
         beta[a][t] = x.beta[n * M + a];
@@ -1259,13 +1360,13 @@ struct Workspace {
   }
 
   // errors = v - S^T k behind the decay and the writes before, updates = beta errors; four tokens at a time
-  void solve(const Inputs& x, const State& state) {
+  void solve(const State& state) {
     const bool finds = DELTA && !state.empty;
     for (int b = 0; finds && b < M; ++b) multiply<VALUE, KEYS, 1>(found[b][0], k[0], state.of[b], count, KEY);
     for (int t = 0; t < count; ++t)
       for (int c = 0; c < VALUE; c += LANES) {
         vec total[M];
-        EACH_MEMORY(a) total[a] = unaligned(x.v + at[t] * VALUE + c);
+        EACH_MEMORY(a) total[a] = unaligned(values[t] + c);
         for (int b = 0; finds && b < M; ++b) EACH_MEMORY(a) total[a] -= since[a][b][t] * aligned(found[b][t] + c);
         EACH_MEMORY(a) aligned(errors[a][t] + c) = total[a];
       }
@@ -1319,12 +1420,6 @@ struct Workspace {
       multiply<VALUE, KEYS, 1, WHOLE, true>(o[0], scaled[0], state.of[b], count, KEY);
     }
     for (int t = 0; t < count; ++t) hand_in_row<VALUE>(to + at[t] * VALUE, o[t], x.reverse);
-  }
-
-  template <int SIZE>
-  static void hand_in_row(float* to, const float* x, bool adds, float scale = 1) {
-    for (int c = 0; c < SIZE; c += LANES)
-      adds ? add_to<SIZE>(to, c, aligned(x + c), scale) : write_to<SIZE>(to, c, scale * aligned(x + c));
   }
 };
 
@@ -2372,7 +2467,8 @@ void backward(const Inputs* inputs, const float* rstd, const float* dy, float* d
 }  // extern "C"
 ''',
     'short_conv.cpp': r'''// Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-// Depthwise convolution along the real tokens of each document, x and y [B, T, D], weight and its gradient [D, WIDTH].
+// Depthwise convolution along the real tokens of each document, y [B, T, D], weight and its gradient [D, WIDTH], bias
+// [D] (may be null). x is [B, T, D] with `row` numbers from one row of the batch to the next and `token` between tokens.
 // Compiled for one WIDTH, for BEFORE earlier tokens in a window, and for SILU (1 ends in a SiLU).
 // skip and documents [B, T] may be null; a token with skip != 0 is padding, and its y and dx stay as they are.
 
@@ -2385,22 +2481,24 @@ namespace {
 constexpr int64_t BLOCK = 512;  // the most channels that one task takes through all rows
 
 struct Inputs {
-  const float *x, *weight;
+  const float *x, *weight, *bias;
   const uint8_t* skip;
   const int64_t* documents;
-  int64_t batch, length, channels, threads;
+  int64_t batch, length, channels, threads, row, token;
 };
 
 alignas(64) const float ZEROS[BLOCK] = {};
 
 // The tokens of a row that are no padding, each with its document.
 struct Row {
-  std::vector<int64_t> at, document;
+  std::vector<int64_t> at, place, document;  // in [B, T] and where it begins in x
 
   Row(const Inputs& in, int64_t b) {
-    for (int64_t t = b * in.length; t < (b + 1) * in.length; ++t) {
+    for (int64_t s = 0; s < in.length; ++s) {
+      const int64_t t = b * in.length + s;
       if (in.skip && in.skip[t]) continue;
       at.push_back(t);
+      place.push_back(b * in.row + s * in.token);
       document.push_back(in.documents ? in.documents[t] : 0);
     }
   }
@@ -2413,17 +2511,18 @@ struct Row {
 void window(const Inputs& in, const Row& row, int64_t i, int64_t first, const float* (&seen)[WIDTH]) {
   for (int o = 0; o < WIDTH; ++o) {
     const int64_t j = i + o - BEFORE;
-    seen[o] = row.together(i, j) ? in.x + row.at[j] * in.channels + first : ZEROS;
+    seen[o] = row.together(i, j) ? in.x + row.place[j] + first : ZEROS;
   }
 }
 
 // What belongs to each channel of a block, in WIDTH rows.
 struct Weights {
-  alignas(64) float rows[WIDTH][BLOCK] = {};
+  alignas(64) float rows[WIDTH][BLOCK] = {}, bias[BLOCK] = {};
 
   void load(const Inputs& in, int64_t first, int64_t size) {
     for (int64_t c = 0; c < size; ++c)
       for (int o = 0; o < WIDTH; ++o) rows[o][c] = in.weight[(first + c) * WIDTH + o];
+    if (in.bias) std::memcpy(bias, in.bias + first, size * sizeof(float));
   }
 };
 
@@ -2440,10 +2539,11 @@ struct Learning {
   const float* later[WIDTH];
 };
 
-// y = sum_o weights[o] rows[o]
-inline void weigh(const Weights& weights, const float* const (&rows)[WIDTH], int64_t size, float* __restrict__ y) {
+// y = first + sum_o weights[o] rows[o]
+inline void weigh(const Weights& weights, const float* first, const float* const (&rows)[WIDTH], int64_t size,
+                  float* __restrict__ y) {
   for (int64_t c = 0; c < size; ++c) {
-    float total = 0;
+    float total = first[c];
     for (int o = 0; o < WIDTH; ++o) total += weights.rows[o][c] * rows[o][c];
     y[c] = total;
   }
@@ -2473,7 +2573,7 @@ void forward(const Inputs* inputs, float* y) {
       for (int64_t i = 0; i < row.count(); ++i) {
         window(in, row, i, first, seen);
         float* to = y + row.at[i] * in.channels + first;
-        weigh(weights, seen, size, SILU ? sums : to);
+        weigh(weights, weights.bias, seen, size, SILU ? sums : to);
         if (!SILU) continue;
         for (int64_t c = 0; c < size; c += LANES) {
           vec& s = *reinterpret_cast<vec*>(sums + c);
@@ -2485,8 +2585,8 @@ void forward(const Inputs* inputs, float* y) {
   }
 }
 
-// Writes dx and d_weight. A token's dx is ready when the last window that sees it has its gradient.
-void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight) {
+// Writes dx [B, T, D], d_weight and, if not null, d_bias. A token's dx is ready when the last window that sees it has its gradient.
+void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight, float* d_bias) {
   const Inputs in = *inputs;
   const int64_t block = block_of(in);
   constexpr int AFTER = WIDTH - 1 - BEFORE;
@@ -2504,7 +2604,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           float* const grad = grads[i % WIDTH];
           window(in, row, i, first, seen);
           if (SILU) {
-            weigh(weights, seen, size, grad);
+            weigh(weights, weights.bias, seen, size, grad);
             for (int64_t c = 0; c < size; c += LANES) {
               vec& s = *reinterpret_cast<vec*>(grad + c);
               const vec open = sigmoid(s);
@@ -2518,6 +2618,7 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
             float* __restrict__ to = slopes.rows[o];
             for (int64_t c = 0; c < size; ++c) to[c] += seen[o][c] * grad[c];
           }
+          for (int64_t c = 0; d_bias && c < size; ++c) slopes.bias[c] += grad[c];
         }
         const int64_t j = i - BEFORE;
         if (j < 0 || j >= row.count()) continue;
@@ -2525,11 +2626,12 @@ void backward(const Inputs* inputs, const float* dy, float* dx, float* d_weight)
           const int64_t n = j + BEFORE - o;  // sees j at its place o
           later[o] = n >= j - AFTER && row.together(j, n) ? grads[n % WIDTH] : ZEROS;
         }
-        weigh(weights, later, size, dx + row.at[j] * in.channels + first);
+        weigh(weights, ZEROS, later, size, dx + row.at[j] * in.channels + first);
       }
     }
     for (int64_t c = 0; c < size; ++c)
       for (int o = 0; o < WIDTH; ++o) d_weight[(first + c) * WIDTH + o] = slopes.rows[o][c];
+    if (d_bias) std::memcpy(d_bias + first, slopes.bias, size * sizeof(float));
   }
 }
 
@@ -3280,10 +3382,10 @@ def activation_kernel(
     return _elementwise("activation", x, factor, ACT=number, GATED=int(factor is not None))
 
 
-def short_conv_kernel(parts, weight: torch.Tensor, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]`, None for plain torch."""
+def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
+    """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`, None for plain torch."""
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
-    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, *parts, **sizes)
+    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
 def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:
@@ -3527,8 +3629,8 @@ from torch.nn import functional as F
 
 class _Inputs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "skip", "documents")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "skip", "documents")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads", "row", "token")),
     ]
 
 
@@ -3539,6 +3641,7 @@ def plain_short_conv(
     activation: bool,
     layout: SequenceLayout,
     state: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolve `x [B, T, D]` after `state [B, before, D]`, or after nothing; the other arguments are those of
     `cpp_short_conv`. Returns `[B, T, D]`, 0 on padding, and the next state of a causal convolution."""
@@ -3558,49 +3661,65 @@ def plain_short_conv(
         if segments is not None:
             neighbour = neighbour.masked_fill((own != segments[:, offset : offset + length])[..., None], 0)
         y = torch.addcmul(y, neighbour, weight[:, offset])
+    y = y if bias is None else y + bias
     state = window[:, length:]
     if segments is not None:
         state = state.masked_fill((segments[:, length:] != segments[:, -1:])[..., None], 0)
     return layout.zero_padding(layout.restore(F.silu(y) if activation else y)), state
 
 
-def _plain(ctx, weight, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
+def _plain(ctx, weight, bias, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
     mask = None if skip is None else ~skip
     order = None if mask is None else mask.int().argsort(dim=1, stable=True)
     where = SequenceLayout(mask, documents, order)
-    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where)
+    y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where, bias=bias)
     return y.split([x.shape[-1] for x in parts], dim=-1)
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, before, activation, weight, skip, documents, *parts):
+    def forward(ctx, kernel, before, activation, weight, bias, skip, documents, *parts):
         ctx.kernel, ctx.before, ctx.activation = kernel, before, activation
-        ctx.save_for_backward(weight, skip, documents, *parts)
-        outputs = tuple(torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts)
-        for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, skip, documents, parts), strict=True):
+        ctx.save_for_backward(weight, bias, skip, documents, *parts)
+        outputs = tuple(_fresh(x, skip) for x in parts)
+        for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, bias, skip, documents, parts), strict=True):
             kernel.forward(inputs, pointer(y))
         return outputs
 
     @staticmethod
     @differentiable_by(_plain, constants=3)
     def backward(ctx, *gradients):
-        weight, skip, documents, *parts = ctx.saved_tensors
-        found = [torch.empty_like(x) if skip is None else torch.zeros_like(x) for x in parts]
-        d_weight, inputs = torch.empty_like(weight), _ShortConv.inputs(weight, skip, documents, parts)
+        weight, bias, skip, documents, *parts = ctx.saved_tensors
+        found = [_fresh(x, skip) for x in parts]
+        d_weight, d_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+        inputs = _ShortConv.inputs(weight, bias, skip, documents, parts)
         for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
-            dy = dy.contiguous()  # under a name, which keeps it alive
-            ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]))
-        return None, None, None, d_weight, None, None, *found
+            dy, own = dy.contiguous(), None if d_bias is None else d_bias[first:]  # under names, which keep them alive
+            ctx.kernel.backward(part, pointer(dy), pointer(dx), pointer(d_weight[first:]), pointer(own))
+        return None, None, None, d_weight, d_bias, None, None, *found
 
     @staticmethod
-    def inputs(weight, skip, documents, parts):
+    def inputs(weight, bias, skip, documents, parts):
         """The arguments of the kernel for each part, and its first channel."""
         first, threads = 0, torch.get_num_threads()
         for x in parts:
-            own = weight.data_ptr() + first * weight.stride(0) * weight.element_size()
-            yield ctypes.byref(_Inputs(x.data_ptr(), own, pointer(skip), pointer(documents), *x.shape, threads)), first
+            own = [
+                None if y is None else y.data_ptr() + first * y.stride(0) * y.element_size() for y in (weight, bias)
+            ]
+            tensors = (x.data_ptr(), *own, pointer(skip), pointer(documents))
+            yield ctypes.byref(_Inputs(*tensors, *x.shape, threads, x.stride(0), x.stride(1))), first
             first += x.shape[2]
+
+
+def _fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for what the kernel writes; it leaves out padded tokens."""
+    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+
+
+def _by_channels(x: torch.Tensor) -> torch.Tensor:
+    """`x [B, T, D]` in float32 with the channels of a token together; a slice of wider tokens is taken as it is."""
+    x = x.float()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
@@ -3613,23 +3732,28 @@ def open_short_conv(width: int, before: int, activation: bool) -> None:
 
 
 def cpp_short_conv(
-    parts: Sequence[torch.Tensor], weight: torch.Tensor, before: int, activation: bool, layout: SequenceLayout
+    parts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    before: int,
+    activation: bool,
+    layout: SequenceLayout,
+    bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor] | None:
     """Convolve `parts` `[B, T, D_i]`, together all D channels, with `weight [D, W]`, over `before` earlier real tokens
-    of a document and later ones.
+    of a document and later ones, and add `bias [D]`. Parts may be slices of wider tokens.
 
     Returns:
         As many `[B, T, D_i]`, unspecified on padding, after a SiLU if `activation`; None where no kernel runs.
     """
-    kernel = short_conv_kernel(parts, weight, **_sizes(weight.shape[1], before, activation))
+    kernel = short_conv_kernel(parts, weight, bias, **_sizes(weight.shape[1], before, activation))
     if kernel is None:
         return None
     skip = None if layout.mask is None else (~layout.mask).contiguous()
     documents = layout.document_ids()
     with without_autocast(weight.device):
-        given = [x.float().contiguous() for x in parts]
-        tensors = (weight.float().contiguous(), skip, documents, *given)
-        outputs = call(_ShortConv, kernel, before, activation, *tensors)
+        given = [_by_channels(x) for x in parts]
+        weights = (weight.float().contiguous(), None if bias is None else bias.float().contiguous())
+        outputs = call(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]
 
 
@@ -3962,10 +4086,16 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length = self.cumulative_length.to(value.device)
         if not any(self.has_previous_state.values()) and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
-        self.has_previous_state[index] = self.is_written[kind][index] = True
+        self.is_written[kind][index] = True
+        if not self.has_previous_state[index]:
+            self._note_previous_state()
         if num_tokens:
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
+
+    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+        """`conv_states` or `recurrent_states` number `index`, None where it has seen no token."""
+        return getattr(self, kind)[index] if self.is_written[kind][index] else None
 
     def _replace(
         self, states: dict[int, torch.Tensor | None], index: int, value: torch.Tensor, given_away: bool
@@ -4026,8 +4156,12 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                 steps.pop(0)
         if count:
             self.cumulative_length.sub_(count)
-            for index in self.has_previous_state:
-                self.has_previous_state[index] = any(written[index] for written in self.is_written.values())
+            self._note_previous_state()
+
+    def _note_previous_state(self) -> None:
+        # All at once: Cache.has_previous_state asks whether all states have been written, used or not.
+        found = any(any(written.values()) for written in self.is_written.values())
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, found)
 
     def _take_back(self, steps: list[Step], count: int) -> None:
         while count > 0:
@@ -4078,7 +4212,7 @@ def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: in
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return getattr(layer, kind)[state_idx] if layer.is_written[kind][state_idx] else None
+    return layer.previous(kind, state_idx)
 
 
 def record(
@@ -4899,6 +5033,7 @@ that could overflow (`dispatch.MAX_DECAY`) the scores come from exponents that a
 
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -5059,7 +5194,7 @@ def _bounded_scores_backward(
 class _Chunks:
     """What forward and backward both need, computed from the inputs `[B, H, N, C, *]` by either."""
 
-    def __init__(self, q, k, v, g, state, segments, factored):
+    def __init__(self, q, k, g, segments, factored):
         self.q, self.k, self.boundaries = q, k, chunk_boundaries(segments, q.shape[-2], q.dtype)
         self.q_factor = self.k_factor = self.edge = self.decay = self.bounded = None
         if g is not None:
@@ -5073,8 +5208,6 @@ class _Chunks:
             self.k_writes = self.k_scaled * self.boundaries.writes_BNC1
             passes = self.boundaries.passes_BN1
             self.decay = passes.expand(-1, q.shape[1], -1, -1) if self.decay is None else self.decay * passes
-        updates = _scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v)
-        self.states, self.final = _scan(updates, self.decay, state)
 
     def _set_factors(self, g: torch.Tensor, factored: bool) -> None:
         total = g.cumsum(-2)
@@ -5088,6 +5221,11 @@ class _Chunks:
             self.q_factor = total.exp()
             self.k_factor = suffix_sums(F.pad(g[..., 1:, :], (0, 0, 0, 1))).exp()
             self.bounded = g
+
+    def states(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each chunk and after the last. (torch.export(strict=True) loses what a constructor keeps of
+        a loop without a length.)"""
+        return _scan(_scale_rows(self.edge, self.k_writes.transpose(-1, -2) @ v), self.decay, state)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         # tril_ selects, so whatever stands above the diagonal cannot reach a result even if it is not finite.
@@ -5117,12 +5255,13 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, state, segments, chunk_size, factored):
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[Any, _Chunks]:
+    """v in chunks, and what the others give."""
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
         q_c = q_c * scale
-    return q_c, k_c, v_c, _Chunks(q_c, k_c, v_c, g_c, state, segments, factored)
+    return v_c, _Chunks(q_c, k_c, g_c, segments, factored)
 
 
 def _plain_diagonal_recurrence(ctx, q, k, v, g, state, segments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5134,23 +5273,25 @@ class _ChunkDiagonal(torch.autograd.Function):
     def forward(ctx, scale, chunk_size, factored, q, k, v, g, state, segments):
         ctx.save_for_backward(q, k, v, g, state, segments)
         ctx.scale, ctx.plan = scale, (chunk_size, factored)
-        _, _, v_c, chunks = _prepare(q, k, v, g, scale, state, segments, chunk_size, factored)
+        v_c, chunks = _prepare(q, k, v, g, scale, segments, chunk_size, factored)
+        states, final = chunks.states(v_c, state)
         o = chunks.scores() @ v_c
-        o += chunks.q_reads @ _scale_rows(chunks.edge, chunks.states)
-        return from_chunks(o, q.shape[1]), chunks.final
+        o += chunks.q_reads @ _scale_rows(chunks.edge, states)
+        return from_chunks(o, q.shape[1]), final
 
     @staticmethod
     @differentiable_by(_plain_diagonal_recurrence, constants=3)
     def backward(ctx, do, d_final):
         q, k, v, g, state, segments = ctx.saved_tensors
-        q_c, k_c, v_c, chunks = _prepare(q, k, v, g, ctx.scale, state, segments, *ctx.plan)
-        do = to_chunks(do, ctx.plan[0], q_c.dtype)
+        v_c, chunks = _prepare(q, k, v, g, ctx.scale, segments, *ctx.plan)
+        states, final = chunks.states(v_c, state)
+        do = to_chunks(do, ctx.plan[0], v_c.dtype)
         d_updates = _scale_rows(chunks.edge, chunks.q_reads.transpose(-1, -2) @ do)
         d_leaving, d_state = _scan(d_updates, chunks.decay, d_final, reverse=True)
         d_leaving_scaled = _scale_rows(chunks.edge, d_leaving)
         dv = chunks.scores().transpose(-1, -2) @ do
         dv += chunks.k_writes @ d_leaving_scaled
-        d_reads = do @ _scale_rows(chunks.edge, chunks.states).transpose(-1, -2)
+        d_reads = do @ _scale_rows(chunks.edge, states).transpose(-1, -2)
         d_reads, d_writes = chunks.state_backward(d_reads, v_c @ d_leaving_scaled.transpose(-1, -2))
         d_scores, d_own, dg = chunks.mask(do @ v_c.transpose(-1, -2)), None, None
         if g is not None and ctx.needs_input_grad[6]:
@@ -5162,10 +5303,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         dq += d_reads
         dk += d_writes
         if d_own is not None:
-            ends = _at_boundaries(chunks, d_state, d_leaving, d_final)
-            dg = _gate_gradient((q_c * dq).sub_(k_c * dk), ends, g)
-            dq.addcmul_(d_own, k_c)
-            dk.addcmul_(d_own, q_c)
+            ends = _at_boundaries(states, final, d_state, d_leaving, d_final)
+            dg = _gate_gradient((chunks.q * dq).sub_(chunks.k * dk), ends, g)
+            dq.addcmul_(d_own, chunks.k)
+            dk.addcmul_(d_own, chunks.q)
         if ctx.scale != 1:
             dq *= ctx.scale
         length = q.shape[1]
@@ -5173,10 +5314,10 @@ class _ChunkDiagonal(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dg, None if state is None else d_state.to(state.dtype), None
 
 
-def _at_boundaries(chunks: _Chunks, d_state, d_leaving, d_final) -> torch.Tensor:
+def _at_boundaries(states, final, d_state, d_leaving, d_final) -> torch.Tensor:
     """<dL/dS, S> before every chunk and after the last, key by key: `[B, H, N + 1, K]`."""
-    first, last = (chunks.states[:, :, :1] * d_state[:, :, None]), (chunks.final * d_final)[:, :, None]
-    between = chunks.states[:, :, 1:] * d_leaving[:, :, :-1]
+    first, last = (states[:, :, :1] * d_state[:, :, None]), (final * d_final)[:, :, None]
+    between = states[:, :, 1:] * d_leaving[:, :, :-1]
     return torch.cat([x.sum(-1) for x in (first, between, last)], dim=2)
 
 
@@ -5444,7 +5585,12 @@ class Call(NamedTuple):
 
 
 def run_rule(
-    core: Callable, tensors: tuple, call: Call, state_shape: tuple[int, ...], both_directions: Callable
+    core: Callable,
+    tensors: tuple,
+    call: Call,
+    state_shape: tuple[int, ...],
+    both_directions: Callable,
+    shares_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op of a rule.
 
@@ -5453,6 +5599,7 @@ def run_rule(
         tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates.
         state_shape: of the state of one batch element.
         both_directions: what makes of the core one that reads both ways, for `causal=False`.
+        shares_heads: whether the core takes q and k with fewer heads than v.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state or None.
@@ -5461,14 +5608,14 @@ def run_rule(
         ValueError: a shape does not fit; the message names the argument.
     """
     q, k, v = tensors[:3]
-    check_shapes(q, k, v, call.layout)
+    check_shapes(q, k, v, call.layout, shares_heads)
     if call.cu_seqlens is not None:
         if call.layout is not None:
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the boundaries.")
 
         def one_batch(*tensors, initial_state=None, output_final_state=False, layout=None):
             own = Call(call.scale, initial_state, output_final_state, None, layout, call.causal)
-            return run_rule(core, tensors, own, state_shape, both_directions)
+            return run_rule(core, tensors, own, state_shape, both_directions, shares_heads)
 
         return per_document(one_batch, tensors, call.cu_seqlens, call.initial_state, call.output_final_state)
     if not call.causal:
@@ -5594,8 +5741,7 @@ def linear_attention(
         an input is.
 
     Raises:
-        ValueError: a shape does not fit, or the implementation does not exist for this input; the message names the
-            argument.
+        ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v)
     if g is not None:
@@ -5612,13 +5758,12 @@ def linear_attention(
     fused = form == "cpp" and causal
     if taylor and not fused:
         q, k, taylor = taylor_features(q), taylor_features(k), False
-    plain = forms[form]
-    core = partial(cpp_diagonal, taylor=taylor) if fused else plain
+    core = partial(cpp_diagonal, taylor=taylor) if fused else forms[form]
     if normalize:
         core = partial(core, eps=eps) if fused else normalized(core, eps)
 
     def both_directions(_: Callable) -> Callable:
-        core = bidirectional_diagonal(plain)
+        core = bidirectional_diagonal(forms[form])
         return normalized(core, eps) if normalize else core
 
     state_shape = (q.shape[2], dict(kernel.sizes)["KEY"], v.shape[-1] + normalize)
@@ -6079,7 +6224,7 @@ def run_dual(
 
 `cpp_delta` and `cpp_dual` are the float32 forms of `recurrent_delta` and `recurrent_dual`, in blocks of tokens that
 stay in the caches of a core. Time and memory grow linearly; for the backward pass they keep the inputs and a state
-every `_SEGMENT` tokens.
+every `SEGMENT` tokens.
 """
 
 
@@ -6092,23 +6237,28 @@ from torch.nn import functional as F
 
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
-_SEGMENT = 256
+SEGMENT = 256
 _GATES = ("decay", "beta", "read", "coupling")
+
+
+_Strides = ctypes.c_int64 * 3
 
 
 class _Inputs_delta_rule_cpp(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "reverse", "threads")),
+        *((name, ctypes.c_double) for name in ("scale", "eps")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads")),
+        *((name, _Strides) for name in ("row", "token")),
     ]
 
 
-class _Gradients_delta_rule_cpp(ctypes.Structure):
+class Gradients(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
 
 
 def _plain_delta_rule_cpp(ctx, q, k, v, decay, beta, read, coupling, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = as_taken(q, k, v, ctx.eps)
     decay, read = (torch.ones_like(beta) if x is None else x for x in (decay, read))
     eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
     coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
@@ -6132,49 +6282,78 @@ class _CppDeltaRule(torch.autograd.Function):
     """The kernels of delta_rule.cpp, once for every direction; gates and starts have a first axis for it."""
 
     @staticmethod
-    def forward(ctx, kernel, scale, delta, wants_state, *tensors):
+    def forward(ctx, kernel, scale, eps, delta, wants_state, *tensors):
         q, _, v, _, beta, *_, skip, _ = tensors
-        ctx.kernel, ctx.scale, ctx.delta = kernel, scale, delta
+        ctx.kernel, ctx.scale, ctx.eps, ctx.delta = kernel, scale, eps, delta
         ctx.set_materialize_grads(False)
-        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        batch, length, heads, key_size = q.shape
-        sizes = (beta.shape[-1], key_size, v.shape[-1])
+        o = fresh(v, skip)
+        batch, length, heads, value_size = v.shape
+        sizes = (beta.shape[-1], q.shape[-1], value_size)
         final = v.new_empty(batch, heads, *sizes) if wants_state else None
         kept = None  # the states that enter segments
         if any(ctx.needs_input_grad):
-            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // _SEGMENT, *sizes)
-        for direction, inputs in enumerate(_directions(scale, *tensors)):
+            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
+        for direction, inputs in enumerate(_directions(scale, eps, *tensors)):
             to = None if kept is None else pointer(kept[direction])
             kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
         ctx.save_for_backward(*tensors, kept)
         return o, final
 
     @staticmethod
-    @differentiable_by(_plain_delta_rule_cpp, constants=4)
+    @differentiable_by(_plain_delta_rule_cpp, constants=5)
     def backward(ctx, do, d_final):
         *saved, kept = ctx.saved_tensors
         v, state, skip = saved[2], saved[7], saved[8]
-        fresh = torch.empty_like if skip is None else torch.zeros_like
-        found = [None if x is None else fresh(x) for x in saved[:7]]
+        found = [None if x is None else fresh(x, skip) for x in saved[:7]]
         d_state = None  # in, that of the final state; out, that of the initial one
         if d_final is not None:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
         elif state is not None:
             d_state = torch.zeros_like(state)
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        for direction, inputs in enumerate(_directions(ctx.scale, *saved)):
+        for direction, inputs in enumerate(_directions(ctx.scale, ctx.eps, *saved)):
             gates = (None if x is None else x[direction] for x in found[3:])
-            gradients = _Gradients_delta_rule_cpp(*(pointer(x) for x in (*found[:3], *gates, d_state)))
+            gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
             ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
-        return None, None, None, None, *found, None if state is None else d_state, None, None
+        return None, None, None, None, None, *found, None if state is None else d_state, None, None
 
 
-def _directions(scale, q, k, v, decay, beta, read, coupling, state, skip, starts):
-    """The arguments of the kernels for each pass; valid while the tensors live."""
+def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, ...]:
+    """q and k `[B, T, G, K]` as a rule for `v [B, T, H, V]` takes them: `[B, T, H, K]`, each head for H / G
+    consecutive heads of values; with `eps`, times 1 / sqrt(|x|^2 + eps)."""
+    if eps is not None:
+        dtype = compute_dtype(q, k)
+        q, k = (x.to(dtype) * torch.rsqrt(x.to(dtype).square().sum(-1, keepdim=True) + eps) for x in (q, k))
+    shared = v.shape[2] // q.shape[2]
+    return (q, k) if shared == 1 else tuple(x.repeat_interleave(shared, dim=2) for x in (q, k))
+
+
+def fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for what a kernel writes; it leaves out padded tokens."""
+    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x [B, T, H, D]` in float32 so that a token's heads lie together; a slice of wider tokens is taken as it is."""
+    x = x.float()
+    together = x.stride(-1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if together else x.contiguous()
+
+
+def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs_delta_rule_cpp:
+    """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
+    q, k, v = tensors[:3]
+    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads())
+    strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
+    return _Inputs_delta_rule_cpp(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
+
+
+def _directions(scale, eps, q, k, v, decay, beta, read, coupling, state, skip, starts):
+    """The arguments for each pass over the tokens."""
     for direction in range(beta.shape[0]):
         gates = (None if x is None else x[direction] for x in (decay, beta, read, coupling))
         tensors = (q, k, v, *gates, state, skip, None if starts is None else starts[direction])
-        yield _Inputs_delta_rule_cpp(*(pointer(x) for x in tensors), scale, *q.shape[:3], direction, torch.get_num_threads())
+        yield arguments(tensors, scale, eps, direction)
 
 
 @cache
@@ -6182,7 +6361,7 @@ def delta_kernel(key_size: int, value_size: int, memories: int = 1, use_delta_ru
     """The kernel for heads of these sizes; None for more than 4 memories."""
     if memories > 4:
         return None
-    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": _SEGMENT}
+    sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": SEGMENT}
     sizes["DELTA"] = int(use_delta_rule)
     return HeadKernel("delta_rule", key_size * value_size * memories, tuple(sizes.items()))
 
@@ -6201,11 +6380,13 @@ def cpp_dual(
     use_delta_rule: bool = True,
     causal: bool = True,
     wants_state: bool = True,
+    norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
 
     Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
-    (always so if not causal) there is no final state, nor the work for it.
+    (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and are
+    made unit vectors if `norm_eps` is given (see `as_taken`).
     """
     value_size = v.shape[-1]
     heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
@@ -6216,12 +6397,14 @@ def cpp_dual(
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors = [None if x is None else x.float().contiguous() for x in (q, k, v, *gates, state)]
+    tensors = [as_rows(x) for x in (q, k, v)]
+    tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    o, final = call(_CppDeltaRule, kernel, scale, use_delta_rule, wants_state and causal, *tensors, skip, starts)
+    options = (scale, norm_eps, use_delta_rule, wants_state and causal)
+    o, final = call(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final
@@ -6237,11 +6420,12 @@ def cpp_delta(
     state: torch.Tensor | None,
     layout: SequenceLayout,
     wants_state: bool = True,
+    norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
     arguments = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    o, final = cpp_dual(*arguments, wants_state=wants_state)
+    o, final = cpp_dual(*arguments, wants_state=wants_state, norm_eps=norm_eps)
     return o, None if final is None else final[:, :, 0]
 
 
@@ -6510,8 +6694,7 @@ def dual_state_delta(
     """The dual-state delta rule.
 
     Args:
-        q, k: `[B, T, H, K]`; k of unit length, or the states may grow without bound.
-        v: `[B, T, H, V]`.
+        q, k, v: `[B, T, H, K]` and `[B, T, H, V]`; k of unit length, or the states may grow without bound.
         g: log decay of every memory `[B, T, H, M]`, at most 0, natural log. Any size is safe.
         beta: write strength of every memory `[B, T, H, M]`, in [0, 1].
         read: weight of every memory in the output `[B, T, H, M]`, of either sign.
@@ -6528,21 +6711,18 @@ def dual_state_delta(
         use_delta_rule: False writes beta_a v instead of beta_a times the error v - S_a^T k.
         implementation: "recurrent", "chunk", "cpp" or "auto", as for `gla`, or "triton": Triton kernels on a GPU, for
             1, 2 or 4 memories, not in float64.
-        chunk_size: tokens of a chunk. A sequence of one chunk is one triangular solve; for a longer one the backward
-            pass keeps the inputs and a few states and recomputes the rest.
+        chunk_size: tokens of a chunk; the backward pass keeps the inputs and a few states and recomputes the rest.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[N, H, M, K, V]` or None. States and sums are float32,
         or float64 if an input is.
 
     Raises:
-        ValueError: a shape does not fit, or the implementation does not exist for this input; the message names the
-            argument.
+        ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v, layout)
-    memories, tensors = g.shape[-1], (q, k, v, g, beta, read, coupling)
-    _check_gates(q, tensors[3:], causal)
-    keys, values = q.shape[-1], v.shape[-1]
+    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
+    _check_gates(q, (g, beta, read, coupling), causal)
     forms: dict[str, Callable] = {
         "recurrent": recurrent_dual,
         "chunk": partial(chunk_dual, chunk_size=chunk_size),
@@ -6559,8 +6739,8 @@ def dual_state_delta(
     if cu_seqlens is not None and layout is None and not causal:  # gates have an axis more, but nothing has a state
         check_cu_seqlens(cu_seqlens, *q.shape[:2])
         layout, cu_seqlens = SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1])), None
-    scale = keys**-0.5 if scale is None else scale
-    call = Call(scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+    call = Call(keys**-0.5 if scale is None else scale, initial_state, output_final_state, cu_seqlens, layout, causal)
+    tensors = (q, k, v, g, beta, read, coupling)
     return run_rule(core, tensors, call, (q.shape[2], memories, keys, values), lambda _: both_directions)
 
 

@@ -123,6 +123,11 @@ class Mixer(nn.Module):
         """q, k `[B, T, H, K]`, v `[B, T, H, V]` -> what the op gives `[B, T, H, V]`, and the state."""
         raise NotImplementedError
 
+    def gates_of(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]` or, with
+        one per channel or memory, `[B, T, H, *]`. Empty for a mixer without gates."""
+        return {}
+
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
         hidden_size, value_size = self.config.hidden_size, self.num_heads * self.value_dim
@@ -958,12 +963,15 @@ class LamMixer(Mixer):
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
         open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
+    def gates_of(self, hidden_states, k, v):
+        return self.gates(hidden_states, k, v)
+
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates(hidden_states, k, v),
+            **self.gates_of(hidden_states, k, v),
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,
