@@ -114,8 +114,8 @@ class Inspection:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        kinds = (("half_life", "half-life (tokens, median)"), ("state_rank", "effective rank of the state"))
-        kinds = tuple(kind for kind in kinds if any(getattr(row, kind[0]) is not None for row in self.rows))
+        titles = {"half_life": "half-life (tokens, median)", "state_rank": "effective rank of the state"}
+        kinds = [kind for kind in titles.items() if any(getattr(row, kind[0]) is not None for row in self.rows)]
         figure = Figure(figsize=(1 + 4.5 * max(1, len(kinds)), 4), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (name, title) in zip(figure.subplots(1, max(1, len(kinds)), squeeze=False)[0], kinds, strict=False):
@@ -173,7 +173,7 @@ def inspect(
         encoded = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
         inputs = {"attention_mask": encoded["attention_mask"]} | inputs
         text = cast(torch.Tensor, encoded["input_ids"])
-    device = backbone.get_input_embeddings().weight.device
+    device = cast(torch.Tensor, backbone.get_input_embeddings().weight).device
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     mask = inputs.get("attention_mask")
     real = torch.ones(text.shape, dtype=torch.bool, device=device) if mask is None else mask.bool()

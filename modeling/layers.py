@@ -12,9 +12,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.ops.cpp_kernels import open_kernel
+from lalm.modeling.ops.cpp_kernels import preload_kernel
 from lalm.modeling.ops.dense.elementwise import activate, has_kernel, open_activation, rms_norm
-from lalm.modeling.ops.dense.matrix_product import linear, open_linear
+from lalm.modeling.ops.dense.matrix_product import linear, preload_linear
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv, open_short_conv, plain_short_conv
 from lalm.modeling.ops.dispatch import pieces_of_mlp, product_dtype
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -30,7 +30,7 @@ def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Li
 
 def speed_up(layer: nn.Linear) -> nn.Linear:
     """Give a stock layer the forward of `make_linear`, on the instance, where accelerate puts its hooks too."""
-    open_linear()
+    preload_linear()
     layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # a partial is copied and pickled with it
     return layer
 
@@ -70,7 +70,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        open_kernel("rms_norm")
+        preload_kernel("rms_norm")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, cast(float, self.eps))

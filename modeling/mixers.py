@@ -12,7 +12,7 @@ from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
-from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.dense.elementwise import activate
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.linear_attention import linear_attention
@@ -122,8 +122,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def gates_of(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]` or, with
-        one per channel or memory, `[B, T, H, *]`. Empty for a mixer without gates."""
+        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]`, or
+        `[B, T, H, *]` with one per channel or memory. Empty for a mixer without gates."""
         return {}
 
     def make_output_gate(self, gated: bool) -> None:
@@ -159,7 +159,7 @@ class FeatureMixer(Mixer):
         self.q_map, self.k_map, self.normalize, self.eps = q_map, k_map, normalize, eps
         self.is_taylor = q_map.name == "taylor"  # the op makes the features itself
         size = self.key_dim if self.is_taylor else q_map.num_features
-        open_heads(diagonal_kernel(size, self.value_dim, 0, normalize, self.is_taylor))
+        preload_heads(diagonal_kernel(size, self.value_dim, 0, normalize, self.is_taylor))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         if not self.is_taylor:

@@ -26,7 +26,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.delta.delta_channels_cpp import channels_kernel
 from lalm.modeling.ops.delta.delta_rule import delta_rule, gated_delta_rule
 from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
@@ -95,7 +95,7 @@ class DeltaNetMixer(Mixer):
             kernel = channels_kernel(self.key_dim, self.value_dim)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
-        open_heads(kernel)
+        preload_heads(kernel)
 
     def gates_of(self, hidden_states, k, v):
         beta = self.b_proj(hidden_states)

@@ -19,7 +19,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.gla import gla
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -37,7 +37,7 @@ class GLAMixer(Mixer):
         )
         self.make_output_gate(config.use_output_gate)
         self.gate_logit_normalizer = config.gate_logit_normalizer
-        open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=self.key_dim))
+        preload_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=self.key_dim))
 
     def gates_of(self, hidden_states, k, v):
         gate = self.gk_proj(hidden_states)

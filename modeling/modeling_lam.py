@@ -25,7 +25,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp_kernels import open_heads, open_kernel
+from lalm.modeling.ops.cpp_kernels import preload_heads, preload_kernel
 from lalm.modeling.ops.delta.delta_rule_cpp import delta_kernel
 from lalm.modeling.ops.delta.dual_state import dual_state_delta
 from lalm.modeling.ops.delta.lam_gates import COMPLETE, cpp_lam_gates, plain_lam_gates
@@ -62,7 +62,7 @@ class LamGates(nn.Module):
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
         self.is_complete = config.use_flux and self.sizes == COMPLETE
         if self.is_complete:
-            open_kernel("lam_gates")
+            preload_kernel("lam_gates")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -110,7 +110,7 @@ class LamMixer(Mixer):
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
-        open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
+        preload_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
     def gates_of(self, hidden_states, k, v):
         return self.gates(hidden_states, k, v)

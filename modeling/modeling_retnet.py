@@ -17,7 +17,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
-from lalm.modeling.ops.cpp_kernels import open_heads
+from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.retention import retention, retention_log_decay
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -30,7 +30,7 @@ class RetNetMixer(Mixer):
     def __init__(self, config: RetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.make_output_gate(config.use_output_gate)
-        open_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=1))
+        preload_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=1))
 
     def gates_of(self, hidden_states, k, v):
         return {"g": retention_log_decay(self.num_heads, compute_dtype(k), k.device).expand(*k.shape[:2], -1)}

@@ -238,10 +238,8 @@ def sequence_parallel(
     if documents is not None:
         continues = documents[:, start] == documents[:, start - 1] if start else None
         kwargs["seq_idx"] = documents[:, start:stop]
-    if position_ids is None:
-        position_ids = positions(layout, None, 0, input_ids)
-    if mask is not None:
-        kwargs["attention_mask"] = mask[:, start:stop]
+    position_ids = positions(layout, None, 0, input_ids) if position_ids is None else position_ids
+    kwargs |= {} if mask is None else {"attention_mask": mask[:, start:stop]}
     if labels is not None:
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch

@@ -2,8 +2,7 @@
 """C++ kernels for the CPU, compiled by the machine's own compiler when first asked for and kept in its cache folder.
 
 A kernel is one source file (and headers), compiled for fixed sizes in one to four seconds. `dispatch.py` decides from
-the shapes of a call whether to ask; here is how to get the library. Where there is no compiler, or the source is
-absent (a checkpoint loaded as remote code), plain torch runs instead.
+the shapes of a call whether to ask; here is how to get the library. Without a compiler, plain torch runs instead.
 """
 
 from __future__ import annotations
@@ -39,14 +38,12 @@ _LEVELS = {"diagonal": "-O2", "delta_rule": "-O2", "delta_channels": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
-
-
 # Values per head are padded to a multiple of this: the kernels work in registers of so many numbers.
 LANES = 16
 # Seconds that a process waits for a compiler that is not done, once: it takes one to ten.
 _PATIENCE = 60.0
 # Bytes of the checksum at the end of a library that is kept.
-_SEAL = 20
+_CHECKSUM_SIZE = 20
 
 
 def _read(path: str) -> bytes:
@@ -126,13 +123,12 @@ def why_no_kernel(name: str, **sizes: int) -> str | None:
     """Why `load_kernel` gives None, which it is asked first; None if it gives a library."""
     if load_kernel(name, **sizes) is not None:
         return None
-    plan = _plan(name, tuple(sizes.items()))
-    if plan is not None:
+    if (plan := _plan(name, tuple(sizes.items()))) is not None:
         return plan.problem
     return "LALM_CPP=0 is set" if os.environ.get("LALM_CPP") == "0" else "its source is not installed"
 
 
-def open_kernel(name: str, **sizes: int) -> None:
+def preload_kernel(name: str, **sizes: int) -> None:
     """Load a library that is compiled already: models call this when they are made, so that their first forward does
     not wait for the disk."""
     plan = _plan(name, tuple(sizes.items()))
@@ -140,10 +136,10 @@ def open_kernel(name: str, **sizes: int) -> None:
         plan.load()
 
 
-def open_heads(kernel: HeadKernel | None) -> None:
-    """`open_kernel` for the heads of a mixer."""
+def preload_heads(kernel: HeadKernel | None) -> None:
+    """`preload_kernel` for the heads of a mixer."""
     if kernel is not None:
-        open_kernel(kernel.name, **dict(kernel.sizes))
+        preload_kernel(kernel.name, **dict(kernel.sizes))
 
 
 @dataclass
@@ -163,9 +159,9 @@ class _Plan:
             if self.is_tried:  # by a thread that this one has waited for
                 return
             try:
-                self.kernel = _open_kept(self.library) or _make(self)
+                self.kernel = _load_cached(self.library) or _build(self)
             except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
-                _say_why(self, error)
+                _log_failure(self, error)
             self.is_tried = True  # set last: a thread that reads it takes the kernel as it then is
 
 
@@ -177,7 +173,7 @@ class _Loading:
     """Who loads: one thread at a time, so that no two wait for a compiler to make the same library."""
 
     def __init__(self):
-        self.is_hopeless = False  # a compiler was not done in time
+        self.has_timed_out = False  # a compiler was not done in time
         self.renew()
 
     def renew(self) -> None:
@@ -195,10 +191,8 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
     if os.environ.get("LALM_CPP") == "0" or f"{name}.cpp" not in KERNEL_SOURCES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
-    compiler, defines = (
-        _named_compiler(os.environ.get("CXX")),
-        tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
-    )
+    compiler = _named_compiler(os.environ.get("CXX"))
+    defines = tuple(f"-D{key}={value}" for key, value in sorted(sizes))
     options = " ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines])
     key = hashlib.blake2b(_hash(name) + options.encode(), digest_size=10)
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
@@ -234,7 +228,7 @@ class _Unrecorded:
         pass
 
 
-def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
     own work takes longer than the kernel."""
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
@@ -247,7 +241,7 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def needed(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
     """The library of the kernel for these tensors.
 
     Raises:
@@ -278,15 +272,15 @@ def _folder() -> str:
     return os.path.join(kept, "lalm")
 
 
-def _open_kept(path: str) -> ctypes.CDLL | None:
+def _load_cached(path: str) -> ctypes.CDLL | None:
     """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
     the process. Nor is one loaded that another user may have put there."""
     if not (os.path.isfile(path) and _is_private(os.path.dirname(path)) and _is_private(path)):
         return None
     try:
         content = _read(path)
-        if content[-_SEAL:] == _seal(content[:-_SEAL]):
-            return _opened(path)
+        if content[-_CHECKSUM_SIZE:] == _checksum(content[:-_CHECKSUM_SIZE]):
+            return _load_library(path)
     except OSError as error:
         logger.info(f"{path} cannot be loaded ({error}).")
     logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
@@ -301,11 +295,11 @@ def _is_private(path: str) -> bool:
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
-def _seal(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_SEAL).digest()
+def _checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_CHECKSUM_SIZE).digest()
 
 
-def _opened(path: str) -> ctypes.CDLL:
+def _load_library(path: str) -> ctypes.CDLL:
     kernel = ctypes.CDLL(path)
     for entry in ("forward", "backward"):
         if hasattr(kernel, entry):
@@ -313,23 +307,23 @@ def _opened(path: str) -> ctypes.CDLL:
     return kernel
 
 
-def _make(plan: _Plan) -> ctypes.CDLL:
+def _build(plan: _Plan) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="lalm-") as scratch:
         made = os.path.join(scratch, os.path.basename(plan.library))
         _compile(plan, made)
         try:
-            _keep(made, plan.library)
-            return _opened(plan.library)
+            _store(made, plan.library)
+            return _load_library(plan.library)
         except OSError as error:
             folder = os.path.dirname(plan.library)
             logger.warning_once(
                 f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
                 "again: set LALM_CACHE to a folder that you, and nobody else, can write to."
             )
-            return _opened(made)
+            return _load_library(made)
 
 
-def _keep(made: str, library: str) -> None:
+def _store(made: str, library: str) -> None:
     """Put a library where later processes look, whole or not at all, even if the machine stops."""
     folder, content = os.path.dirname(library), _read(made)
     if not os.path.isabs(folder):  # no home folder
@@ -340,7 +334,7 @@ def _keep(made: str, library: str) -> None:
     scratch = f"{library}.{uuid.uuid4().hex}"
     try:
         with open(scratch, "xb", opener=partial(os.open, mode=0o600)) as file:
-            file.write(content + _seal(content))
+            file.write(content + _checksum(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, library)
@@ -351,7 +345,7 @@ def _keep(made: str, library: str) -> None:
 
 
 def _compile(plan: _Plan, made: str) -> None:
-    if _loading.is_hopeless:
+    if _loading.has_timed_out:
         raise _NoCompiler("the compiler was not done in time before")
     own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = plan.compiler or ((own,) if own else ())
@@ -394,11 +388,11 @@ def _run(command: list[str], end: float) -> None:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=problem)
 
 
-def _say_why(plan: _Plan, error: Exception) -> None:
+def _log_failure(plan: _Plan, error: Exception) -> None:
     """Log why there is no kernel; a warning where the machine has a compiler."""
     detail = str(getattr(error, "stderr", None) or error).strip()[-300:]
     if isinstance(error, subprocess.TimeoutExpired):
-        _loading.is_hopeless = True
+        _loading.has_timed_out = True
         detail = f"the compiler was not done in {_PATIENCE:g} seconds and is not asked again in this process"
     plan.problem = detail
     given = f" by CXX={shlex.join(plan.compiler)!r}" if plan.compiler else ""

@@ -68,7 +68,7 @@ def quick(tmp_path):
     """A compiler that knows one kernel, that of the RMS norm, and has it made already."""
     assert cpp.load_kernel("rms_norm") is not None
     made = tmp_path / "made"
-    made.write_bytes(Path(cpp._plan("rms_norm", ()).library).read_bytes()[: -cpp._SEAL])
+    made.write_bytes(Path(cpp._plan("rms_norm", ()).library).read_bytes()[: -cpp._CHECKSUM_SIZE])
     forget()
     return write_compiler(tmp_path / "a b" / "g++", f"for last; do :; done; cp {made} $last")
 
@@ -302,8 +302,8 @@ def test_nothing_is_loaded_that_another_user_may_have_written(place, fault, quic
             if Path(path) == target and not rest else stat(path, **rest),
         )  # fmt: skip
     forget()
-    opened, open_library = [], cpp._opened
-    monkeypatch.setattr(cpp, "_opened", lambda path: opened.append(path) or open_library(path))
+    opened, open_library = [], cpp._load_library
+    monkeypatch.setattr(cpp, "_load_library", lambda path: opened.append(path) or open_library(path))
     made = []
     monkeypatch.setattr(
         cpp, "_compile", lambda plan, path: made.append(path) or shutil.copy(quick.parent.parent / "made", path)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
 from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
 from lalm.modeling.ops.delta.delta_rule_cpp import (
     SEGMENT,
@@ -95,12 +95,12 @@ def cpp_kda(
     """`recurrent_delta` with g `[B, T, H, K]` in C++. q and k may have fewer heads than v, and are made unit vectors
     if `norm_eps` is given (see `as_taken`). Without `wants_state` there is no final state, nor the work for it."""
     value_size = v.shape[-1]
-    kernel = needed(channels_kernel(q.shape[-1], value_size), q, k, v, g, beta, state)
+    kernel = require_kernel(channels_kernel(q.shape[-1], value_size), q, k, v, g, beta, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (g, beta, state)]
-    o, final = call(_CppChannels, kernel, scale, norm_eps, wants_state, *tensors, *boundaries(layout))
+    o, final = apply_function(_CppChannels, kernel, scale, norm_eps, wants_state, *tensors, *boundaries(layout))
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
 from lalm.modeling.ops.delta.dual_recurrence import run_dual
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -197,7 +197,7 @@ def cpp_dual(
     """
     value_size = v.shape[-1]
     heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
-    kernel = needed(heads, q, k, v, g, beta, read, coupling, state)
+    kernel = require_kernel(heads, q, k, v, g, beta, read, coupling, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
@@ -211,7 +211,7 @@ def cpp_dual(
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     options = (scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = call(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
+    o, final = apply_function(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final

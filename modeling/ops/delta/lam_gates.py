@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, pointer
+from lalm.modeling.ops.cpp_kernels import apply_function, pointer
 from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, lam_gates_kernel, threads
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 
@@ -133,4 +133,4 @@ def cpp_lam_gates(
     if kernel is None:
         return None
     with without_autocast(x.device):
-        return call(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))
+        return apply_function(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))

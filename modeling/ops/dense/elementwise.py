@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, open_kernel, pointer
+from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
 from lalm.modeling.ops.dispatch import activation_kernel, rms_norm_kernel, threads
 
 
@@ -98,7 +98,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     kernel = rms_norm_kernel(x, weight)
     if kernel is None:
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
-    return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
+    return apply_function(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
 
 
 # The number of an activation in the kernel, and what it replaces.
@@ -117,7 +117,7 @@ def has_kernel(activation: str) -> bool:
 
 def open_activation(activation: str, gated: bool) -> None:
     """Load the kernel that `activate` will look for, if it is compiled."""
-    open_kernel("activation", ACT=_ACTIVATIONS[activation][0], GATED=int(gated))
+    preload_kernel("activation", ACT=_ACTIVATIONS[activation][0], GATED=int(gated))
 
 
 def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,4 +132,4 @@ def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = Non
         return function(x) if factor is None else function(x) * factor
     dtype = x.dtype if factor is None else torch.result_type(x, factor)
     factor = None if factor is None else factor.float().contiguous()
-    return call(_Activation, kernel, function, x.float().contiguous(), factor).to(dtype)
+    return apply_function(_Activation, kernel, function, x.float().contiguous(), factor).to(dtype)

@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp_kernels import call, load_kernel, open_kernel, pointer
+from lalm.modeling.ops.cpp_kernels import apply_function, load_kernel, pointer, preload_kernel
 from lalm.modeling.ops.dispatch import TALL, mkl_is_slow, product_library, threads
 
 
@@ -50,10 +50,10 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return linear(dy.t(), x.t())
 
 
-def open_linear() -> None:
+def preload_linear() -> None:
     """Look up what `linear` will ask for: which library is fast, and the kernel for few rows, if it is compiled."""
     mkl_is_slow()
-    open_kernel("few_rows")
+    preload_kernel("few_rows")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     library = product_library(x, weight, bias)
     if library == "onednn":
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        return call(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
+        return apply_function(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
     if library == "few_rows":
         return _few_rows(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import call, open_kernel, pointer
+from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
 from lalm.modeling.ops.dispatch import short_conv_kernel
 from lalm.modeling.ops.dtypes import without_autocast
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -118,7 +118,7 @@ def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
 
 def open_short_conv(width: int, before: int, activation: bool) -> None:
     """Load the kernel that `cpp_short_conv` will look for, if it is compiled."""
-    open_kernel("short_conv", **_sizes(width, before, activation))
+    preload_kernel("short_conv", **_sizes(width, before, activation))
 
 
 def cpp_short_conv(
@@ -143,5 +143,5 @@ def cpp_short_conv(
     with without_autocast(weight.device):
         given = [_by_channels(x) for x in parts]
         weights = (weight.float().contiguous(), None if bias is None else bias.float().contiguous())
-        outputs = call(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
+        outputs = apply_function(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]

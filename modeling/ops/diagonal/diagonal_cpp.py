@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, call, needed, pointer
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
 from lalm.modeling.ops.diagonal.diagonal_recurrence import normalized, recurrent_diagonal
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -127,12 +127,12 @@ def cpp_diagonal(
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
     sizes = (q.shape[-1], value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
-    kernel = needed(diagonal_kernel(*sizes), q, k, v, g, state)
+    kernel = require_kernel(diagonal_kernel(*sizes), q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
+    o, final = apply_function(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final

@@ -91,8 +91,7 @@ def mamba_chunk_scan_combined(
     }
     kernel = delta_kernel(B.shape[-1], x.shape[-1], use_delta_rule=False)
     core = forms[choose("mamba_chunk_scan_combined", implementation, C, x, forms, kernel)]
-    shape = (x.shape[2], B.shape[-1], x.shape[-1])
-    y, final = run_rule(core, (C, B, x, g, steps), call, shape, refuse_states, True)
+    y, final = run_rule(core, (C, B, x, g, steps), call, (x.shape[2], B.shape[-1], x.shape[-1]), refuse_states, True)
     y = y if D is None else torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
     y = y if z is None else y * F.silu(z)
     return (y, final.transpose(2, 3)) if final is not None else y
