@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -88,22 +89,32 @@ def test_a_file_that_has_gone_is_named(checkpoint):
         check_checkpoint(checkpoint)
 
 
-FSDP = {"whole": ["pytorch_model_fsdp.bin", "optimizer.bin"], "sharded": ["pytorch_model_fsdp_0/", "optimizer_0/"]}
+FSDP = {
+    "whole": ["pytorch_model_fsdp.bin", "optimizer.bin"],
+    "sharded": [
+        *("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/0.distcp"),
+        *("optimizer_0/.metadata", "optimizer_0/0.distcp"),
+    ],
+}
 
 
 @pytest.mark.parametrize("names", FSDP.values(), ids=FSDP)
 def test_checkpoints_of_fsdp_are_complete(checkpoint, names):
-    """The names that accelerate gives to whole and to sharded state dicts."""
+    """The names that accelerate gives to whole and to sharded state dicts; each of the files is needed."""
     (checkpoint / CHECKSUMS).unlink()
     for name in ("model.safetensors", "optimizer.pt"):
         (checkpoint / name).unlink()
-    with pytest.raises((ValueError, OSError)):
-        check_checkpoint(checkpoint)
     for name in names:
-        (checkpoint / name).mkdir() if name.endswith("/") else (checkpoint / name).touch()
+        with pytest.raises((ValueError, OSError)):
+            check_checkpoint(checkpoint)
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint / "scheduler.pt", checkpoint / name)
     check_checkpoint(checkpoint)
     write_checksums(checkpoint)
     check_checkpoint(checkpoint)
+    os.truncate(checkpoint / names[-1], 10)
+    with pytest.raises(ValueError, match=r"cut off|damaged"):
+        check_checkpoint(checkpoint)
 
 
 def test_another_training_text_is_refused(tiny_run, checkpoint, texts):
