@@ -389,8 +389,7 @@ def per_document(
 """C++ kernels for the CPU, compiled by the machine's own compiler when first asked for and kept in its cache folder.
 
 A kernel is one source file (and headers), compiled for fixed sizes in one to four seconds. `dispatch.py` decides from
-the shapes of a call whether to ask; here is how to get the library. Where there is no compiler, or the source is
-absent (a checkpoint loaded as remote code), plain torch runs instead.
+the shapes of a call whether to ask; here is how to get the library. Without a compiler, plain torch runs instead.
 """
 
 
@@ -423,14 +422,12 @@ _LEVELS = {"diagonal": "-O2", "delta_rule": "-O2", "delta_channels": "-O2"}
 _FLAGS = ("-march=native", "-std=c++17", "-shared", "-fPIC")
 # The second try is for compilers without OpenMP or without these names for the processor and its registers.
 _OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
-
-
 # Values per head are padded to a multiple of this: the kernels work in registers of so many numbers.
 LANES = 16
 # Seconds that a process waits for a compiler that is not done, once: it takes one to ten.
 _PATIENCE = 60.0
 # Bytes of the checksum at the end of a library that is kept.
-_SEAL = 20
+_CHECKSUM_SIZE = 20
 
 
 def _read(path: str) -> bytes:
@@ -2772,13 +2769,12 @@ def why_no_kernel(name: str, **sizes: int) -> str | None:
     """Why `load_kernel` gives None, which it is asked first; None if it gives a library."""
     if load_kernel(name, **sizes) is not None:
         return None
-    plan = _plan(name, tuple(sizes.items()))
-    if plan is not None:
+    if (plan := _plan(name, tuple(sizes.items()))) is not None:
         return plan.problem
     return "LALM_CPP=0 is set" if os.environ.get("LALM_CPP") == "0" else "its source is not installed"
 
 
-def open_kernel(name: str, **sizes: int) -> None:
+def preload_kernel(name: str, **sizes: int) -> None:
     """Load a library that is compiled already: models call this when they are made, so that their first forward does
     not wait for the disk."""
     plan = _plan(name, tuple(sizes.items()))
@@ -2786,10 +2782,10 @@ def open_kernel(name: str, **sizes: int) -> None:
         plan.load()
 
 
-def open_heads(kernel: HeadKernel | None) -> None:
-    """`open_kernel` for the heads of a mixer."""
+def preload_heads(kernel: HeadKernel | None) -> None:
+    """`preload_kernel` for the heads of a mixer."""
     if kernel is not None:
-        open_kernel(kernel.name, **dict(kernel.sizes))
+        preload_kernel(kernel.name, **dict(kernel.sizes))
 
 
 @dataclass
@@ -2809,9 +2805,9 @@ class _Plan:
             if self.is_tried:  # by a thread that this one has waited for
                 return
             try:
-                self.kernel = _open_kept(self.library) or _make(self)
+                self.kernel = _load_cached(self.library) or _build(self)
             except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
-                _say_why(self, error)
+                _log_failure(self, error)
             self.is_tried = True  # set last: a thread that reads it takes the kernel as it then is
 
 
@@ -2823,7 +2819,7 @@ class _Loading:
     """Who loads: one thread at a time, so that no two wait for a compiler to make the same library."""
 
     def __init__(self):
-        self.is_hopeless = False  # a compiler was not done in time
+        self.has_timed_out = False  # a compiler was not done in time
         self.renew()
 
     def renew(self) -> None:
@@ -2841,10 +2837,8 @@ def _plan(name: str, sizes: tuple[tuple[str, int], ...]) -> _Plan | None:
     if os.environ.get("LALM_CPP") == "0" or f"{name}.cpp" not in KERNEL_SOURCES:
         logger.info(f"{name}: no C++ kernel (switched off or no source).")
         return None
-    compiler, defines = (
-        _named_compiler(os.environ.get("CXX")),
-        tuple(f"-D{key}={value}" for key, value in sorted(sizes)),
-    )
+    compiler = _named_compiler(os.environ.get("CXX"))
+    defines = tuple(f"-D{key}={value}" for key, value in sorted(sizes))
     options = " ".join([*compiler, _LEVELS.get(name, "-O3"), *_FLAGS, *defines])
     key = hashlib.blake2b(_hash(name) + options.encode(), digest_size=10)
     return _Plan(name, compiler, defines, os.path.join(_folder(), f"{name}-{key.hexdigest()}.so"))
@@ -2880,7 +2874,7 @@ class _Unrecorded:
         pass
 
 
-def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
     own work takes longer than the kernel."""
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
@@ -2893,7 +2887,7 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def needed(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
+def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
     """The library of the kernel for these tensors.
 
     Raises:
@@ -2924,15 +2918,15 @@ def _folder() -> str:
     return os.path.join(kept, "lalm")
 
 
-def _open_kept(path: str) -> ctypes.CDLL | None:
+def _load_cached(path: str) -> ctypes.CDLL | None:
     """The library that is kept there. None if it is not, or not as it was written: running one that was cut off kills
     the process. Nor is one loaded that another user may have put there."""
     if not (os.path.isfile(path) and _is_private(os.path.dirname(path)) and _is_private(path)):
         return None
     try:
         content = _read(path)
-        if content[-_SEAL:] == _seal(content[:-_SEAL]):
-            return _opened(path)
+        if content[-_CHECKSUM_SIZE:] == _checksum(content[:-_CHECKSUM_SIZE]):
+            return _load_library(path)
     except OSError as error:
         logger.info(f"{path} cannot be loaded ({error}).")
     logger.warning(f"{path} is damaged or not for this machine: it is compiled again.")
@@ -2947,11 +2941,11 @@ def _is_private(path: str) -> bool:
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
-def _seal(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_SEAL).digest()
+def _checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_CHECKSUM_SIZE).digest()
 
 
-def _opened(path: str) -> ctypes.CDLL:
+def _load_library(path: str) -> ctypes.CDLL:
     kernel = ctypes.CDLL(path)
     for entry in ("forward", "backward"):
         if hasattr(kernel, entry):
@@ -2959,23 +2953,23 @@ def _opened(path: str) -> ctypes.CDLL:
     return kernel
 
 
-def _make(plan: _Plan) -> ctypes.CDLL:
+def _build(plan: _Plan) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="lalm-") as scratch:
         made = os.path.join(scratch, os.path.basename(plan.library))
         _compile(plan, made)
         try:
-            _keep(made, plan.library)
-            return _opened(plan.library)
+            _store(made, plan.library)
+            return _load_library(plan.library)
         except OSError as error:
             folder = os.path.dirname(plan.library)
             logger.warning_once(
                 f"C++ kernels cannot be kept in {folder} ({error.strerror or error}), so every process compiles them "
                 "again: set LALM_CACHE to a folder that you, and nobody else, can write to."
             )
-            return _opened(made)
+            return _load_library(made)
 
 
-def _keep(made: str, library: str) -> None:
+def _store(made: str, library: str) -> None:
     """Put a library where later processes look, whole or not at all, even if the machine stops."""
     folder, content = os.path.dirname(library), _read(made)
     if not os.path.isabs(folder):  # no home folder
@@ -2986,7 +2980,7 @@ def _keep(made: str, library: str) -> None:
     scratch = f"{library}.{uuid.uuid4().hex}"
     try:
         with open(scratch, "xb", opener=partial(os.open, mode=0o600)) as file:
-            file.write(content + _seal(content))
+            file.write(content + _checksum(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, library)
@@ -2997,7 +2991,7 @@ def _keep(made: str, library: str) -> None:
 
 
 def _compile(plan: _Plan, made: str) -> None:
-    if _loading.is_hopeless:
+    if _loading.has_timed_out:
         raise _NoCompiler("the compiler was not done in time before")
     own = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = plan.compiler or ((own,) if own else ())
@@ -3040,11 +3034,11 @@ def _run(command: list[str], end: float) -> None:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=problem)
 
 
-def _say_why(plan: _Plan, error: Exception) -> None:
+def _log_failure(plan: _Plan, error: Exception) -> None:
     """Log why there is no kernel; a warning where the machine has a compiler."""
     detail = str(getattr(error, "stderr", None) or error).strip()[-300:]
     if isinstance(error, subprocess.TimeoutExpired):
-        _loading.is_hopeless = True
+        _loading.has_timed_out = True
         detail = f"the compiler was not done in {_PATIENCE:g} seconds and is not asked again in this process"
     plan.problem = detail
     given = f" by CXX={shlex.join(plan.compiler)!r}" if plan.compiler else ""
@@ -3521,7 +3515,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     kernel = rms_norm_kernel(x, weight)
     if kernel is None:
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
-    return call(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
+    return apply_function(_RMSNorm, kernel, eps, x.float().contiguous(), weight.float().contiguous()).to(x.dtype)
 
 
 # The number of an activation in the kernel, and what it replaces.
@@ -3540,7 +3534,7 @@ def has_kernel(activation: str) -> bool:
 
 def open_activation(activation: str, gated: bool) -> None:
     """Load the kernel that `activate` will look for, if it is compiled."""
-    open_kernel("activation", ACT=_ACTIVATIONS[activation][0], GATED=int(gated))
+    preload_kernel("activation", ACT=_ACTIVATIONS[activation][0], GATED=int(gated))
 
 
 def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
@@ -3555,7 +3549,7 @@ def activate(activation: str, x: torch.Tensor, factor: torch.Tensor | None = Non
         return function(x) if factor is None else function(x) * factor
     dtype = x.dtype if factor is None else torch.result_type(x, factor)
     factor = None if factor is None else factor.float().contiguous()
-    return call(_Activation, kernel, function, x.float().contiguous(), factor).to(dtype)
+    return apply_function(_Activation, kernel, function, x.float().contiguous(), factor).to(dtype)
 
 
 # ---- lalm.modeling.ops.dense.matrix_product ----
@@ -3607,10 +3601,10 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return linear(dy.t(), x.t())
 
 
-def open_linear() -> None:
+def preload_linear() -> None:
     """Look up what `linear` will ask for: which library is fast, and the kernel for few rows, if it is compiled."""
     mkl_is_slow()
-    open_kernel("few_rows")
+    preload_kernel("few_rows")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -3618,7 +3612,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     library = product_library(x, weight, bias)
     if library == "onednn":
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        return call(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
+        return apply_function(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
     if library == "few_rows":
         return _few_rows(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -3755,7 +3749,7 @@ def _sizes(width: int, before: int, activation: bool) -> dict[str, int]:
 
 def open_short_conv(width: int, before: int, activation: bool) -> None:
     """Load the kernel that `cpp_short_conv` will look for, if it is compiled."""
-    open_kernel("short_conv", **_sizes(width, before, activation))
+    preload_kernel("short_conv", **_sizes(width, before, activation))
 
 
 def cpp_short_conv(
@@ -3780,7 +3774,7 @@ def cpp_short_conv(
     with without_autocast(weight.device):
         given = [_by_channels(x) for x in parts]
         weights = (weight.float().contiguous(), None if bias is None else bias.float().contiguous())
-        outputs = call(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
+        outputs = apply_function(_ShortConv, kernel, before, activation, *weights, skip, documents, *given)
         return [y.to(x.dtype) for x, y in zip(parts, outputs, strict=True)]
 
 
@@ -3887,7 +3881,7 @@ def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Li
 
 def speed_up(layer: nn.Linear) -> nn.Linear:
     """Give a stock layer the forward of `make_linear`, on the instance, where accelerate puts its hooks too."""
-    open_linear()
+    preload_linear()
     layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # a partial is copied and pickled with it
     return layer
 
@@ -3927,7 +3921,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        open_kernel("rms_norm")
+        preload_kernel("rms_norm")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, cast(float, self.eps))
@@ -5148,6 +5142,7 @@ that could overflow (`dispatch.MAX_DECAY`) the scores come from exponents that a
 
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -5369,7 +5364,8 @@ class _Chunks:
         return d_reads, d_writes
 
 
-def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[torch.Tensor, _Chunks]:
+def _prepare(q, k, v, g, scale, segments, chunk_size, factored) -> tuple[Any, _Chunks]:
+    """v in chunks, and what the others give."""
     dtype = compute_dtype(q, k, v, g)
     q_c, k_c, v_c, g_c = (None if x is None else to_chunks(x, chunk_size, dtype) for x in (q, k, v, g))
     if scale != 1:
@@ -5565,12 +5561,12 @@ def cpp_diagonal(
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
     sizes = (q.shape[-1], value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
-    kernel = needed(diagonal_kernel(*sizes), q, k, v, g, state)
+    kernel = require_kernel(diagonal_kernel(*sizes), q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
     tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = call(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
+    o, final = apply_function(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final
@@ -6525,7 +6521,7 @@ def cpp_dual(
     """
     value_size = v.shape[-1]
     heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
-    kernel = needed(heads, q, k, v, g, beta, read, coupling, state)
+    kernel = require_kernel(heads, q, k, v, g, beta, read, coupling, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
@@ -6539,7 +6535,7 @@ def cpp_dual(
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     options = (scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = call(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
+    o, final = apply_function(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final
@@ -7025,4 +7021,4 @@ def cpp_lam_gates(
     if kernel is None:
         return None
     with without_autocast(x.device):
-        return call(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))
+        return apply_function(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))

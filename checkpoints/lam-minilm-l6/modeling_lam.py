@@ -16,7 +16,7 @@ from .configuration_lam import LalmConfig
 from .linear_attention_ops import RecurrentLayer, previous_state, record
 from .linear_attention_ops import FeatureMap
 from .linear_attention_ops import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
-from .linear_attention_ops import open_heads
+from .linear_attention_ops import preload_heads
 from .linear_attention_ops import activate
 from .linear_attention_ops import diagonal_kernel
 from .linear_attention_ops import linear_attention
@@ -126,8 +126,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def gates_of(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]` or, with
-        one per channel or memory, `[B, T, H, *]`. Empty for a mixer without gates."""
+        """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]`, or
+        `[B, T, H, *]` with one per channel or memory. Empty for a mixer without gates."""
         return {}
 
     def make_output_gate(self, gated: bool) -> None:
@@ -163,7 +163,7 @@ class FeatureMixer(Mixer):
         self.q_map, self.k_map, self.normalize, self.eps = q_map, k_map, normalize, eps
         self.is_taylor = q_map.name == "taylor"  # the op makes the features itself
         size = self.key_dim if self.is_taylor else q_map.num_features
-        open_heads(diagonal_kernel(size, self.value_dim, 0, normalize, self.is_taylor))
+        preload_heads(diagonal_kernel(size, self.value_dim, 0, normalize, self.is_taylor))
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         if not self.is_taylor:
@@ -1141,7 +1141,7 @@ from transformers import initialization as init
 from .configuration_lam import LamConfig
 from .linear_attention_ops import MLP, NORMS, RMSNorm, make_linear
 from .linear_attention_ops import copy_weights, student_config
-from .linear_attention_ops import open_heads, open_kernel
+from .linear_attention_ops import preload_heads, preload_kernel
 from .linear_attention_ops import delta_kernel
 from .linear_attention_ops import dual_state_delta
 from .linear_attention_ops import COMPLETE, cpp_lam_gates, plain_lam_gates
@@ -1178,7 +1178,7 @@ class LamGates(nn.Module):
             self.flux_bias = nn.Parameter(torch.empty(self.directions, self.heads))
         self.is_complete = config.use_flux and self.sizes == COMPLETE
         if self.is_complete:
-            open_kernel("lam_gates")
+            preload_kernel("lam_gates")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1226,7 +1226,7 @@ class LamMixer(Mixer):
         value_size = self.num_heads * self.value_dim
         self.o_norm = RMSNorm(self.value_dim, eps=1e-6) if config.use_output_norm else None
         self.g_proj = make_linear(config.hidden_size, value_size) if config.use_output_gate else None
-        open_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
+        preload_heads(delta_kernel(self.key_dim, self.value_dim, config.num_memories, config.use_delta_rule))
 
     def gates_of(self, hidden_states, k, v):
         return self.gates(hidden_states, k, v)
