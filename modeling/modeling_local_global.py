@@ -243,7 +243,7 @@ class LocalGlobalModel(LalmModel):
         super()._init_weights(module)
         if isinstance(module, ProductKeyMemory):
             init.normal_(module.keys, 0.0, module.keys.shape[-1] ** -0.5)
-            init.normal_(module.values.weight, 0.0, module.values.embedding_dim**-0.5)
+            init.normal_(module.values, 0.0, module.values.shape[-1] ** -0.5)
         # By name: the base class initialises before they are made.
         if isinstance(module, nn.Linear) and any(
             module is self._modules.get(name) for name in ("embedding_in", "embedding_out")

@@ -201,7 +201,7 @@ ROWS = (
         feature_dim=3,
     ),
     _local_global("plain", num_local_heads=1),
-    _local_global("blindspot", num_local_heads=1, blindspot_size=3, pkm_layers=[1], pkm_num_keys=6),
+    _local_global("blindspot", num_local_heads=1, blindspot_size=3, pkm_layers=[0], pkm_num_keys=6),
     _local_global("one_kv_head", num_attention_heads=4, num_local_heads=2, one_kv_head=True),
     _local_global("reversible", reversible=True, num_local_heads=1),
     _local_global("v021", semantics="v0.2.1", one_kv_head=True, position_embedding_type="learned"),

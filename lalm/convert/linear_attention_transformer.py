@@ -219,7 +219,7 @@ def _names(config: LocalGlobalConfig, has_head: bool) -> Iterator[tuple[str, str
             yield from _both(f"{mlp}.norm", f"{ours}mlp_norm")
             if layer in config.pkm_layers and not extra:
                 for name in ("to_queries.weight", "norm.weight", "norm.bias", "keys", "values.weight"):
-                    yield f"{mlp}.fn.{shift}{name}", f"{ours}mlp.{name}"
+                    yield f"{mlp}.fn.{shift}{name}", f"{ours}mlp.{name}".replace("values.weight", "values")
                 continue
             yield from _both(f"{mlp}.fn.{shift}fn.w1", f"{ours}mlp.up_proj")
             yield from _both(f"{mlp}.fn.{shift}fn.w2", f"{ours}mlp.down_proj")

@@ -307,7 +307,8 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weights of `DistillationLoss`."""
-        names = {term: term for term in ("embedding", "similarity", "margin", "contrastive")} | {"layers": "layer"}
+        names = {"embedding": "embedding", "layers": "layer", "similarity": "similarity", "margin": "margin"}
+        names["contrastive"] = "contrastive"
         return {term: float(getattr(self, f"{name}_weight") or 0) for term, name in names.items()}
 
     @property

@@ -53,7 +53,7 @@ def refused(sts_world, capsys):
 def test_without_arguments_and_network_it_shows_something_real(tmp_path):
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the small set of sentence pairs embedded in lalm stands in" in done.stderr
+    assert "a small set of sentence pairs inside lalm is used instead" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("split ")
     assert "Pearson [95 % interval]  Spearman [95 % interval]" in lines[0]
