@@ -78,6 +78,7 @@ class DeltaNetMixer(Mixer):
         super().__init__(config, layer_idx)
         self.b_proj = make_linear(config.hidden_size, self.num_heads, bias=False)
         self.a_proj: nn.Module | None = None
+        self.gk_proj: nn.Module | None = None
         self.gate_bias: DecayGate | None = None
         self.rule: Callable = delta_rule
         kernel = delta_kernel(self.key_dim, self.value_dim)
@@ -87,7 +88,7 @@ class DeltaNetMixer(Mixer):
             self.gate_bias = DecayGate(self.num_heads)
         elif config.decay == "channel":
             self.rule = kda
-            self.a_proj = nn.Sequential(
+            self.gk_proj = nn.Sequential(
                 make_linear(config.hidden_size, self.value_dim, bias=False),
                 make_linear(self.value_dim, self.num_heads * self.key_dim, bias=False),
             )
@@ -100,9 +101,10 @@ class DeltaNetMixer(Mixer):
     def gates_of(self, hidden_states, k, v):
         beta = self.b_proj(hidden_states)
         beta = beta.to(compute_dtype(beta)).sigmoid() * self.strongest_write
-        if self.a_proj is None or self.gate_bias is None:
+        project = self.gk_proj if self.a_proj is None else self.a_proj
+        if project is None or self.gate_bias is None:
             return {"beta": beta}
-        return {"g": self.gate_bias(self.a_proj(hidden_states)), "beta": beta}
+        return {"g": self.gate_bias(project(hidden_states)), "beta": beta}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         return self.rule(

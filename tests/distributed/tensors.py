@@ -22,6 +22,7 @@ NAMES = (
     "gla_conv_tied",
     "gla_hybrid_full",
     "delta_net_gated",
+    "delta_net_channel",
     "delta_net_hybrid_both",
     "retnet_conv_qk_norm",
     "lam_plain",
