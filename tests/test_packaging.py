@@ -23,7 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"lalm": "lalm", "lalm.modeling": "modeling", "lalm.configuration": "configuration"}
-RECIPES = {f"lalm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+RECIPES = {f"lalm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
 PACKAGE_DATA = RECIPES | {
     "lalm/py.typed",
     "lalm/training/sts/default_pairs.tsv",
