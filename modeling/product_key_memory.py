@@ -35,7 +35,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @differentiable_by(lambda ctx, values, weights: gathered_sum(values, ctx.index, weights), 1)
-    def backward(ctx: Any, dy: torch.Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor):
         values, weights = (x.detach().requires_grad_() for x in ctx.saved_tensors)
         with torch.enable_grad():
             y = F.embedding_bag(ctx.index, values, per_sample_weights=weights, mode="sum")
