@@ -178,7 +178,10 @@ def test_update_is_a_step_of_the_scan_and_that_of_transformers():
     x, b, c = x.unflatten(-1, (H, P)), b.unflatten(-1, (G, N)), c.unflatten(-1, (G, N))
     wide = [y[..., None].expand(*y.shape, P) for y in (dt[:, 0], D, bias)]
     arguments = (x, wide[0], A[:, None, None].expand(H, P, N), b, c, wide[1])
-    ours, theirs = state.clone(), state.clone()
+    ours, theirs = (
+        state.transpose(2, 3).contiguous().transpose(2, 3),
+        state.clone(),
+    )  # as a cache may hold it, and plain
     y = selective_state_update(ours, *arguments, dt_bias=wide[2], dt_softplus=True)
     stock = mamba.mamba2_selective_state_update(theirs, *arguments, dt_bias=wide[2], dt_softplus=True)
     scan, final = mamba_chunk_scan_combined(

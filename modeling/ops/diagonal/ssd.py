@@ -94,7 +94,7 @@ def mamba_chunk_scan_combined(
     y, final = run_rule(core, (C, B, x, g, steps), call, (x.shape[2], B.shape[-1], x.shape[-1]), refuse_states, True)
     y = y if D is None else torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
     y = y if z is None else y * F.silu(z)
-    return (y, final.transpose(2, 3)) if final is not None else y
+    return (y, final.transpose(2, 3).contiguous()) if final is not None else y
 
 
 def _time_steps(
@@ -246,9 +246,9 @@ def selective_state_update(
         dt_bias = None if dt_bias is None else dt_bias[:, :1]
     steps = _time_steps(dt.to(dtype), dt_bias, dt_softplus, (-float("inf"), float("inf")))
     by_group = (batch, groups, heads // groups, size)
-    written = (steps * x.to(dtype)).view(*by_group, 1) * B.to(dtype)[:, :, None, None]
-    moved = state.to(dtype) * (steps[..., None] * A.to(dtype)).exp() + written.view(state.shape)
+    written = (steps * x.to(dtype)).reshape(*by_group, 1) * B.to(dtype)[:, :, None, None]
+    moved = state.to(dtype) * (steps[..., None] * A.to(dtype)).exp() + written.reshape(state.shape)
     state.copy_(moved)
-    y = (moved.view(batch, groups, -1, keys) @ C.to(dtype)[..., None]).view(batch, heads, size)
+    y = (moved.reshape(batch, groups, -1, keys) @ C.to(dtype)[..., None]).view(batch, heads, size)
     y = y if D is None else y + x * D
     return (y if z is None else y * F.silu(z)).to(x.dtype)
