@@ -302,7 +302,8 @@ def test_cached_and_live_vectors_of_a_teacher_teach_the_same(chain, sts_world):
 
 def test_distillation_brings_the_student_nearer(sts_world):
     flags = ("--max_steps", "40", "--learning_rate", "5e-3", "--eval_steps", "20", "--logging_steps", "10")
-    sts_world.run("distill", *flags, output="longer")
+    # means of ten steps each: that of the first step alone is far from typical
+    sts_world.run("distill", *flags, "--logging_first_step", "false", output="longer")
     found = losses(sts_world.folder / "longer")
     assert found[-1] < 0.85 * found[0]
 
