@@ -89,7 +89,8 @@ def main() -> None:
     if distance > TOLERANCE:
         raise SystemExit(f"logits differ by {distance:.1e} of their size: nothing is timed")
     for name in options.work:
-        run, times = work(model, ids)[name], ([], [])
+        times: tuple[list[float], list[float]] = ([], [])
+        run = work(model, ids)[name]
         for _ in range(options.rounds):
             times[0].append(run())
             with lalm.use_in_transformers():

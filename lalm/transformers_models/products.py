@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lalm.modeling.ops.dense.matrix_product import linear
-from lalm.modeling.ops.dispatch import product_dtype
+from lalm.modeling.ops.dispatch import FEW_ROWS, product_dtype
 
 
 class _FastProducts(TorchFunctionMode):
@@ -34,11 +34,12 @@ class _FastProducts(TorchFunctionMode):
 
 def layer_forward(original: Callable) -> Callable:
     """The forward of a decoder layer with fast products on the CPU. It is the whole layer's, so that a checkpointed
-    layer runs again as it ran before."""
+    layer runs again as it ran before. For few tokens (decoding) looking at every call costs more than it gains."""
 
     @wraps(original)
     def forward(self, hidden_states, *args, **kwargs):
-        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        is_few = hidden_states.numel() < FEW_ROWS * hidden_states.shape[-1]
+        if is_few or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
             return original(self, hidden_states, *args, **kwargs)
         with _FastProducts():
             return original(self, hidden_states, *args, **kwargs)
