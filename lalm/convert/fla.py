@@ -69,6 +69,7 @@ _REQUIRED = {"attn": (None,), "hidden_act": _SWISH, "attnres_block_size": (None,
 _PLAIN_NORM = {"elementwise_affine": (True, None)}
 _OURS = {"mlp_type": "gated", "hidden_act": "silu", "norm_type": "rmsnorm", "qk_norm": False, "is_causal": True}
 _OURS |= {"full_attention_layers": [], "sliding_attention_layers": [], "dropout": 0.0}
+_OURS |= {"attention_bias": False, "mlp_bias": False}
 _NO_POSITIONS = _OURS | {"position_embedding_type": "none"}
 # How kernels run, fields that a layer never sees, and those that are read apart from `fields`.
 _IGNORED = {
