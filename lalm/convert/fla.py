@@ -28,6 +28,7 @@ from lalm.convert.linear_attention_transformer import (
     from_linear_attention_transformer,
     to_linear_attention_transformer,
 )
+from lalm.convert.softmax import STUDENTS, from_softmax
 from lalm.errors import UserError, one_line
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
@@ -337,12 +338,17 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m lalm.convert", description="Convert checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("from_fla", "to_fla", "from_linear_attention_transformer", "to_linear_attention_transformer"):
+    for name in ("from_fla", "to_fla", "from_linear_attention_transformer", "to_linear_attention_transformer",
+                 "from_softmax"):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("source", help="folder or Hub name; of a linear-attention-transformer a .pt state dict")
         command.add_argument("target", type=Path, help="folder, or the .pt file to write")
         if name == "from_linear_attention_transformer":
             command.add_argument("--options", default="{}", help="JSON of the constructor's options, as heads, causal")
+        if name == "from_softmax":
+            command.add_argument("--model_type", default="lalm_linear", help=f"of the student: {', '.join(STUDENTS)}")
+            command.add_argument("--keep_softmax_layers", type=int, nargs="*", default=[], help="as 7 15 23 29")
+            command.add_argument("--options", default="{}", help="JSON of further fields of the student")
     arguments = parser.parse_args(argv)
     try:
         _convert(arguments)
@@ -356,6 +362,10 @@ def _convert(arguments: argparse.Namespace) -> None:
     load: Any = AutoModelForCausalLM.from_pretrained
     if arguments.command == "from_fla":
         from_fla(source).save_pretrained(target)
+    elif arguments.command == "from_softmax":
+        changes = json.loads(arguments.options)
+        student = from_softmax(load(source), arguments.model_type, arguments.keep_softmax_layers, True, **changes)
+        student.save_pretrained(target)
     elif arguments.command == "to_fla":
         to_fla(load(source), target)
     elif arguments.command == "from_linear_attention_transformer":

@@ -163,11 +163,10 @@ def student_config(
     if fields.get("dropout") and theirs.embd_pdrop != fields["dropout"]:
         raise ValueError(f"embd_pdrop = {theirs.embd_pdrop} differs from resid_pdrop = {fields['dropout']}.")
     fields |= _softmax_layers(theirs, fields["num_hidden_layers"], keep_softmax_layers)
-    if model_type == "lalm_linear" and "feature_map" not in changes:
+    if model_type == "lalm_linear":
         fields |= WINDOW
-    elif model_type != "lalm_linear" or changes.get("window_size") is None:
-        size = fields["num_attention_heads"] * (fields.get("head_dim") or 0) or fields["hidden_size"]
-        fields |= {"expand_k": size / fields["hidden_size"], "expand_v": size / fields["hidden_size"]}
+    size = fields["num_attention_heads"] * (fields.get("head_dim") or 0) or fields["hidden_size"]
+    fields |= dict.fromkeys(("expand_k", "expand_v"), size / fields["hidden_size"])
     (variant,) = [row for row in lalm.VARIANTS if row.config.model_type == model_type]
     return variant.config(**(fields | changes))
 
@@ -207,8 +206,7 @@ def student_state(teacher: PreTrainedModel, config: LalmConfig) -> dict[str, tor
     unused = set(theirs)
     for name, source, how, index in _rows(teacher.config.model_type, config.num_hidden_layers):
         if how == "zeros":
-            ours[name] = torch.zeros_like(theirs[source.replace("o_proj.bias", "input_layernorm.weight").replace(
-                "self_attn.", "")])  # fmt: skip
+            ours[name] = teacher.get_input_embeddings().weight.new_zeros(config.hidden_size)
         elif source in theirs:
             unused.discard(source)
             ours[name] = _changed(theirs[source], how)
@@ -231,8 +229,8 @@ def _changed(x: torch.Tensor, how: str) -> torch.Tensor:
     if how == "times root":
         return x * torch.tensor(x.shape[1] ** 0.5, dtype=x.dtype)
     if how.startswith("third"):
-        return x.chunk(3, dim=-1)[int(how[-1])].T.contiguous()
-    return x.T.contiguous() if how == "transposed" else x
+        x, how = x.chunk(3, dim=-1)[int(how[-1])], "transposed"
+    return x.T.contiguous() if how == "transposed" and x.ndim == 2 else x.contiguous()
 
 
 def _expanded(x: torch.Tensor, config: LalmConfig, index: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +21,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lalm.convert.centroids import fit_centroids, hybrid_layers, watch_attention
 from lalm.convert.softmax import from_softmax, student_config
 from lalm.errors import UserError, one_line, refusal
+from lalm.modeling.hybrid_mixer import HybridMixer
 from lalm.modeling.modeling_heads import LalmForCausalLM
 from lalm.training.clm.arguments import ClmTrainingArguments, ModelArguments
 from lalm.training.clm.model_builder import hub_options, load_checkpoint, torch_dtype
 from lalm.training.clm.packing import PackingCollator
 from lalm.training.clm.tokenizer import load_tokenizer
+from lalm.training.loss_curve import write_loss_curves
+from lalm.training.results import EVALUATION_KEYS, save_results
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 # Tokens whose logits exist at once in the distillation loss.
 PIECE = 256
+NOTHING = "--stage transfer: no layer of the student is linear with a window_size, so that there is nothing to train"
 
 
 class Stage:
@@ -77,6 +80,8 @@ class Transfer(Stage):
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         super().__init__(student, teacher)
         self.layers = hybrid_layers(student)
+        if not self.layers:
+            raise UserError(NOTHING)
         self.errors: dict[int, float] = {}  # of each layer, a running mean over batches
         names = {name for name, _ in teacher.named_parameters()}
         for name, parameter in student.named_parameters():
@@ -140,6 +145,8 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
         config = new_student_config(arguments, training, theirs)
     except ValueError as error:
         raise UserError(f"--teacher {name}: {one_line(error)}") from None
+    if training.stage == "transfer" and not arguments.model_name_or_path and not _has_window(config):
+        raise UserError(NOTHING)
     window = getattr(config, "window_size", None)
     if not arguments.model_name_or_path and window and window > block_size:
         raise UserError(f"--config_overrides: window_size {window} is above --block_size {block_size}; lower it")
@@ -148,6 +155,11 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
         if own != load_tokenizer(name, arguments).get_vocab():
             raise UserError(f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of --teacher {name}")
     arguments.tokenizer_name = arguments.tokenizer_name or name
+
+
+def _has_window(config: Any) -> bool:
+    """Whether a layer has the heads that the transfer trains."""
+    return getattr(config, "window_size", None) is not None and HybridMixer.layer_type in config.layer_types
 
 
 def new_student_config(arguments: ModelArguments, training: ClmTrainingArguments, theirs: Any) -> Any:
@@ -209,13 +221,24 @@ def set_centroids(student: Any, teacher: Any, training: ClmTrainingArguments, da
         raise UserError(f"--centroid_blocks {count}: {one_line(error)}") from None
 
 
-def write_layer_errors(errors: dict[int, float], path: Path) -> None:
-    """Draw the relative error of every layer."""
-    import matplotlib.pyplot as plt
+def score_teacher(trainer: Any, stage: Stage, splits: dict[str, Any], results: dict) -> None:
+    """Score the teacher on every split that the student was scored on, under `teacher_<split>_...`."""
+    for prefix, split in (("eval", "validation"), ("test", "test")):
+        if f"{prefix}_perplexity" in results:
+            with stage.as_teacher():
+                metrics = trainer.evaluate(splits[split], metric_key_prefix=f"teacher_{prefix}")
+            figures = {f"teacher_{prefix}_{key}": metrics[f"teacher_{prefix}_{key}"] for key in EVALUATION_KEYS}
+            results |= figures
+            if trainer.is_world_process_zero():
+                save_results(trainer.args.folder, f"teacher_{prefix}", figures)
 
-    figure, axes = plt.subplots(figsize=(7, 3))
-    axes.bar(list(errors), list(errors.values()))
-    axes.set(xlabel="layer", ylabel="relative squared error", title="Outputs of the linear layers")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+def report_stage(trainer: Any, stage: Stage) -> None:
+    """Write and draw the error of every layer, if this run measured them."""
+    errors = getattr(stage, "errors", None)
+    if not errors or not trainer.is_world_process_zero():
+        return
+    named = {str(index): round(error, 6) for index, error in errors.items()}
+    save_results(trainer.args.folder, "layer_errors", named)
+    points = {"linear layers": sorted(errors.items())}
+    write_loss_curves(points, trainer.args.folder / "layer_errors.png", "error by layer", " (relative, squared)")
