@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lalm.convert.centroids import fit_centroids
@@ -179,7 +180,28 @@ def test_command_line(tmp_path, capsys):
           '{"window_size": 8}'])  # fmt: skip
     assert "is written" in capsys.readouterr().out
     config = json.loads((target / "config.json").read_text())
-    assert (config["model_type"], config["window_size"], config["sliding_attention_layers"]) == ("lalm_linear", 8, [0, 2])
+    assert (config["model_type"], config["window_size"], config["sliding_attention_layers"]) == (
+        "lalm_linear",
+        8,
+        [0, 2],
+    )
     assert (target / "tokenizer_config.json").exists()
     with pytest.raises(UserError, match=r"from_softmax: .*layers are numbered 0 to 2"):
         main(["from_softmax", str(source), str(target), "--keep_softmax_layers", "7"])
+
+
+def test_an_adapter_holds_what_is_new_and_gives_the_student_again(tmp_path):
+    source, student, adapter, again = (tmp_path / name for name in ("teacher", "student", "adapter", "again"))
+    teacher_of("qwen2").save_pretrained(source)
+    main(["from_softmax", str(source), str(student), "--options", '{"num_features": 6}'])
+    main(["to_adapter", str(student), str(adapter), "--teacher", str(source)])
+    names = {name.rsplit(".", 2)[1] for name in load_file(adapter / "adapter_model.safetensors")}
+    assert names == {"q_map", "k_map"}
+    main(["from_adapter", str(adapter), str(again)])
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (student, again))
+    with torch.no_grad():
+        assert torch.equal(first(ids()).logits, second(ids()).logits)
+    other = tmp_path / "other"
+    teacher_of("qwen2", hidden_size=16).save_pretrained(other)
+    with pytest.raises(UserError, match="from_adapter: .*in the teacher and"):
+        main(["from_adapter", str(adapter), str(again), "--teacher", str(other)])

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 import lalm
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.convert.adapters import load_adapter, save_adapter
 from lalm.convert.linear_attention_transformer import (
     from_linear_attention_transformer,
     to_linear_attention_transformer,
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lalm.convert", description="Convert checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("from_fla", "to_fla", "from_linear_attention_transformer", "to_linear_attention_transformer",
-                 "from_softmax"):  # fmt: skip
+                 "from_softmax", "to_adapter", "from_adapter"):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("source", help="folder or Hub name; of a linear-attention-transformer a .pt state dict")
         command.add_argument("target", type=Path, help="folder, or the .pt file to write")
@@ -349,6 +350,9 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--model_type", default="lalm_linear", help=f"of the student: {', '.join(STUDENTS)}")
             command.add_argument("--keep_softmax_layers", type=int, nargs="*", default=[], help="as 7 15 23 29")
             command.add_argument("--options", default="{}", help="JSON of further fields of the student")
+        if name.endswith("_adapter"):
+            required = name == "to_adapter"
+            command.add_argument("--teacher", required=required, help="the student's softmax teacher, folder or name")
     arguments = parser.parse_args(argv)
     try:
         _convert(arguments)
@@ -366,6 +370,10 @@ def _convert(arguments: argparse.Namespace) -> None:
         changes = json.loads(arguments.options)
         student = from_softmax(load(source), arguments.model_type, arguments.keep_softmax_layers, True, **changes)
         student.save_pretrained(target)
+    elif arguments.command == "to_adapter":
+        save_adapter(load(source), load(arguments.teacher), target, arguments.teacher)
+    elif arguments.command == "from_adapter":
+        load_adapter(source, arguments.teacher).save_pretrained(target)
     elif arguments.command == "to_fla":
         to_fla(load(source), target)
     elif arguments.command == "from_linear_attention_transformer":

@@ -101,9 +101,7 @@ FAMILIES = {
     "mistral": Family(_LLAMA_FIELDS, _ROTARY, {}, _llama()),
     # q, k and v have biases, o has none: ours starts at 0.
     "qwen2": Family(_LLAMA_FIELDS, _ROTARY | {"attention_bias": True}, {}, _llama(o_bias="zeros")),
-    "qwen3": Family(
-        _LLAMA_FIELDS | {"attention_bias": "attention_bias"}, _ROTARY | {"qk_norm": True}, {}, _llama()
-    ),
+    "qwen3": Family(_LLAMA_FIELDS | {"attention_bias": "attention_bias"}, _ROTARY | {"qk_norm": True}, {}, _llama()),
     # Norms that multiply by 1 + weight, and embeddings that are multiplied by the root of their size.
     "gemma": Family(
         _LLAMA_FIELDS | {"attention_bias": "attention_bias"},
@@ -213,7 +211,9 @@ def student_state(teacher: PreTrainedModel, config: LalmConfig) -> dict[str, tor
             if name.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
                 ours[name] = _expanded(ours[name], config, index)
     if unused:
-        raise ValueError(f"The teacher holds {sorted(unused)[0]}, for which {teacher.config.model_type} has no mapping.")
+        raise ValueError(
+            f"The teacher holds {sorted(unused)[0]}, for which {teacher.config.model_type} has no mapping."
+        )
     return ours
 
 

@@ -88,9 +88,7 @@ def test_pieces_are_the_whole(name, sizes):
     tensors, _, key_features = inputs(sum(sizes))
     layout, _, real = layout_of(name, 2, sum(sizes))
     tensors = [x.detach() for x in tensors]
-    whole, final = window_linear_attention(
-        *tensors, key_features, W, SINKS, output_final_state=True, layout=layout
-    )
+    whole, final = window_linear_attention(*tensors, key_features, W, SINKS, output_final_state=True, layout=layout)
     state, outputs, start = None, [], 0
     for size in sizes:
         part = slice(start, start + size)
