@@ -9,6 +9,7 @@ context and by position, needles found, and the speed and cache of decoding.
 """
 
 import argparse
+import itertools
 import math
 import random
 import time
@@ -89,7 +90,7 @@ def perplexity_tables(models: list, tokens: torch.Tensor, contexts: list[int]) -
         print(f"| {name} |", " | ".join(f"{by_context[c].mean().exp():.2f}" for c in contexts), "|", flush=True)
     longest = max(contexts)
     edges = [0] + [2**n for n in range(6, int(math.log2(longest)) + 1)]
-    ranges = [(low, min(high, longest - 1)) for low, high in zip(edges, edges[1:], strict=False)]
+    ranges = [(low, min(high, longest - 1)) for low, high in itertools.pairwise(edges)]
     print(f"\n| perplexity at position, {longest} tokens |", " | ".join(f"{a} to {b}" for a, b in ranges), "|")
     print("|---" * (len(ranges) + 1) + "|")
     for name, by_context in measured.items():

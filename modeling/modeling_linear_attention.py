@@ -21,7 +21,6 @@ from lalm.modeling.modeling_heads import (
     LalmForTokenClassification,
 )
 
-
 _LEARNED_MAPS = (
     ElementwiseProductFeatures,
     FavorFeatures,

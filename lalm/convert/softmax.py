@@ -65,14 +65,12 @@ def _llama(norm: str = "same", embedding: str = "same", o_bias: str = "same") ->
         (layer + "mixer_norm.weight", theirs + "input_layernorm.weight", norm),
         (layer + "mlp_norm.weight", theirs + "post_attention_layernorm.weight", norm),
     ]
-    for part in ("q_norm", "k_norm"):
-        rows.append((f"{layer}mixer.{part}.weight", f"{theirs}self_attn.{part}.weight", norm))
-    for kind in ("weight", "bias"):
-        for part in ("q", "k", "v", "o"):
-            how = o_bias if (part, kind) == ("o", "bias") else "same"
-            rows.append((f"{layer}mixer.{part}_proj.{kind}", f"{theirs}self_attn.{part}_proj.{kind}", how))
-        for part in ("gate", "up", "down"):
-            rows.append((f"{layer}mlp.{part}_proj.{kind}", f"{theirs}mlp.{part}_proj.{kind}", "same"))
+    parts = [("mixer", f"{part}_norm", "weight", norm) for part in "qk"]
+    parts += [("mixer", f"{part}_proj", "weight", "same") for part in "qkvo"]
+    parts += [("mixer", f"{part}_proj", "bias", o_bias if part == "o" else "same") for part in "qkvo"]
+    parts += [("mlp", f"{part}_proj", kind, "same") for part in ("gate", "up", "down") for kind in ("weight", "bias")]
+    attention = {"mixer": "self_attn", "mlp": "mlp"}
+    rows += [(f"{layer}{a}.{b}.{kind}", f"{theirs}{attention[a]}.{b}.{kind}", how) for a, b, kind, how in parts]
     return tuple(rows)
 
 

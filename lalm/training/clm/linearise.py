@@ -75,7 +75,7 @@ class Stage:
 
 
 class Transfer(Stage):
-    """Relative squared error of each new layer for the inputs that the teacher's layer gets, the mean of all layers."""
+    """Relative squared error of each new layer for the inputs that the teacher's layer gets; the mean of all."""
 
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         super().__init__(student, teacher)
