@@ -47,7 +47,6 @@ class _Keys(NamedTuple):
 
     k: torch.Tensor  # [..., G, K]
     v: torch.Tensor  # [..., G, W]
-    features: torch.Tensor  # phi(k) [..., G, F], 0 for sinks and for what is no token
     labels: torch.Tensor  # number of the document in its row, or _NONE
     is_sink: torch.Tensor
 
@@ -142,17 +141,20 @@ def _attend(q, k, v, log_q, key_features, window_size, num_sinks, state, options
         _fill_front(x, front, fill) for x, fill in ((kv, 0), (key_labels, _NONE), (key_is_sink, False))
     )
     k, v = kv.split([k.shape[-1], v.shape[-1]], dim=-1)
-    features = key_features(k) * ((key_labels != _NONE) & ~key_is_sink)[..., None, None]
-    keys = _Keys(k.to(dtype), _with_ones(v.to(dtype)), features.to(dtype), key_labels, key_is_sink)
+    # The keys that leave the window by the end of this piece: only they are ever far, each for the block after it.
+    leaving = kv.shape[1] - window_size
+    features = key_features(k[:, :leaving]) * ((key_labels != _NONE) & ~key_is_sink)[:, :leaving, None, None]
+    features = features.to(dtype).unflatten(1, (number, -1))
+    keys = _Keys(k.to(dtype), _with_ones(v.to(dtype)), key_labels, key_is_sink)
     last = labels[:, -1:].clamp(min=0)
-    read, final = _memories(keys, number, length if is_short else window_size, last, state, layout)
+    read, final = _memories(features, keys, last, state, layout)
     spans = _Keys(*(x[:, None] if is_short else _spans(x, number, window_size) for x in keys))
     index = torch.arange(length, device=q.device)[None]
     blocks = (
         _fill_front(x, front, fill).unflatten(1, (number, -1))
         for x, fill in ((q.to(dtype), 0), (log_q.to(dtype), 0), (labels, _NONE), (index, -1))
     )
-    o = _attend_blocks(*blocks, spans, sinks, read, window_size, **options).flatten(1, 2)[:, front:]
+    o = _attend_blocks(*blocks, spans, features, sinks, read, window_size, **options).flatten(1, 2)[:, front:]
     o = layout.zero_padding(layout.restore(o))
     return o, _final_state(final, final_window, sinks, last, totals, num_sinks)
 
@@ -205,12 +207,12 @@ def _find_sinks(kv, labels, is_sink, num_sinks: int, state: WindowLinearState | 
     )
 
 
-def _memories(keys: _Keys, number: int, size: int, last, state: WindowLinearState | None, layout):
+def _memories(features, keys: _Keys, last, state: WindowLinearState | None, layout):
     """What each block of queries reads (memories `[B, N, G, F, W]` and whose document they hold `[B, N]`), and what
-    is left at the end for the document `last [B, 1]`: pieces of `size` keys have left the window block by block."""
-    features, v, labels = (
-        x[:, : number * size].unflatten(1, (number, size)) for x in (keys.features, keys.v, keys.labels)
-    )
+    is left at the end for the document `last [B, 1]`; `features [B, N, C, G, F]` of the first keys, which leave the
+    window block by block."""
+    number, size = features.shape[1:3]
+    v, labels = (x[:, : number * size].unflatten(1, (number, size)) for x in (keys.v, keys.labels))
     ends = labels[..., -1].clamp(min=0)  # padding stands in front, and counts to the first document
     if layout.segments is not None:
         features = features * (labels == ends[..., None])[..., None, None]
@@ -234,34 +236,43 @@ def _spans(x: torch.Tensor, number: int, size: int) -> torch.Tensor:
 
 
 def _by_head(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """`[B, N, C, H, *] -> [B, N, G, R, C, *]`."""
-    return x.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    """`[B, N, C, H, *] -> [B, N, G, R C, *]`: the queries that share a key head are the rows of one product."""
+    return x.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
 
-def _attend_blocks(q, log_q, labels, index, spans: _Keys, sinks: _Sinks, read, window_size, scale, relative):
-    """o `[B, N, C, H, V]` of queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`."""
-    groups, size = spans.k.shape[3], q.shape[2]
+def _each_head(mask: torch.Tensor, rows: int) -> torch.Tensor:
+    """A mask `[B, N, C, M]` of queries -> `[B, N, 1, R C, M]`."""
+    repeats = rows // mask.shape[2]
+    return mask[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(2, 3)[:, :, None]
+
+
+def _attend_blocks(q, log_q, labels, index, spans: _Keys, features, sinks: _Sinks, read, window_size, scale, relative):
+    """o `[B, N, C, H, V]` of queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`, the first C of
+    which may be far and have `features`."""
+    groups, size, heads = spans.k.shape[3], q.shape[2], q.shape[3]
     q, log_q = _by_head(q * scale, groups), _by_head(log_q, groups)
-    k, v, features = (x.transpose(2, 3)[:, :, :, None] for x in spans[:3])
-    sink_k, sink_v = sinks.joined.to(q.dtype).split([q.shape[-1], spans.v.shape[-1] - 1], dim=-1)
-    sink_k, sink_v = (x.transpose(1, 2)[:, None, :, None] for x in (sink_k, _with_ones(sink_v)))
-    same = labels[..., :, None] == spans.labels[..., None, :]
-    near, far = same.triu(1).tril(window_size) & ~spans.is_sink[..., None, :], same.tril(0)
+    k, v, features = (x.transpose(2, 3) for x in (spans.k, spans.v, features))
+    sink_k, sink_v = sinks.joined.to(q.dtype).split([q.shape[-1], v.shape[-1] - 1], dim=-1)
+    sink_k, sink_v = (x.transpose(1, 2)[:, None] for x in (sink_k, _with_ones(sink_v)))
+    same, rows = labels[..., :, None] == spans.labels[..., None, :], q.shape[3]
+    near, far = same.triu(1).tril(window_size) & ~spans.is_sink[..., None, :], same[..., :size].tril(0)
     visible = (labels[..., None] == sinks.labels[:, None, None]) & (index[..., None] >= sinks.index[:, None, None])
     lowest = torch.finfo(q.dtype).min / 2
-    scores = (q @ k.mT).masked_fill(~near[:, :, None, None], lowest)
-    sink_scores = (q @ sink_k.mT).masked_fill(~visible[:, :, None, None], lowest)
-    largest = torch.cat([scores, sink_scores], dim=-1).amax(-1, keepdim=True)
+    scores = (q @ k.mT).masked_fill(~_each_head(near, rows), lowest)
+    sink_scores = (q @ sink_k.mT).masked_fill(~_each_head(visible, rows), lowest)
+    largest = scores.amax(-1, keepdim=True)
+    if sink_scores.shape[-1]:
+        largest = torch.maximum(largest, sink_scores.amax(-1, keepdim=True))
     if not relative:
         largest = largest.detach()  # the output does not depend on it
         log_q = log_q - largest
     q_features = log_q.clamp(max=MAX_LOG_RATIO).exp()
-    weights = (scores - largest).exp() + (q_features @ features.mT) * far[:, :, None, None]
     memory, holds = read
-    reads = q_features * (labels == holds[..., None])[:, :, None, None, :, None]
-    sums = weights @ v + (sink_scores - largest).exp() @ sink_v + reads @ memory[:, :, :, None]
-    o = sums[..., :-1] / sums[..., -1:]
-    return o.permute(0, 1, 4, 2, 3, 5).reshape(*q.shape[:2], size, -1, o.shape[-1])
+    reads = q_features * _each_head((labels == holds[..., None])[..., None], rows)
+    sums = (scores - largest).exp() @ v + (sink_scores - largest).exp() @ sink_v + reads @ memory
+    sums = sums + ((q_features @ features.mT) * _each_head(far, rows)) @ v[..., :size, :]
+    o = (sums[..., :-1] / sums[..., -1:]).unflatten(3, (-1, size))
+    return o.permute(0, 1, 4, 2, 3, 5).reshape(*q.shape[:2], size, heads, o.shape[-1])
 
 
 def _final_state(memory, window, sinks: _Sinks, last, totals, num_sinks: int) -> WindowLinearState:
