@@ -325,7 +325,7 @@ class LalmConfig(PreTrainedConfig):
         if self.position_embedding_type == "rope":
             softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
             for name, size in (("linear key", self.linear_key_dim), ("softmax", self.head_dim if softmax else 2)):
-                if size % 2:
+                if size and size % 2:
                     raise ValueError(f"position_embedding_type='rope' needs an even {name} head size, got {size}.")
 
     def validate_activation(self) -> None:

@@ -89,7 +89,7 @@ class LocalGlobalConfig(LalmConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
-    head_dim: int | None = None  # type: ignore[assignment]  # a number once initialised, as the next two
+    head_dim: int | None = None
     num_local_heads: int | list[int] = 0
     local_attn_window_size: int | None = None
     embedding_size: int | None = None  # type: ignore[assignment]

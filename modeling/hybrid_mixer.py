@@ -103,7 +103,7 @@ class HybridMixer(nn.Module):
             self.places,
             (q, k, v),
             layout,
-            lambda inputs, layout: self._stored(attend(*inputs, layout=layout)[1]),
+            lambda inputs, layout: self._stored(attend(inputs[0], inputs[1], inputs[2], layout=layout)[1]),
         )
         o, state = attend(q, k, v, layout=layout)
         if cache is not None:
@@ -170,7 +170,7 @@ class HybridMixer(nn.Module):
     def _stored(self, state: WindowLinearState | None) -> list[torch.Tensor]:
         """What the cache keeps of a state, in the order of `self.places`."""
         assert state is not None
-        parts = state.memory, state.window.flatten(-2), state.sinks.flatten(-2), state.count
+        parts = [state.memory, state.window.flatten(-2), state.sinks.flatten(-2), state.seen]
         return [part for part, place in zip(parts, _PLACES, strict=True) if place in self.places]
 
 

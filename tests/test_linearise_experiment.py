@@ -23,7 +23,7 @@ def pair():
 
 
 def test_window_only_is_a_sliding_window(pair):
-    """Two layers with a window of 4 see 6 tokens back, and the sink: a change of the 2nd token ends before the 13th."""
+    """Two layers with a window of 4 see 6 tokens back, and the sink: what the 2nd token is ends before the 13th."""
     _, student = pair
     ids = torch.randint(3, 53, (1, 14), generator=torch.Generator().manual_seed(0))
     other = ids.clone()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lalm
-from lalm.convert.softmax import place, student_state
+from lalm.convert.softmax import embeddings_of, place, student_state
 from lalm.hub import staged_save
 from lalm.modeling.modeling_heads import LalmForCausalLM
 
@@ -63,11 +64,11 @@ def load_adapter(folder: str | Path, base_model: str | None = None) -> LalmForCa
     teacher = AutoModelForCausalLM.from_pretrained(base_model or note["base_model"], dtype=dtype)
     (variant,) = [row for row in lalm.VARIANTS if row.config is type(config)]
     with torch.device("meta"):
-        student = variant.models["AutoModelForCausalLM"](config)
+        student = cast(LalmForCausalLM, variant.models["AutoModelForCausalLM"](config))
     state = student_state(teacher, config) | own
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    missing = place(student, state, teacher.get_input_embeddings().weight)
+    missing = place(student, state, embeddings_of(teacher))
     if missing:
         raise ValueError(f"Neither the adapter nor its base model holds {missing[0]}.")
     student.generation_config = teacher.generation_config

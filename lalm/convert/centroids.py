@@ -38,7 +38,7 @@ def watch_attention(teacher: LalmForCausalLM, layers: Iterable[int]) -> Iterator
 
     with ExitStack() as stack:
         for index in layers:
-            mixer: nn.Module = teacher.model.layers[index].mixer  # type: ignore[union-attr, assignment]
+            mixer: nn.Module = teacher.model.layers[index].mixer
             hook = mixer.register_forward_hook(
                 lambda _, args, kwargs, output, index=index: note(index, args, kwargs, output), with_kwargs=True
             )
@@ -48,7 +48,7 @@ def watch_attention(teacher: LalmForCausalLM, layers: Iterable[int]) -> Iterator
 
 def hybrid_layers(student: LalmForCausalLM) -> dict[int, HybridMixer]:
     """The mixers of a student that have a window, by layer."""
-    mixers = {index: layer.mixer for index, layer in enumerate(student.model.layers)}  # type: ignore[union-attr]
+    mixers = {index: layer.mixer for index, layer in enumerate(student.model.layers)}
     return {index: mixer for index, mixer in mixers.items() if isinstance(mixer, HybridMixer)}
 
 
@@ -90,6 +90,8 @@ def _set_maps(mixer: HybridMixer, keys: torch.Tensor, iterations: int) -> None:
     count, groups = mixer.k_map.weight.shape[1], mixer.q_map.weight.shape[0] // len(keys)
     found = [_k_means(x, count, iterations) for x in keys]
     centroids, variances = torch.stack([x for x, _ in found]), torch.stack([x for _, x in found])[:, None]
+    assert mixer.k_map.bias is not None  # as every map of feature_map="centroids"
+    assert mixer.q_map.bias is not None
     mixer.k_map.weight.copy_(centroids / variances[..., None])
     mixer.k_map.bias.copy_(-centroids.square().sum(-1) / (2 * variances))
     mixer.q_map.weight.copy_(centroids.repeat_interleave(groups, dim=0) * mixer.head_dim**-0.5)

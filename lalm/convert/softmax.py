@@ -10,7 +10,7 @@ parameters (feature maps, gates), which `run_clm.py --stage transfer` and `--sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -202,7 +202,7 @@ def student_state(teacher: PreTrainedModel, config: LalmConfig) -> dict[str, tor
     unused = set(theirs)
     for name, source, how, index in _rows(teacher.config.model_type, config.num_hidden_layers):
         if how == "zeros":
-            ours[name] = teacher.get_input_embeddings().weight.new_zeros(config.hidden_size)
+            ours[name] = embeddings_of(teacher).new_zeros(config.hidden_size)
         elif source in theirs:
             unused.discard(source)
             ours[name] = _changed(theirs[source], how)
@@ -260,14 +260,19 @@ def from_softmax(
     config = student_config(teacher.config, model_type, keep_softmax_layers, **changes)
     (variant,) = [row for row in lalm.VARIANTS if row.config is type(config)]
     with torch.device("meta"):
-        student = variant.models["AutoModelForCausalLM"](config)
+        student = cast(LalmForCausalLM, variant.models["AutoModelForCausalLM"](config))
     state = student_state(teacher, config)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    like = teacher.get_input_embeddings().weight
-    place(student, state if share else {name: x.detach().clone() for name, x in state.items()}, like)
+    state = state if share else {name: x.detach().clone() for name, x in state.items()}
+    place(student, state, embeddings_of(teacher))
     student.generation_config = teacher.generation_config
     return student.eval()
+
+
+def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
+    """The token embeddings `[vocabulary, D]`."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
 def place(student: LalmForCausalLM, state: dict[str, torch.Tensor], like: torch.Tensor) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -44,7 +44,7 @@ class Stage:
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.own_forward, self.scores_teacher = student.forward, False
-        student.forward = self  # type: ignore[method-assign, assignment]
+        student.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output, or while it trains `{"loss": ...}` alone."""
@@ -176,7 +176,7 @@ def build_stage(arguments: ModelArguments, training: ClmTrainingArguments, data:
     """
     try:
         stock = AutoModelForCausalLM.from_pretrained(
-            training.teacher, dtype=torch_dtype(arguments.dtype), **hub_options(arguments)
+            str(training.teacher), dtype=torch_dtype(arguments.dtype), **hub_options(arguments)
         )
         teacher = from_softmax(stock, keep_softmax_layers=range(stock.config.num_hidden_layers), share=True)
         if arguments.model_name_or_path:
@@ -188,8 +188,9 @@ def build_stage(arguments: ModelArguments, training: ClmTrainingArguments, data:
     except (ValueError, OSError) as error:
         raise UserError(f"--stage {training.stage}: {one_line(error)}") from error
     check_pair(student, teacher)
-    device = training.device
-    student.to(device), teacher.to(device)
+    student = cast(LalmForCausalLM, student)
+    for model in (student, teacher):
+        cast(torch.nn.Module, model).to(training.device)
     if not arguments.model_name_or_path and getattr(student.config, "feature_map", "") == "centroids":
         set_centroids(student, teacher, training, data, block_size)
     if training.stage == "transfer":

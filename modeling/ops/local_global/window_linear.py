@@ -15,7 +15,7 @@ R = H / G, F features, W = V + 1 (values, and a column of ones that makes the no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ class WindowLinearState(NamedTuple):
     memory: torch.Tensor  # sum of phi(k_j) [v_j, 1] over the tokens that have left the window, [B, G, F, V + 1]
     window: torch.Tensor  # keys and values side by side of the last w tokens, the latest last, [B, w, G, K + V]
     sinks: torch.Tensor  # the same of the first tokens of the document, the earliest first, [B, num_sinks, G, K + V]
-    count: torch.Tensor  # tokens of the document so far, [B]
+    seen: torch.Tensor  # tokens of the document so far, [B]
 
 
 class _Keys(NamedTuple):
@@ -56,7 +56,7 @@ class _Sinks(NamedTuple):
 
     joined: torch.Tensor  # keys and values side by side [B, M, G, K + V]
     labels: torch.Tensor  # [B, M]
-    index: torch.Tensor  # where in the row, [B, M]; -1 for what is cached
+    place: torch.Tensor  # where in the row, [B, M]; -1 for what is cached
 
 
 def window_linear_attention(
@@ -101,24 +101,25 @@ def window_linear_attention(
     if num_sinks < 0:
         raise ValueError(f"num_sinks must be at least 0, got {num_sinks}.")
     q, k, v, log_q_features = layout.freeze(q, k, v, log_q_features)
-    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "relative": relative}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if must_separate(layout, q, k, v):
 
         def alone(q, k, v, log_q, state, layout):
             sizes = window_size, num_sinks, state, output_final_state
-            return window_linear_attention(q, k, v, log_q, key_features, *sizes, layout=layout, **options)
+            options: dict[str, Any] = {"scale": scale, "relative": relative, "layout": layout}
+            return window_linear_attention(q, k, v, log_q, key_features, *sizes, **options)
 
         return document_by_document(alone, (q, k, v, log_q_features), initial_state, layout)
     with without_autocast(q.device):
         o, state = _attend(
-            q, k, v, log_q_features, key_features, window_size, num_sinks, initial_state, options, layout
+            q, k, v, log_q_features, key_features, window_size, num_sinks, initial_state, scale, relative, layout
         )
     return o.to(v.dtype), state if output_final_state else None
 
 
-def _attend(q, k, v, log_q, key_features, window_size, num_sinks, state, options, layout):
+def _attend(q, k, v, log_q, key_features, window_size, num_sinks, state, scale, relative, layout):
     dtype, length = compute_dtype(q, k, v), q.shape[1]
-    documents, positions, totals = document_positions(layout, q, None if state is None else state.count)
+    documents, positions, totals = document_positions(layout, q, None if state is None else state.seen)
     labels, is_sink = documents.expand(q.shape[:2]), (positions < num_sinks).expand(q.shape[:2])
     if layout.mask is not None:
         labels, is_sink = labels.masked_fill(~layout.mask, _NONE), is_sink & layout.mask
@@ -150,11 +151,12 @@ def _attend(q, k, v, log_q, key_features, window_size, num_sinks, state, options
     read, final = _memories(features, keys, last, state, layout)
     spans = _Keys(*(x[:, None] if is_short else _spans(x, number, window_size) for x in keys))
     index = torch.arange(length, device=q.device)[None]
-    blocks = (
+    q, log_q, labels, index = (
         _fill_front(x, front, fill).unflatten(1, (number, -1))
-        for x, fill in ((q.to(dtype), 0), (log_q.to(dtype), 0), (labels, _NONE), (index, -1))
+        for x, fill in ((q.to(dtype) * scale, 0), (log_q.to(dtype), 0), (labels, _NONE), (index, -1))
     )
-    o = _attend_blocks(*blocks, spans, features, sinks, read, window_size, **options).flatten(1, 2)[:, front:]
+    o = _attend_blocks(q, log_q, labels, index, spans, features, sinks, read, window_size, relative)
+    o = o.flatten(1, 2)[:, front:]
     o = layout.zero_padding(layout.restore(o))
     return o, _final_state(final, final_window, sinks, last, totals, num_sinks)
 
@@ -174,7 +176,7 @@ def _past(kv, window_size: int, num_sinks: int, state: WindowLinearState | None)
         window = kv.new_zeros(kv.shape[0], window_size, *kv.shape[2:])
         labels = torch.full(window.shape[:2], _NONE, device=kv.device)
         return window, labels, torch.zeros_like(labels, dtype=torch.bool)
-    positions = state.count.long()[:, None] + torch.arange(-window_size, 0, device=kv.device)
+    positions = state.seen.long()[:, None] + torch.arange(-window_size, 0, device=kv.device)
     return (
         state.window.to(kv.dtype),
         torch.where(positions >= 0, 0, _NONE),
@@ -199,7 +201,7 @@ def _find_sinks(kv, labels, is_sink, num_sinks: int, state: WindowLinearState | 
     if state is None:
         return _Sinks(found, own, index)
     slots = torch.arange(num_sinks, device=kv.device)
-    before = torch.where(slots < state.count.long()[:, None], 0, _NONE)
+    before = torch.where(slots < state.seen.long()[:, None], 0, _NONE)
     return _Sinks(
         torch.cat([state.sinks.to(kv.dtype), found], dim=1),
         torch.cat([before, own], dim=1),
@@ -246,17 +248,17 @@ def _each_head(mask: torch.Tensor, rows: int) -> torch.Tensor:
     return mask[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(2, 3)[:, :, None]
 
 
-def _attend_blocks(q, log_q, labels, index, spans: _Keys, features, sinks: _Sinks, read, window_size, scale, relative):
-    """o `[B, N, C, H, V]` of queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`, the first C of
-    which may be far and have `features`."""
+def _attend_blocks(q, log_q, labels, index, spans: _Keys, features, sinks: _Sinks, read, window_size, relative):
+    """o `[B, N, C, H, V]` of scaled queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`. The first C
+    of those may be far, and have `features`."""
     groups, size, heads = spans.k.shape[3], q.shape[2], q.shape[3]
-    q, log_q = _by_head(q * scale, groups), _by_head(log_q, groups)
+    q, log_q = _by_head(q, groups), _by_head(log_q, groups)
     k, v, features = (x.transpose(2, 3) for x in (spans.k, spans.v, features))
     sink_k, sink_v = sinks.joined.to(q.dtype).split([q.shape[-1], v.shape[-1] - 1], dim=-1)
     sink_k, sink_v = (x.transpose(1, 2)[:, None] for x in (sink_k, _with_ones(sink_v)))
     same, rows = labels[..., :, None] == spans.labels[..., None, :], q.shape[3]
     near, far = same.triu(1).tril(window_size) & ~spans.is_sink[..., None, :], same[..., :size].tril(0)
-    visible = (labels[..., None] == sinks.labels[:, None, None]) & (index[..., None] >= sinks.index[:, None, None])
+    visible = (labels[..., None] == sinks.labels[:, None, None]) & (index[..., None] >= sinks.place[:, None, None])
     lowest = torch.finfo(q.dtype).min / 2
     scores = (q @ k.mT).masked_fill(~_each_head(near, rows), lowest)
     sink_scores = (q @ sink_k.mT).masked_fill(~_each_head(visible, rows), lowest)
