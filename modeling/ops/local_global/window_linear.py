@@ -249,8 +249,8 @@ def _each_head(mask: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _attend_blocks(q, log_q, labels, index, spans: _Keys, features, sinks: _Sinks, read, window_size, relative):
-    """o `[B, N, C, H, V]` of scaled queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`. The first C
-    of those may be far, and have `features`."""
+    """o `[B, N, C, H, V]` of scaled queries `[B, N, C, H, K]`, whose block meets `spans [B, N, w + C, ...]`. The first
+    C of those may be far, and have `features`."""
     groups, size, heads = spans.k.shape[3], q.shape[2], q.shape[3]
     q, log_q = _by_head(q, groups), _by_head(log_q, groups)
     k, v, features = (x.transpose(2, 3) for x in (spans.k, spans.v, features))
