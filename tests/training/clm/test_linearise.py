@@ -78,7 +78,7 @@ def test_both_perplexities_stand_side_by_side(world, students):
         "--cache_dir", f"{folder}/cache"])  # fmt: skip
     assert transfer["teacher_eval_perplexity"] == pytest.approx(teacher["eval_perplexity"], rel=1e-5)
     card = (folder / "distill" / "README.md").read_text(encoding="utf-8")
-    assert f"teacher `{folder}/teacher` (licence: not stated)" in card
+    assert f"teacher `{folder}/teacher` (licence: apache-2.0)" in card
     assert "validation, the teacher" in card
 
 
