@@ -111,7 +111,7 @@ class BasedConfig(LalmConfig):
         """The linear layers are not rotated, so that `feature_dim` may be odd."""
         if self.position_embedding_type != "rope":
             super().validate_positions()
-        elif (self.full_attention_layers or self.sliding_attention_layers) and self.head_dim % 2:
+        elif (self.full_attention_layers or self.sliding_attention_layers) and (self.head_dim or 0) % 2:
             raise ValueError(
                 f"position_embedding_type='rope' needs an even softmax head size, got {self.head_dim}: change "
                 "hidden_size or num_attention_heads."

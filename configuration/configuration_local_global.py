@@ -14,6 +14,8 @@ _UNUSED: dict[str, tuple[Any, str]] = {
     "expand_v": (1, "set head_dim"),
     "use_short_conv": (False, "shift_tokens mixes neighbouring tokens here"),
     "conv_size": (4, "shift_tokens mixes neighbouring tokens here"),
+    "attention_bias": (False, "the output projection alone has a bias"),
+    "mlp_bias": (False, 'semantics="0.19" has biases in the MLP'),
     "qk_norm": (False, "q is normalised by its softmax"),
     "mlp_type": ("mlp", "set ff_glu=True for a gated MLP"),
     "full_attention_layers": ([], "a head is softmax attention by num_local_heads"),
@@ -87,7 +89,7 @@ class LocalGlobalConfig(LalmConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
-    head_dim: int | None = None  # type: ignore[assignment]  # a number once initialised, as the next two
+    head_dim: int | None = None
     num_local_heads: int | list[int] = 0
     local_attn_window_size: int | None = None
     embedding_size: int | None = None  # type: ignore[assignment]

@@ -106,12 +106,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LalmConfig):
         super().__init__()
-        width = config.intermediate_size
+        width, bias = config.intermediate_size, self.bias or config.mlp_bias
         assert width is not None  # the configuration derives it
         self.width, gated = width, config.mlp_type == "gated"
-        self.gate_proj = make_linear(config.hidden_size, width, bias=self.bias) if gated else None
-        self.up_proj = make_linear(config.hidden_size, width, bias=self.bias)
-        self.down_proj = make_linear(width, config.hidden_size, bias=self.bias)
+        self.gate_proj = make_linear(config.hidden_size, width, bias=bias) if gated else None
+        self.up_proj = make_linear(config.hidden_size, width, bias=bias)
+        self.down_proj = make_linear(width, config.hidden_size, bias=bias)
         self.act_fn = Activation(config.hidden_act, gated)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

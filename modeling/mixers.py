@@ -45,10 +45,11 @@ class Mixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         key_size, value_size = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.k_proj = make_linear(config.hidden_size, key_size, bias=self.projection_bias)
-        self.v_proj = make_linear(config.hidden_size, value_size, bias=self.projection_bias)
-        self.o_proj = make_linear(value_size, config.hidden_size, bias=self.projection_bias)
+        bias = self.projection_bias or config.attention_bias
+        self.q_proj = make_linear(config.hidden_size, key_size, bias=bias)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = make_linear(config.hidden_size, value_size, bias=bias)
+        self.o_proj = make_linear(value_size, config.hidden_size, bias=bias)
         self.conv, self.o_norm, self.g_proj = None, None, None
         if config.use_short_conv:
             channels = 2 * key_size + value_size

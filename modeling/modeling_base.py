@@ -302,7 +302,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         """cos and sin by head size, for layers of these kinds."""
         sizes = {self.config.linear_key_dim} if Mixer.layer_type in kinds and self.mixer_class.rotates else set()
         if kinds - {Mixer.layer_type}:
-            sizes.add(self.config.head_dim)
+            sizes.add(cast(int, self.config.head_dim))
         return {size: rotary_tables(position_ids, size, self.config.rope_theta) for size in sizes}
 
 

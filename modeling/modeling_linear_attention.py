@@ -1,7 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Classic linear attention (Katharopoulos et al., arXiv 2006.16236) with a choice of feature maps.
 
-Code symbol -> paper: feature_map -> phi; the state's first V columns -> S, its last -> Z (eq. 16-20).
+Code symbol -> paper: feature_map -> phi; the state's first V columns -> S, its last -> Z (eq. 16-20). With a
+`window_size`, heads are those of hybrid_mixer.py.
 """
 
 import torch
@@ -10,13 +11,21 @@ from transformers import GenerationMixin
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
-from lalm.modeling.mixers import FeatureMixer
+from lalm.modeling.hybrid_mixer import HeadwiseLinear, HybridMixer
+from lalm.modeling.mixers import FeatureMixer, Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
     LalmForMaskedLM,
     LalmForSequenceClassification,
     LalmForTokenClassification,
+)
+
+_LEARNED_MAPS = (
+    ElementwiseProductFeatures,
+    FavorFeatures,
+    HeadwiseLinear,
+    HedgehogFeatures,
 )
 
 
@@ -36,10 +45,17 @@ class LinearAttentionModel(LalmModel):
     config: LinearAttentionConfig
     mixer_class = LinearAttentionMixer
 
+    @classmethod
+    def make_mixer(cls, config: LinearAttentionConfig, layer_idx: int) -> nn.Module:  # type: ignore[override]
+        """As the base class; heads with a window have a mixer of their own."""
+        if config.window_size is not None and config.layer_types[layer_idx] == Mixer.layer_type:
+            return HybridMixer(config, layer_idx)
+        return super().make_mixer(config, layer_idx)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (ElementwiseProductFeatures, FavorFeatures, HedgehogFeatures)):
+        if isinstance(module, _LEARNED_MAPS):
             module.reset_parameters()
 
 

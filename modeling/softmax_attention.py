@@ -30,15 +30,16 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: LalmConfig, layer_idx: int, layer_type: str):
         super().__init__()
         self.config, self.layer_idx, self.layer_type = config, layer_idx, layer_type
+        assert config.head_dim is not None  # the configuration derives it
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, config.is_causal
         key_heads = config.num_key_value_heads or config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // key_heads
         self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
-        key_size = key_heads * self.head_dim
-        self.q_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = make_linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = make_linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = make_linear(config.hidden_size, config.hidden_size, bias=False)
+        size, key_size = config.num_attention_heads * self.head_dim, key_heads * self.head_dim
+        self.q_proj = make_linear(config.hidden_size, size, bias=config.attention_bias)
+        self.k_proj = make_linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = make_linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = make_linear(size, config.hidden_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 

@@ -102,6 +102,8 @@ def _lam(name, off=None, **fields):
 
 # test_static_sliding_cache_refuses_later_padding holds the refusal.
 STATIC_SLIDING = {"test_padding_in_later_pieces[static": "refused: a static sliding cache cannot move cached tokens"}
+# Its sums are held by hand in tests/ops/test_window_linear.py.
+ONE_FORM = {"test_language_model": "there is one form, in operations that autograd knows, and no recurrent one"}
 HYBRID = {"num_hidden_layers": 3, "position_embedding_type": "rope"}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ROWS = (
@@ -129,6 +131,19 @@ ROWS = (
         full_attention_layers=[2],
         sliding_attention_layers=[0],
         sliding_window=5,
+        **HYBRID | GROUPED,
+    ),
+    _linear("window_centroids", off=ONE_FORM, feature_map="centroids", window_size=3, num_sink_tokens=2, **GROUPED),
+    _linear(
+        "window_hedgehog",
+        off=ONE_FORM,
+        feature_map="hedgehog",
+        window_size=4,
+        qk_norm=True,
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=12,
+        full_attention_layers=[1],
         **HYBRID | GROUPED,
     ),
     _gla("plain"),

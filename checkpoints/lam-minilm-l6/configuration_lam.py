@@ -88,6 +88,10 @@ class LalmConfig(PreTrainedConfig):
         num_hidden_layers: number of blocks (mixer + MLP).
         num_attention_heads: heads of the linear mixers and of the softmax layers.
         num_key_value_heads: key and value heads of the softmax layers; None for `num_attention_heads`.
+        head_dim: size of a softmax head; None for `hidden_size // num_attention_heads`. `hidden_size` need not be the
+            sum of the heads.
+        attention_bias: biases on q, k, v and the output projection of every mixer.
+        mlp_bias: biases in the MLP.
         expand_k: total key size of a linear mixer, over `hidden_size`.
         expand_v: total value size of a linear mixer, over `hidden_size`.
         hidden_act: activation of the MLP, a name of `transformers.activations.ACT2FN`.
@@ -142,6 +146,9 @@ class LalmConfig(PreTrainedConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
     expand_k: float | int = 1.0
     expand_v: float | int = 1.0
     hidden_act: str = "silu"
@@ -191,6 +198,8 @@ class LalmConfig(PreTrainedConfig):
             self.max_position_embeddings = self.table_size if has_table else NO_LIMIT
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = max(self.hidden_size // max(self.num_attention_heads, 1), 1)
         if self.intermediate_size is None:
             width = int(min(self.hidden_ratio, LARGEST_FACTOR) * self.hidden_size)
             self.intermediate_size = width if self.mlp_type == "mlp" else -(-int(2 * width / 3) // 256) * 256
@@ -257,11 +266,6 @@ class LalmConfig(PreTrainedConfig):
         return [softmax.get(index, "lalm_linear_attention") for index in range(self.num_hidden_layers)]
 
     @property
-    def head_dim(self) -> int:
-        """Size of a softmax head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def embedding_size(self) -> int:
         """Width of the embeddings, of the final norm and of what the heads read."""
         return self.hidden_size
@@ -286,14 +290,12 @@ class LalmConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "conv_size", "num_key_value_heads"):  # fmt: skip
+                     "conv_size", "num_key_value_heads", "head_dim"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1, got {self.sliding_window}.")
-        softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
-        widths = {" * expand_k": self.expand_k, " * expand_v": self.expand_v} | ({"": 1} if softmax else {})
-        for name, factor in widths.items():
+        for name, factor in self._factors().items():
             size = self.hidden_size * factor
             if size < 1 or size != int(size) or size % self.num_attention_heads:
                 heads = self.num_attention_heads
@@ -303,6 +305,12 @@ class LalmConfig(PreTrainedConfig):
                 f"num_attention_heads = {self.num_attention_heads} must be a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}."
             )
+
+    def _factors(self) -> dict[str, float | int]:
+        """By which the width is multiplied before it is cut into heads; softmax heads may have a size of their own."""
+        softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
+        follows = softmax and self.head_dim == self.hidden_size // self.num_attention_heads
+        return {" * expand_k": self.expand_k, " * expand_v": self.expand_v} | ({"": 1} if follows else {})
 
     def validate_values(self) -> None:
         for name in ("pad_token_id", "bos_token_id"):
@@ -352,7 +360,7 @@ class LalmConfig(PreTrainedConfig):
         if self.position_embedding_type == "rope":
             softmax = bool(self.full_attention_layers or self.sliding_attention_layers)
             for name, size in (("linear key", self.linear_key_dim), ("softmax", self.head_dim if softmax else 2)):
-                if size % 2:
+                if size and size % 2:
                     raise ValueError(f"position_embedding_type='rope' needs an even {name} head size, got {size}.")
 
     def validate_activation(self) -> None:

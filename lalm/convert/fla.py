@@ -24,10 +24,12 @@ from transformers.utils import cached_file
 
 import lalm
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.convert.adapters import load_adapter, save_adapter
 from lalm.convert.linear_attention_transformer import (
     from_linear_attention_transformer,
     to_linear_attention_transformer,
 )
+from lalm.convert.softmax import STUDENTS, from_softmax
 from lalm.errors import UserError, one_line
 from lalm.modeling.modeling_heads import (
     LalmForCausalLM,
@@ -69,6 +71,7 @@ _REQUIRED = {"attn": (None,), "hidden_act": _SWISH, "attnres_block_size": (None,
 _PLAIN_NORM = {"elementwise_affine": (True, None)}
 _OURS = {"mlp_type": "gated", "hidden_act": "silu", "norm_type": "rmsnorm", "qk_norm": False, "is_causal": True}
 _OURS |= {"full_attention_layers": [], "sliding_attention_layers": [], "dropout": 0.0}
+_OURS |= {"attention_bias": False, "mlp_bias": False}
 _NO_POSITIONS = _OURS | {"position_embedding_type": "none"}
 # How kernels run, fields that a layer never sees, and those that are read apart from `fields`.
 _IGNORED = {
@@ -336,12 +339,20 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m lalm.convert", description="Convert checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("from_fla", "to_fla", "from_linear_attention_transformer", "to_linear_attention_transformer"):
+    for name in ("from_fla", "to_fla", "from_linear_attention_transformer", "to_linear_attention_transformer",
+                 "from_softmax", "to_adapter", "from_adapter"):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("source", help="folder or Hub name; of a linear-attention-transformer a .pt state dict")
         command.add_argument("target", type=Path, help="folder, or the .pt file to write")
         if name == "from_linear_attention_transformer":
             command.add_argument("--options", default="{}", help="JSON of the constructor's options, as heads, causal")
+        if name == "from_softmax":
+            command.add_argument("--model_type", default="lalm_linear", help=f"of the student: {', '.join(STUDENTS)}")
+            command.add_argument("--keep_softmax_layers", type=int, nargs="*", default=[], help="as 7 15 23 29")
+            command.add_argument("--options", default="{}", help="JSON of further fields of the student")
+        if name.endswith("_adapter"):
+            required = name == "to_adapter"
+            command.add_argument("--teacher", required=required, help="the student's softmax teacher, folder or name")
     arguments = parser.parse_args(argv)
     try:
         _convert(arguments)
@@ -355,6 +366,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     load: Any = AutoModelForCausalLM.from_pretrained
     if arguments.command == "from_fla":
         from_fla(source).save_pretrained(target)
+    elif arguments.command == "from_softmax":
+        changes = json.loads(arguments.options)
+        student = from_softmax(load(source), arguments.model_type, arguments.keep_softmax_layers, True, **changes)
+        student.save_pretrained(target)
+    elif arguments.command == "to_adapter":
+        save_adapter(load(source), load(arguments.teacher), target, arguments.teacher)
+    elif arguments.command == "from_adapter":
+        load_adapter(source, arguments.teacher).save_pretrained(target)
     elif arguments.command == "to_fla":
         to_fla(load(source), target)
     elif arguments.command == "from_linear_attention_transformer":

@@ -30,6 +30,7 @@ from lalm.modeling.ops.local_global.efficient_attention import (
     recurrent_efficient_attention,
 )
 from lalm.modeling.ops.local_global.local_attention import local_attention, sliding_attention
+from lalm.modeling.ops.local_global.window_linear import window_linear_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 __all__ = [
@@ -65,4 +66,5 @@ __all__ = [
     "retention",
     "selective_state_update",
     "sliding_attention",
+    "window_linear_attention",
 ]

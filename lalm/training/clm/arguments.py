@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from lalm.errors import UserError
 from lalm.training.argument_checks import check_training
+from lalm.training.clm.stage_arguments import StageArguments
 from lalm.training.recipe import parse_dataclasses
 from lalm.training.results import EVALUATION_KEYS
 from lalm.training.shared_arguments import RunArguments
@@ -206,14 +207,14 @@ class DataArguments:
 
 
 @dataclass
-class ClmTrainingArguments(RunArguments, TrainingArguments):
+class ClmTrainingArguments(StageArguments, RunArguments, TrainingArguments):
     """`TrainingArguments` with defaults for language modelling from scratch, and arguments of our own."""
 
     must_match: ClassVar[tuple[str, ...]] = (
         "model_type", "overrides", "model_name_or_path", "tokenizer_name", "tokenizer_vocab_size", "dtype",
         "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "shuffle_buffer",
         "document_boundary", "packing", "block_size", "curriculum", "curriculum_cycles", "phase_lengths",
-        "phase_shares", "train_shares", "max_train_samples", "seed",
+        "phase_shares", "train_shares", "max_train_samples", "seed", "stage", "teacher", "keep_softmax_layers",
     )  # fmt: skip
 
     without_meaning: ClassVar[dict[str, str]] = {
@@ -246,6 +247,7 @@ class ClmTrainingArguments(RunArguments, TrainingArguments):
 
     def __post_init__(self):
         self.check_run()
+        self.check_stage()
         if self.label_names not in (None, [], ["labels"]):
             raise ValueError(f"--label_names is {' '.join(self.label_names)}; the labels of a block are 'labels'")
         self.do_test = self.do_test or self.do_predict

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lalm.training.clm.arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from lalm.training.clm.comparison import cells
@@ -57,21 +57,39 @@ print(tokenizer.decode(model.generate(inputs["input_ids"], max_new_tokens=40)[0]
 """
 
 
-def origin(model, arguments: ModelArguments, trained: bool) -> str:
+def origin(model, arguments: ModelArguments, training: ClmTrainingArguments) -> str:
     """Say where the weights come from."""
     total, embeddings = count_parameters(model)
+    trained = training.do_train
     size = f"{total:,} parameters ({embeddings:,} of them token embeddings)"
     kind = f"`{model.config.model_type}` causal language model, {size}"
+    if training.stage:
+        way = {"transfer": "the outputs of its softmax layers", "distill": "its distribution over the next token"}
+        return (
+            f"A {kind}, made of the weights of the teacher `{training.teacher}` (licence: "
+            f"{licence_of(str(training.teacher))}) and trained to give {way[training.stage]}"
+            + (f", further from `{arguments.model_name_or_path}`." if arguments.model_name_or_path else ".")
+        )
     if arguments.model_name_or_path:
         what = "trained further from" if trained else "evaluated here as it is in"
         return f"A {kind}, {what} `{arguments.model_name_or_path}`."
     return f"A {kind}, {'trained from scratch' if trained else 'not trained'}."
 
 
+def licence_of(name: str) -> str:
+    """The licence that the card of a folder or Hub model states."""
+    try:
+        card = ModelCard.load(str(Path(name) / "README.md") if Path(name).exists() else name)
+        return str(card.data.license or "not stated")
+    except Exception:  # no card, or no network; errors of the Hub's client have no common base
+        return "not stated"
+
+
 def figures_table(results: Mapping[str, float]) -> str:
     """Return the perplexities and accuracies as a table."""
     rows = ["| split | token-level perplexity | token accuracy | tokens scored |", "|---|---|---|---|"]
     labels = {"before": "validation, before training", "eval": "validation", "test": "test"}
+    labels |= {f"teacher_{prefix}": f"{label}, the teacher" for prefix, label in labels.items()}
     for prefix, label in labels.items():
         if f"{prefix}_perplexity" in results:
             perplexity, accuracy, scored = (
@@ -179,7 +197,7 @@ def model_card(
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     return front_matter(network, run, arguments, results) + BODY.format(
         name=Path(str(path)).name,
-        origin=origin(network, model, training.do_train),
+        origin=origin(network, model, training),
         figures="\n\n".join(filter(None, [figures_table(results), cost_line(results)])),
         scoring=scoring(data),
         data=data_facts(run),

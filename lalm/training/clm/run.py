@@ -16,6 +16,7 @@ from lalm.training.clm.arguments import parse_arguments
 from lalm.training.clm.comparison import bits_per_byte, cost_figures, write_comparison
 from lalm.training.clm.data import RunData, prepare_data
 from lalm.training.clm.decoding import COST_KEYS
+from lalm.training.clm.linearise import Stage, build_stage, check_stage, report_stage, score_teacher
 from lalm.training.clm.model_builder import build_model
 from lalm.training.clm.model_card import model_card
 from lalm.training.clm.model_checks import check_model
@@ -32,11 +33,11 @@ from lalm.training.tracking import check_trackers
 logger = logging.getLogger("lalm.training")
 
 
-def build_trainer(arguments, data, argv: list[str], results: dict) -> ClmTrainer:
-    """Build the model and its Trainer."""
+def build_trainer(arguments, data, argv: list[str], results: dict, stage: Stage | None = None) -> ClmTrainer:
+    """Build the model, or take that of the stage, and its Trainer."""
     model_arguments, data_arguments, training = arguments
     set_seed(training.seed)
-    model = build_model(model_arguments, data.tokenizer, data_arguments.block_size)
+    model = stage.student if stage else build_model(model_arguments, data.tokenizer, data_arguments.block_size)
     pad = data.tokenizer.pad_token_id if data.tokenizer.pad_token_id is not None else data.tokenizer.eos_token_id
 
     def write_card(trainer: ClmTrainer) -> None:
@@ -154,19 +155,29 @@ def main(argv: list[str] | None = None) -> dict:
     check_trackers(training.trackers)
     go_offline_without_network()
     if not training.do_train:
+        if training.stage:
+            raise UserError(f"--stage {training.stage} trains: add --do_train, or drop --stage to evaluate")
         return evaluate_models(arguments, argv)
     record = run_record(*arguments)
     checkpoint = check_output_dir(record, training)
-    check_model(model_arguments, data_arguments.block_size)
+    if training.stage:
+        check_stage(model_arguments, training, data_arguments.block_size)
+    else:
+        check_model(model_arguments, data_arguments.block_size)
     check_hub(training)
     data = prepare_data(model_arguments, data_arguments, training, checkpoint)
     check_text(record, data.digest, checkpoint, training)
     results: dict = {}
-    trainer = build_trainer(arguments, data, argv, results)
+    set_seed(training.seed)
+    stage = build_stage(model_arguments, training, data, data_arguments.block_size) if training.stage else None
+    trainer = build_trainer(arguments, data, argv, results, stage)
     if trainer.is_world_process_zero():
         claim_output_dir(record, training)
     trainer.accelerator.wait_for_everyone()
     train(trainer, checkpoint, results)
     evaluate(trainer, data, data_arguments, results)
+    if stage:
+        score_teacher(trainer, stage, data.splits, results)
+        report_stage(trainer, stage)
     report(trainer, results)
     return results

@@ -192,7 +192,8 @@ def sliding_attention(
     return layout.zero_padding(layout.restore(o))
 
 
-def _check(q, k, v, window_size, state, output_final_state, causal, layout):
+def check_grouped(q, k, v, window_size: int, layout: SequenceLayout) -> None:
+    """Raise ValueError unless the heads of k and v serve those of q, and there is a window."""
     if q.ndim != 4 or k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(
             "q must be [B, T, H, K] and k [B, T, G, K] with a number of heads G that divides H, got q "
@@ -201,6 +202,10 @@ def _check(q, k, v, window_size, state, output_final_state, causal, layout):
     check_shapes(q[:, :, : k.shape[2]], k, v, layout)
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}.")
+
+
+def _check(q, k, v, window_size, state, output_final_state, causal, layout):
+    check_grouped(q, k, v, window_size, layout)
     if not causal and (state is not None or output_final_state):
         raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
     expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])

@@ -1,0 +1,245 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""The stages that make a linear student of a softmax teacher (LoLCATs, Zhang et al., arXiv 2410.10254).
+
+A stage takes the place of the student's forward while it trains, so that the stock Trainer, DDP, mixed precision,
+checkpoints and resume are those of any other run; in eval mode the student is itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lalm.convert.centroids import fit_centroids, hybrid_layers, watch_attention
+from lalm.convert.softmax import from_softmax, student_config
+from lalm.errors import UserError, one_line, refusal
+from lalm.modeling.hybrid_mixer import HybridMixer
+from lalm.modeling.modeling_heads import LalmForCausalLM
+from lalm.training.clm.arguments import ClmTrainingArguments, ModelArguments
+from lalm.training.clm.model_builder import hub_options, load_checkpoint, torch_dtype
+from lalm.training.clm.packing import PackingCollator
+from lalm.training.clm.tokenizer import load_tokenizer
+from lalm.training.loss_curve import write_loss_curves
+from lalm.training.results import EVALUATION_KEYS, save_results
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+# Tokens whose logits exist at once in the distillation loss.
+PIECE = 256
+NOTHING = "--stage transfer: no layer of the student is linear with a window_size, so that there is nothing to train"
+
+
+class Stage:
+    """In the place of a student's `forward`: a loss that looks at the teacher while the student trains."""
+
+    def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
+        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
+        self.own_forward, self.scores_teacher = student.forward, False
+        student.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's output, or while it trains `{"loss": ...}` alone."""
+        if self.scores_teacher:
+            return self.teacher(*args, **kwargs)
+        if not self.student.training:
+            return self.own_forward(*args, **kwargs)
+        labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        for name in ("logits_to_keep", "use_cache"):
+            kwargs.pop(name, None)
+        loss = self.loss(labels, **kwargs)
+        if items is not None:  # the Trainer adds up the losses of accumulated batches
+            loss = loss * (labels[:, 1:] != IGNORED).sum() / items
+        return CausalLMOutputWithPast(loss=loss)
+
+    def loss(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The mean loss of a batch."""
+        raise NotImplementedError
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Inside, the model that the Trainer evaluates is the teacher."""
+        self.scores_teacher = True
+        try:
+            yield
+        finally:
+            self.scores_teacher = False
+
+
+class Transfer(Stage):
+    """Relative squared error of each new layer for the inputs that the teacher's layer gets; the mean of all."""
+
+    def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
+        super().__init__(student, teacher)
+        self.layers = hybrid_layers(student)
+        if not self.layers:
+            raise UserError(NOTHING)
+        self.errors: dict[int, float] = {}  # of each layer, a running mean over batches
+        names = {name for name, _ in teacher.named_parameters()}
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name not in names)
+
+    def loss(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """As in the base class."""
+        with watch_attention(self.teacher, self.layers) as seen, torch.no_grad():
+            self.teacher.model(**inputs, use_cache=False)
+        errors = []
+        for index, mixer in self.layers.items():
+            found, _ = mixer(seen[index].inputs, **seen[index].options)
+            wanted = seen[index].outputs
+            errors.append((found - wanted).float().square().sum() / wanted.float().square().sum().clamp(min=1e-12))
+            before = self.errors.get(index, errors[-1].item())
+            self.errors[index] = 0.95 * before + 0.05 * errors[-1].item()
+        return torch.stack(errors).mean()
+
+
+class Distill(Stage):
+    """KL divergence of the student from the teacher at a temperature, and the loss on the text."""
+
+    def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM, temperature: float, weight: float):
+        super().__init__(student, teacher)
+        self.temperature, self.weight = temperature, weight
+
+    def loss(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """As in the base class."""
+        with torch.no_grad():
+            wanted = self.teacher.model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        found = self.student.model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()
+        kept = targets != IGNORED
+        pieces = zip(*(x[kept].split(PIECE) for x in (found, wanted, targets)), strict=True)
+        sums = [checkpoint(self._piece, *piece, use_reentrant=False) for piece in pieces]
+        return torch.stack(sums).sum() / kept.sum().clamp(min=1) if sums else found.sum() * 0
+
+    def _piece(self, found: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.student.lm_head(found).float()
+        text = F.cross_entropy(logits, targets, reduction="sum")
+        with torch.no_grad():
+            teacher = (self.teacher.lm_head(wanted).float() / self.temperature).log_softmax(-1)
+        own = (logits / self.temperature).log_softmax(-1)
+        divergence = F.kl_div(own, teacher, log_target=True, reduction="sum") * self.temperature**2
+        return self.weight * divergence + (1 - self.weight) * text
+
+
+def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block_size: int) -> None:
+    """Refuse a teacher that has no student, and a student that has not its teacher, before any text is read. The
+    tokenizer is the teacher's.
+
+    Raises:
+        UserError: the flag or field is named.
+    """
+    name = str(training.teacher)
+    try:
+        theirs = AutoConfig.from_pretrained(name, **hub_options(arguments))
+    except Exception as error:
+        raise UserError(f"--teacher: cannot read a config from '{name}': {refusal(name, 'model', error)}") from None
+    try:
+        config = new_student_config(arguments, training, theirs)
+    except ValueError as error:
+        raise UserError(f"--teacher {name}: {one_line(error)}") from None
+    if training.stage == "transfer" and not arguments.model_name_or_path and not _has_window(config):
+        raise UserError(NOTHING)
+    window = getattr(config, "window_size", None)
+    if not arguments.model_name_or_path and window and window > block_size:
+        raise UserError(f"--config_overrides: window_size {window} is above --block_size {block_size}; lower it")
+    if arguments.tokenizer_name:
+        own = load_tokenizer(arguments.tokenizer_name, arguments).get_vocab()
+        if own != load_tokenizer(name, arguments).get_vocab():
+            raise UserError(f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of --teacher {name}")
+    arguments.tokenizer_name = arguments.tokenizer_name or name
+
+
+def _has_window(config: Any) -> bool:
+    """Whether a layer has the heads that the transfer trains."""
+    return getattr(config, "window_size", None) is not None and HybridMixer.layer_type in config.layer_types
+
+
+def new_student_config(arguments: ModelArguments, training: ClmTrainingArguments, theirs: Any) -> Any:
+    """The configuration that a new student of a teacher's configuration `theirs` gets."""
+    kept = training.keep_softmax_layers or []
+    return student_config(theirs, arguments.model_type or "lalm_linear", kept, **arguments.overrides)
+
+
+def build_stage(arguments: ModelArguments, training: ClmTrainingArguments, data: Any, block_size: int) -> Stage:
+    """Load the teacher, make or load the student, and put the stage in the place of the student's forward.
+
+    Raises:
+        UserError: a model that cannot be loaded, or does not fit the other; the message names it.
+    """
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(
+            str(training.teacher), dtype=torch_dtype(arguments.dtype), **hub_options(arguments)
+        )
+        teacher = from_softmax(stock, keep_softmax_layers=range(stock.config.num_hidden_layers), share=True)
+        if arguments.model_name_or_path:
+            student = load_checkpoint(arguments, data.tokenizer, block_size)
+        else:
+            kind, kept = arguments.model_type or "lalm_linear", training.keep_softmax_layers or []
+            share = training.stage == "transfer"  # which leaves alone what both have
+            student = from_softmax(stock, kind, kept, share=share, **arguments.overrides)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--stage {training.stage}: {one_line(error)}") from error
+    check_pair(student, teacher)
+    student = cast(LalmForCausalLM, student)
+    for model in (student, teacher):
+        cast(torch.nn.Module, model).to(training.device)
+    if not arguments.model_name_or_path and getattr(student.config, "feature_map", "") == "centroids":
+        set_centroids(student, teacher, training, data, block_size)
+    if training.stage == "transfer":
+        return Transfer(student, teacher)
+    return Distill(student, teacher, training.distill_temperature, training.distill_weight)
+
+
+def check_pair(student: Any, teacher: LalmForCausalLM) -> None:
+    """Refuse a student of another shape than its teacher."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        own, other = getattr(student.config, name, None), getattr(teacher.config, name)
+        if own != other:
+            raise UserError(f"--model_name_or_path: the student's {name} is {own}, the teacher's {other}")
+    if not isinstance(student, LalmForCausalLM):
+        raise UserError(f"--model_name_or_path: {student.config.model_type} is no type of ours")
+
+
+def set_centroids(student: Any, teacher: Any, training: ClmTrainingArguments, data: Any, block_size: int) -> None:
+    """Set a new student's centroids from the first training blocks."""
+    blocks, count = data.splits.get("train"), training.centroid_blocks
+    if blocks is None or not count or not hybrid_layers(student):
+        return
+    collate = PackingCollator(block_size, 0)
+    items = [item for item, _ in zip(blocks, range(count), strict=False)]
+    logger.info("centroids of the keys of %d blocks", len(items))
+    try:
+        fit_centroids(student, teacher, (collate([item]) for item in items))
+    except ValueError as error:
+        raise UserError(f"--centroid_blocks {count}: {one_line(error)}") from None
+
+
+def score_teacher(trainer: Any, stage: Stage, splits: dict[str, Any], results: dict) -> None:
+    """Score the teacher on every split that the student was scored on, under `teacher_<split>_...`."""
+    for prefix, split in (("eval", "validation"), ("test", "test")):
+        if f"{prefix}_perplexity" in results:
+            with stage.as_teacher():
+                metrics = trainer.evaluate(splits[split], metric_key_prefix=f"teacher_{prefix}")
+            figures = {f"teacher_{prefix}_{key}": metrics[f"teacher_{prefix}_{key}"] for key in EVALUATION_KEYS}
+            results |= figures
+            if trainer.is_world_process_zero():
+                save_results(trainer.args.folder, f"teacher_{prefix}", figures)
+
+
+def report_stage(trainer: Any, stage: Stage) -> None:
+    """Write and draw the error of every layer, if this run measured them."""
+    errors = getattr(stage, "errors", None)
+    if not errors or not trainer.is_world_process_zero():
+        return
+    named = {str(index): round(error, 6) for index, error in errors.items()}
+    save_results(trainer.args.folder, "layer_errors", named)
+    points = {"linear layers": sorted(errors.items())}
+    write_loss_curves(points, trainer.args.folder / "layer_errors.png", "error by layer", " (relative, squared)")

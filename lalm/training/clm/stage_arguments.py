@@ -1,0 +1,53 @@
+# Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
+"""Arguments of the stages that make a student of a softmax teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lalm.training.shared_arguments import option
+
+STAGES = ("transfer", "distill")
+# ruff: noqa: RUF009  `option` is `dataclasses.field` with a help text
+
+
+@dataclass
+class StageArguments:
+    """What `run_clm.py --stage` needs; a mix-in of the training arguments."""
+
+    stage: str | None = option(
+        None,
+        "transfer: train the new parameters of a linear student to give what each softmax layer of --teacher gives; "
+        "distill: train the student on the teacher's distribution and on the text. Default: neither.",
+    )
+    teacher: str | None = option(None, "The softmax model that a stage learns from (folder or Hub name).")
+    keep_softmax_layers: list[int] | None = option(
+        None, "Layers of the teacher that stay softmax in a new student, as 7 15 23 29."
+    )
+    centroid_blocks: int = option(
+        16, "transfer: training blocks whose keys give a new student's centroids; 0 leaves them random."
+    )
+    distill_temperature: float = option(1.0, "distill: temperature of both distributions.")
+    distill_weight: float = option(
+        0.9, "distill: share of the divergence from the teacher in the loss; the rest is the loss on the text."
+    )
+
+    def check_stage(self: Any) -> None:
+        """Refuse contradictory arguments.
+
+        Raises:
+            ValueError: the flag is named.
+        """
+        if self.stage is not None and self.stage not in STAGES:
+            raise ValueError(f"--stage is '{self.stage}'; choose one of {', '.join(STAGES)}")
+        if self.stage and not self.teacher:
+            raise ValueError(f"--stage {self.stage} needs --teacher")
+        given = {"teacher": self.teacher, "keep_softmax_layers": self.keep_softmax_layers}
+        for name, value in given.items():
+            if value is not None and not self.stage:
+                raise ValueError(f"--{name} belongs to a --stage: {', '.join(STAGES)}")
+        if self.centroid_blocks < 0:
+            raise ValueError(f"--centroid_blocks is {self.centroid_blocks}; it must be at least 0")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"--distill_temperature is {self.distill_temperature}; it must be positive")
+        if not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"--distill_weight is {self.distill_weight}; it must lie in 0 .. 1")
