@@ -71,7 +71,7 @@ def test_training_commands_parse(command, monkeypatch, tmp_path):
     words = shlex.split(command)
     model, data, training = parse_arguments([word.replace("runs/", f"{tmp_path}/") for word in words])
     assert training.do_train or model.compare_with
-    assert model.model_type or model.model_name_or_path or not words[0].startswith("-")
+    assert model.model_type or model.model_name_or_path or training.stage or not words[0].startswith("-")
     # These show that no text need be named: a demo, a model of a small size, and models whose runs have named theirs.
     named = data.dataset_name or data.train_file or model.compare_with
     assert named or words[0] in ("demo_gla", "--model_type")
