@@ -193,6 +193,7 @@ print(*(row.config.model_type for row in lalm.VARIANTS))
     assert run.stdout.split() == [row.config.model_type for row in lalm.VARIANTS]
 
 
+@pytest.mark.slow
 def test_commands_of_the_wheel(built, tmp_path):
     """Entry points, and a recipe of the package by its name, far from the repository."""
     archive = zipfile.ZipFile(built)

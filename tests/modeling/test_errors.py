@@ -122,6 +122,7 @@ def number_fields(config_class) -> list[str]:
 
 
 @each_config
+@pytest.mark.slow
 def test_no_field_of_any_configuration_takes_what_is_no_number(config_class, tmp_path):
     """When it is made, when it is loaded with another value, when a stored value is damaged, and when it is set."""
     good = config_class(**TINY)

@@ -104,6 +104,7 @@ def test_problem_types(row, problem):
 
 @each_variant
 @pytest.mark.parametrize("head", [SEQUENCE, TOKEN])
+@pytest.mark.slow
 def test_labels_by_name_survive_saving(row, head, tmp_path):
     names = {0: "no", 1: "yes"}
     model = row.build(head, id2label=names, label2id={v: k for k, v in names.items()})

@@ -126,6 +126,7 @@ def generate(model, ids, **kwargs):
 
 
 @every_row
+@pytest.mark.slow
 def test_assisted_generation_is_greedy(row):
     """As target and as draft, of drafts that are always, sometimes and never right."""
     model, ids, other = build(row), tokens(1, 9), llama()

@@ -67,6 +67,7 @@ def check(fn, oracle, x, layout):
 @both_ranges
 @pytest.mark.parametrize("size", BLINDSPOTS)
 @every_layout
+@pytest.mark.slow
 def test_causal_is_the_dense_formula(form, semantics, steep, size, kind):
     layout, options = make_layout(kind), {"semantics": semantics, "blindspot_size": size}
     check(

@@ -28,6 +28,7 @@ def set_gates(x, kind):
 @gated_cases
 @both_forms
 @pytest.mark.parametrize("kind", GATES)
+@pytest.mark.slow
 def test_gates_from_nothing_to_everything(case, form, kind):
     x = set_gates(make_inputs(case, 81), kind)
     weights = torch.randn(x["v"].shape).double(), torch.randn(x["initial_state"].shape).double()

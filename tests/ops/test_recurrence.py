@@ -253,6 +253,7 @@ def test_decays_that_differ_by_key_and_by_head():
 
 @pytest.mark.parametrize("kind", ["normalized decay", "gla", "taylor", "gated delta"])
 @pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
+@pytest.mark.slow
 def test_narrower_registers(processor, kind, compile_for):
     """Vectors of 4 and of 8 numbers, as processors without AVX and without AVX-512 have them."""
     compile_for(processor)
