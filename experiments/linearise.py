@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("student")
     parser.add_argument("--text", type=Path, required=True, help="a plain text, such as WikiText-2's raw test split")
     parser.add_argument("--tokens", type=int, default=16384, help="how many of its tokens to score")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--depths", type=int, nargs="*", default=[32, 256, 1024, 4096])
     parser.add_argument("--needles", type=int, default=10, help="a depth; 0 skips them")
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 8192], help="prompts before decoding")
