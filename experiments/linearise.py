@@ -27,6 +27,7 @@ from lalm.convert.centroids import hybrid_layers
 # Log of a feature that is as good as 0.
 NOTHING = -1e4
 WARM_UP, STEPS = 2, 16
+ROWS = ["teacher", "student", "window only", "linear only"]
 
 
 @contextmanager
@@ -81,13 +82,12 @@ def losses(model: Any, tokens: torch.Tensor, context: int) -> torch.Tensor:
 def perplexity_tables(models: list, tokens: torch.Tensor, contexts: list[int]) -> None:
     """Print perplexity by context, and by position in the longest."""
     measured = {}
-    for name, model, inside in models:
-        with inside():
-            measured[name] = {context: losses(model, tokens, context) for context in contexts}
     print("| perplexity |", " | ".join(f"{context} tokens" for context in contexts), "|")
     print("|---" * (len(contexts) + 1) + "|")
-    for name, by_context in measured.items():
-        print(f"| {name} |", " | ".join(f"{by_context[c].mean().exp():.2f}" for c in contexts), "|", flush=True)
+    for name, model, inside in models:
+        with inside():
+            found = measured[name] = {context: losses(model, tokens, context) for context in contexts}
+        print(f"| {name} |", " | ".join(f"{found[c].mean().exp():.2f}" for c in contexts), "|", flush=True)
     longest = max(contexts)
     edges = [0] + [2**n for n in range(6, int(math.log2(longest)) + 1)]
     ranges = [(low, min(high, longest - 1)) for low, high in itertools.pairwise(edges)]
@@ -165,21 +165,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("student")
     parser.add_argument("--text", type=Path, required=True, help="a plain text, such as WikiText-2's raw test split")
     parser.add_argument("--tokens", type=int, default=16384, help="how many of its tokens to score")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--depths", type=int, nargs="*", default=[32, 256, 1024, 4096])
     parser.add_argument("--needles", type=int, default=10, help="a depth; 0 skips them")
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 8192], help="prompts before decoding")
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="'linear only' is slow: its window is 1")
     arguments = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     teacher, student = (AutoModelForCausalLM.from_pretrained(x).eval() for x in (arguments.teacher, arguments.student))
     tokens = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8"))["input_ids"])
-    models = contestants(teacher, student)
+    models = [row for row in contestants(teacher, student) if row[0] in arguments.rows]
     if arguments.contexts:
         perplexity_tables(models, tokens[: arguments.tokens], arguments.contexts)
     if arguments.needles and arguments.depths:
         needle_table(models, tokenizer, tokens, arguments.depths, arguments.needles)
     if arguments.lengths:
-        speed_table(models[:2], tokens, arguments.lengths)
+        whole = [row for row in models if row[0] in ROWS[:2]]
+        speed_table(whole, tokens, arguments.lengths)
 
 
 if __name__ == "__main__":
