@@ -58,15 +58,9 @@ class LinearAttentionConfig(LalmConfig):
             self.output_norm = not self.normalize
         super().__post_init__(**kwargs)
 
-    @property
-    def linear_key_dim(self) -> int:
-        """Key size of one linear head."""
-        return super().linear_key_dim if self.window_size is None else cast(int, self.head_dim)
-
-    @property
-    def linear_value_dim(self) -> int:
-        """Value size of one linear head."""
-        return super().linear_value_dim if self.window_size is None else cast(int, self.head_dim)
+    def linear_size(self, factor: float | int) -> int:
+        """As in the base; heads with a window have those of softmax attention, `head_dim`."""
+        return super().linear_size(factor) if self.window_size is None else cast(int, self.head_dim)
 
     def _factors(self) -> dict[str, float | int]:
         return super()._factors() if self.window_size is None else {}

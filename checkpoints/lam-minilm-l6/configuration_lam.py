@@ -273,12 +273,16 @@ class LalmConfig(PreTrainedConfig):
     @property
     def linear_key_dim(self) -> int:
         """Key size of one linear head."""
-        return int(self.hidden_size * self.expand_k) // self.num_attention_heads
+        return self.linear_size(self.expand_k)
 
     @property
     def linear_value_dim(self) -> int:
         """Value size of one linear head."""
-        return int(self.hidden_size * self.expand_v) // self.num_attention_heads
+        return self.linear_size(self.expand_v)
+
+    def linear_size(self, factor: float | int) -> int:
+        """Size of one linear head if all have `factor` times the width."""
+        return int(self.hidden_size * factor) // self.num_attention_heads
 
     def validate_layer_type(self) -> None:
         """Replaces the stock check, which knows no recurrent layer of ours; see `validate_softmax_layers`."""
