@@ -101,4 +101,5 @@ def test_mixers_ask_with_their_values(row, monkeypatch):
     with torch.no_grad():
         model(input_ids=torch.arange(1, 20)[None])
     assert set(asked) <= {torch.bfloat16}
-    assert asked or model.config.model_type in ("lalm_lam", "lalm_local_global")
+    without_fla = ("lam_", "local_global_", "linear_window", "delta_net_channel")  # rules that fla's kernels do not run
+    assert asked or row.name.startswith(without_fla)
