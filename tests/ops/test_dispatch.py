@@ -101,5 +101,5 @@ def test_mixers_ask_with_their_values(row, monkeypatch):
     with torch.no_grad():
         model(input_ids=torch.arange(1, 20)[None])
     assert set(asked) <= {torch.bfloat16}
-    without_fla = ("lam_", "local_global_", "linear_window", "delta_net_channel")  # rules that fla's kernels do not run
+    without_fla = ("lam_", "local_global_", "linear_window", "delta_net_channel")  # of which fla has none
     assert asked or row.name.startswith(without_fla)
