@@ -144,8 +144,11 @@ def test_sigterm_ends_a_worker_of_a_run_silently(capfd):
     """As datasets ends those that prepare the text."""
 
     def run():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        context = multiprocessing.get_context("fork")
+        runs = context.Event()
+        worker = context.Process(target=lambda: (runs.set(), time.sleep(30)))
         worker.start()
+        assert runs.wait(20)  # a signal between the fork and the first line of the worker is lost
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == -signal.SIGTERM
