@@ -12,8 +12,9 @@ COMMANDS = {
     "clm": ("lalm.training.clm.run", "train and evaluate causal language models"),
     "sts": ("lalm.training.sts.run", "train and evaluate sentence encoders"),
     "compare-runs": ("lalm.training.clm.compare_runs", "losses and results of several runs"),
-    "convert": ("lalm.convert.fla", "checkpoints of flash-linear-attention"),
+    "convert": ("lalm.convert.command_line", "checkpoints of other libraries, and softmax models to linear ones"),
     "serve": ("lalm.serve", "a server with OpenAI's interface"),
+    "doctor": ("lalm.doctor", "which kernels run on this machine, and why not"),
 }
 
 

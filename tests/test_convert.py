@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import lalm
-from lalm.convert import fla as convert
+from lalm.convert import command_line
 from lalm.convert.fla import config_from_fla, config_to_fla, from_fla, state_dict_from_fla, state_dict_to_fla, to_fla
 from lalm.errors import UserError
 from tests.fla_reference import FOLDER, LENGTHS, MODELS, input_ids, weight
@@ -83,10 +83,10 @@ def test_configuration_goes_both_ways(name):
 @pytest.mark.parametrize("name", ["gla_conv", "gated_deltanet"])
 def test_command_line_there_and_back(name, checkpoint, tmp_path, capsys):
     theirs = checkpoint(name)
-    convert.main(["from_fla", str(theirs), str(tmp_path / "ours")])
+    command_line.main(["from_fla", str(theirs), str(tmp_path / "ours")])
     assert "is written" in capsys.readouterr().out
     assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
-    convert.main(["to_fla", str(tmp_path / "ours"), str(tmp_path / "back")])
+    command_line.main(["to_fla", str(tmp_path / "ours"), str(tmp_path / "back")])
     model, again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), from_fla(str(tmp_path / "back"))
     with torch.no_grad():
         assert torch.equal(model(input_ids(20)).logits, again(input_ids(20)).logits)
@@ -117,7 +117,7 @@ def test_what_cannot_be_exact_is_refused_and_nothing_written(name, change, messa
     with pytest.raises(ValueError, match=message.replace("'", ".")):
         from_fla(str(folder))
     with pytest.raises(UserError, match="from_fla"):
-        convert.main(["from_fla", str(folder), str(tmp_path / "ours")])
+        command_line.main(["from_fla", str(folder), str(tmp_path / "ours")])
     assert not (tmp_path / "ours").exists()
 
 
@@ -141,4 +141,4 @@ def test_ours_without_a_counterpart_is_refused(fields, message, tmp_path):
 
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="from_fla"):
-        convert.main(["from_fla", str(tmp_path / "nothing"), str(tmp_path / "ours")])
+        command_line.main(["from_fla", str(tmp_path / "nothing"), str(tmp_path / "ours")])

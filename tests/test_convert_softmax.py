@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lalm.convert.centroids import fit_centroids
-from lalm.convert.fla import main
+from lalm.convert.command_line import main
 from lalm.convert.softmax import FAMILIES, STUDENTS, from_softmax, student_config
 from lalm.errors import UserError
 

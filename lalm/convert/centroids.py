@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lalm.modeling.hybrid_mixer import HybridMixer
 from lalm.modeling.modeling_heads import LalmForCausalLM
+from lalm.modeling.window_linear_mixer import WindowLinearMixer
 
 
 class Attention(NamedTuple):
@@ -46,10 +46,10 @@ def watch_attention(teacher: LalmForCausalLM, layers: Iterable[int]) -> Iterator
         yield seen
 
 
-def hybrid_layers(student: LalmForCausalLM) -> dict[int, HybridMixer]:
+def window_linear_layers(student: LalmForCausalLM) -> dict[int, WindowLinearMixer]:
     """The mixers of a student that have a window, by layer."""
     mixers = {index: layer.mixer for index, layer in enumerate(student.model.layers)}
-    return {index: mixer for index, mixer in mixers.items() if isinstance(mixer, HybridMixer)}
+    return {index: mixer for index, mixer in mixers.items() if isinstance(mixer, WindowLinearMixer)}
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def fit_centroids(
     Raises:
         ValueError: there are fewer keys than centroids.
     """
-    layers, device = hybrid_layers(student), next(student.parameters()).device
+    layers, device = window_linear_layers(student), next(student.parameters()).device
     kept: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     with watch_attention(teacher, layers) as seen:
         for batch in batches:
@@ -85,7 +85,7 @@ def fit_centroids(
         _set_maps(mixer, keys[:, ::step], iterations)
 
 
-def _set_maps(mixer: HybridMixer, keys: torch.Tensor, iterations: int) -> None:
+def _set_maps(mixer: WindowLinearMixer, keys: torch.Tensor, iterations: int) -> None:
     """From keys `[G, n, K]`."""
     count, groups = mixer.k_map.weight.shape[1], mixer.q_map.weight.shape[0] // len(keys)
     found = [_k_means(x, count, iterations) for x in keys]
@@ -118,4 +118,4 @@ def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.addmm(-centroids.square().sum(-1) / 2, x, centroids.T).argmax(-1)
 
 
-__all__ = ["Attention", "fit_centroids", "hybrid_layers", "watch_attention"]
+__all__ = ["Attention", "fit_centroids", "watch_attention", "window_linear_layers"]
