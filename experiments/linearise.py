@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lalm  # noqa: F401  registers our models with the Auto classes
-from lalm.convert.centroids import hybrid_layers
+from lalm.convert.centroids import window_linear_layers
 
 # Log of a feature that is as good as 0.
 NOTHING = -1e4
@@ -33,7 +33,7 @@ ROWS = ["teacher", "student", "window only", "linear only"]
 @contextmanager
 def window_only(student: Any) -> Iterator[None]:
     """Inside, far tokens have no weight."""
-    mixers = hybrid_layers(student).values()
+    mixers = window_linear_layers(student).values()
     for mixer in mixers:
         features = mixer.log_q_features
         mixer.log_q_features = lambda q, features=features: torch.full_like(features(q), NOTHING)  # type: ignore

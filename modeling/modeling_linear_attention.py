@@ -2,7 +2,7 @@
 """Classic linear attention (Katharopoulos et al., arXiv 2006.16236) with a choice of feature maps.
 
 Code symbol -> paper: feature_map -> phi; the state's first V columns -> S, its last -> Z (eq. 16-20). With a
-`window_size`, heads are those of hybrid_mixer.py.
+`window_size`, heads are those of window_linear_mixer.py.
 """
 
 import torch
@@ -11,7 +11,6 @@ from transformers import GenerationMixin
 
 from lalm.configuration.configuration_linear_attention import LinearAttentionConfig
 from lalm.modeling.feature_maps import ElementwiseProductFeatures, FavorFeatures, FeatureMap, HedgehogFeatures
-from lalm.modeling.hybrid_mixer import HeadwiseLinear, HybridMixer
 from lalm.modeling.mixers import FeatureMixer, Mixer
 from lalm.modeling.modeling_base import LalmModel
 from lalm.modeling.modeling_heads import (
@@ -20,6 +19,7 @@ from lalm.modeling.modeling_heads import (
     LalmForSequenceClassification,
     LalmForTokenClassification,
 )
+from lalm.modeling.window_linear_mixer import HeadwiseLinear, WindowLinearMixer
 
 _LEARNED_MAPS = (
     ElementwiseProductFeatures,
@@ -49,7 +49,7 @@ class LinearAttentionModel(LalmModel):
     def make_mixer(cls, config: LinearAttentionConfig, layer_idx: int) -> nn.Module:  # type: ignore[override]
         """As the base class; heads with a window have a mixer of their own."""
         if config.window_size is not None and config.layer_types[layer_idx] == Mixer.layer_type:
-            return HybridMixer(config, layer_idx)
+            return WindowLinearMixer(config, layer_idx)
         return super().make_mixer(config, layer_idx)
 
     @torch.no_grad()

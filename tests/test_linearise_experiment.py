@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments import linearise
 from lalm.convert.softmax import from_softmax
-from lalm.modeling.hybrid_mixer import HybridMixer
+from lalm.modeling.window_linear_mixer import WindowLinearMixer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_window_only_is_a_sliding_window(pair):
         assert torch.equal(student(ids).logits[0, 12:], student(other).logits[0, 12:])
     with torch.no_grad():
         assert not torch.allclose(student(ids).logits[0, 12:], student(other).logits[0, 12:], atol=1e-6)
-    assert all("log_q_features" not in vars(m) for m in student.modules() if isinstance(m, HybridMixer))
+    assert all("log_q_features" not in vars(m) for m in student.modules() if isinstance(m, WindowLinearMixer))
 
 
 def test_tables(pair, capsys):

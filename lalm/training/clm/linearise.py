@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lalm.convert.centroids import fit_centroids, hybrid_layers, watch_attention
+from lalm.convert.centroids import fit_centroids, watch_attention, window_linear_layers
 from lalm.convert.softmax import from_softmax, student_config
 from lalm.errors import UserError, one_line, refusal
-from lalm.modeling.hybrid_mixer import HybridMixer
 from lalm.modeling.modeling_heads import LalmForCausalLM
+from lalm.modeling.window_linear_mixer import WindowLinearMixer
 from lalm.training.clm.arguments import ClmTrainingArguments, ModelArguments
 from lalm.training.clm.model_builder import hub_options, load_checkpoint, torch_dtype
 from lalm.training.clm.packing import PackingCollator
@@ -79,7 +79,7 @@ class Transfer(Stage):
 
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         super().__init__(student, teacher)
-        self.layers = hybrid_layers(student)
+        self.layers = window_linear_layers(student)
         if not self.layers:
             raise UserError(NOTHING)
         self.errors: dict[int, float] = {}  # of each layer, a running mean over batches
@@ -159,7 +159,7 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
 
 def _has_window(config: Any) -> bool:
     """Whether a layer has the heads that the transfer trains."""
-    return getattr(config, "window_size", None) is not None and HybridMixer.layer_type in config.layer_types
+    return getattr(config, "window_size", None) is not None and WindowLinearMixer.layer_type in config.layer_types
 
 
 def new_student_config(arguments: ModelArguments, training: ClmTrainingArguments, theirs: Any) -> Any:
@@ -211,7 +211,7 @@ def check_pair(student: Any, teacher: LalmForCausalLM) -> None:
 def set_centroids(student: Any, teacher: Any, training: ClmTrainingArguments, data: Any, block_size: int) -> None:
     """Set a new student's centroids from the first training blocks."""
     blocks, count = data.splits.get("train"), training.centroid_blocks
-    if blocks is None or not count or not hybrid_layers(student):
+    if blocks is None or not count or not window_linear_layers(student):
         return
     collate = PackingCollator(block_size, 0)
     items = [item for item, _ in zip(blocks, range(count), strict=False)]

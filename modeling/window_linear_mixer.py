@@ -53,7 +53,7 @@ class HeadwiseLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
-class HybridMixer(nn.Module):
+class WindowLinearMixer(nn.Module):
     """q, k, v -> softmax over a window and the first tokens, linear attention over the rest -> output projection.
 
     Projections, norms and positions are those of `SoftmaxAttention`, whose weights fit. Features of far tokens:
@@ -174,4 +174,4 @@ class HybridMixer(nn.Module):
         return [part for part, place in zip(parts, _PLACES, strict=True) if place in self.places]
 
 
-__all__ = ["HeadwiseLinear", "HybridMixer"]
+__all__ = ["HeadwiseLinear", "WindowLinearMixer"]
