@@ -94,69 +94,43 @@ def _wider(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return weight.dtype if x.dtype == weight.dtype else torch.promote_types(x.dtype, weight.dtype)
 
 
-def gated_delta_rule(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int = 64,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    seq_idx: torch.Tensor | None = None,
-    padding_mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_gated_delta_rule` and `fused_recurrent_gated_delta_rule`; o `[B, T, H, V]` has the dtype of `query`."""
-    o, final = delta_rule.gated_delta_rule(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        None,
-        initial_state,
-        output_final_state,
-        cu_seqlens if seq_idx is None else None,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        layout=layout_of(seq_idx, padding_mask),
-        chunk_size=chunk_size,
-    )
-    return o.to(query.dtype), final
+def _delta(rule: Callable) -> Callable:
+    """A delta rule of ours, `gated_delta_rule` or `kda`, with the arguments that transformers gives its chunk and its
+    recurrent form; o `[B, T, H, V]` has the dtype of `query`. `chunk_size` is ours and changes no result."""
+
+    def run(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        chunk_size: int | None = None,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        seq_idx: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        o, final = rule(
+            query,
+            key,
+            value,
+            g,
+            beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens if seq_idx is None else None,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            layout=layout_of(seq_idx, padding_mask),
+        )
+        return o.to(query.dtype), final
+
+    return run
 
 
-def kda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    seq_idx: torch.Tensor | None = None,
-    padding_mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda` and `fused_recurrent_kda`: outputs `[B, T, H, V]` in the dtype of `query`."""
-    o, final = channels.kda(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        None,
-        initial_state,
-        output_final_state,
-        cu_seqlens if seq_idx is None else None,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        layout=layout_of(seq_idx, padding_mask),
-    )
-    return o.to(query.dtype), final
+gated_delta_rule, kda = _delta(delta_rule.gated_delta_rule), _delta(channels.kda)
 
 
 def mamba2_chunk_scan(

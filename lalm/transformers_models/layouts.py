@@ -90,7 +90,7 @@ def _documents(given: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | No
     else:
         positions = given.get("position_ids")
         if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
-            positions = positions[0]  # of text, beside those of images
+            positions = positions[0]  # those of text; the others are of images
         is_one = given.get("attention_mask") is not None or _cache(given) is not None
         if is_one or positions is None or positions.ndim != 2:
             return None
