@@ -17,6 +17,8 @@ from benchmarks.models import VARIANTS, build, decodes_exactly, tokens, train_st
 from benchmarks.registry import CASES, Comparison, GateError, Ratio, Run, register, select
 from benchmarks.timing import alternate, spread
 
+pytestmark = pytest.mark.slow
+
 TINY = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 

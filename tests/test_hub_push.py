@@ -20,6 +20,8 @@ from lalm.modeling.modeling_gla import GLAForCausalLM
 from tests.hub_server import client_environment, use_hub
 from tests.test_hub import INPUT_IDS, SCRIPT, contents, expected_output, tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow
+
 CODE = {"configuration_gla.py", "linear_attention_ops.py", "modeling_gla.py"}
 
 

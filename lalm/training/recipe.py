@@ -32,7 +32,7 @@ def field_names(classes: Sequence[Any]) -> list[str]:
 
 
 def recipe_folder() -> Path:
-    """Return the folder of our recipes: inside an installed lalm, beside the package in a clone."""
+    """Return the folder of our recipes: in the package if lalm is installed, next to it in a clone."""
     package = Path(lalm.__file__).resolve().parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"

@@ -12,6 +12,8 @@ from tests.distributed import sequences, tensors
 from tests.distributed.launch import launch
 from tests.variants import ENCODERS, ROWS
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {row.name: row for row in (*ROWS, *ENCODERS)}
 
 

@@ -13,6 +13,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from tests.distributed.launch import ROOT
 from tests.training.conftest import TINY_MODELS, sentences
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 ENGINES = {"ddp": "multi_gpu", "machines": "multi_gpu", "cpu_processes": "multi_gpu", "cpu": "use_cpu"}
 ENGINES |= {"fsdp2": "use_fsdp", "fsdp2_sharded": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed"}

@@ -10,6 +10,8 @@ from tests.distributed.launch import launch
 from tests.training.conftest import TINY_MODELS, sentences
 from tests.training.sts.tiny_world import StsWorld
 
+pytestmark = pytest.mark.slow
+
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

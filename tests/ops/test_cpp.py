@@ -120,6 +120,7 @@ for config in (lalm.GLAConfig, lalm.BasedConfig, lalm.DeltaNetConfig, lalm.LamCo
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_an_empty_and_a_full_cache_give_the_same_bits(new_machine):
     """Forward and backward, and a short call before and after a long one."""
     runs = []
@@ -152,6 +153,7 @@ def test_a_large_weight_earns_its_kernel_and_many_rows_do_not(new_machine, monke
     ],
     ids=["delta_net", "based", "lam"],
 )
+@pytest.mark.slow
 def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machine, monkeypatch):
     """So that its first forward loads nothing."""
     config = config_class(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, **fields)
@@ -171,6 +173,7 @@ def test_a_model_opens_what_is_compiled(config_class, fields, kernels, new_machi
 
 @needs_compiler
 @pytest.mark.parametrize("damage", ["cut off", "another end"])
+@pytest.mark.slow
 def test_a_damaged_library_is_compiled_again(damage, quick, new_machine, warnings, monkeypatch):
     """In a process of its own, which a library that is cut off would kill."""
     monkeypatch.setenv("CXX", str(quick))
@@ -213,6 +216,7 @@ def test_threads_wait_for_one_compilation(quick, new_machine, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_compile_at_once(quick, new_machine, monkeypatch):
     monkeypatch.setenv("CXX", str(quick))
     code = "from lalm.modeling.ops import cpp_kernels as cpp; assert cpp.load_kernel('rms_norm') is not None"
@@ -350,6 +354,7 @@ def test_a_compiler_that_hangs_is_waited_for_once(new_machine, monkeypatch, warn
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_wide_windows_do_not_overrun_the_stack():
     """In a process of its own, which would die of it; a thread's stack is smaller still."""
     code = "from tests.ops.test_cpp import check_wide_windows; check_wide_windows(2048)"

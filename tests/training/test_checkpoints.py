@@ -14,6 +14,8 @@ from lalm.training.checkpoint_files import CHECKSUMS, check_checkpoint, write_ch
 from lalm.training.clm.trainer import ClmTrainer
 from lalm.training.tracking import check_trackers
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ("--do_train", "--save_steps", "2")
 
 

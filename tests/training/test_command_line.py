@@ -25,6 +25,8 @@ from lalm.training.sts.sources import Source
 from tests.training.conftest import TINY_MODELS
 from tests.training.sts import tiny_models as sts_tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(run_clm.__file__).parent
 CHAIN = ("distill", "relational", "finetune")
 TINY_LLAMA = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,intermediate_size=24"

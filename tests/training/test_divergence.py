@@ -1,5 +1,6 @@
 """A run whose numbers are not finite says so and ends; no good checkpoint is lost to it."""
 
+import contextlib
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from lalm.errors import UserError
 from lalm.training.divergence import check_learned, check_loss, check_norm, check_weights, root_mean_square
 from tests.training.conftest import TINY_MODELS
 from tests.training.sts import tiny_models as sts_tiny
+
+pytestmark = pytest.mark.slow
 
 TRAIN = ("--do_train", "--do_eval", "--save_steps", "1", "--warmup_steps", "0")
 
@@ -46,12 +49,23 @@ def test_a_diverged_run_whose_numbers_stay_finite(tiny_run, tmp_path, rate, flag
 
 
 @pytest.mark.parametrize(
-    ("loss", "losses"),
-    [(5.9, [5.8, 5.7]), (9.0, [5.7, 0.01]), (14.0, [14.2, 13.6]), (5.7, [])],
-    ids=["short", "overfitted", "strange text", "nothing logged"],
+    ("loss", "losses", "diverged"),
+    [
+        (5.9, [5.8, 5.7], False),
+        (9.0, [5.7, 0.01], False),
+        (14.0, [14.2, 13.6], False),
+        (5.7, [], False),
+        (6.4, [5.8, 6.3], True),
+        (14.8, [14.2, 14.9], True),
+        (6.3, [], True),
+    ],
+    ids=["short", "overfitted", "strange text", "nothing logged", "worse", "strange text, worse", "nothing but worse"],
 )
-def test_what_has_not_diverged(loss, losses):
-    check_learned(loss, 300, [{"loss": value, "step": 1} for value in losses] + [{"train_loss": 5.7}])
+def test_which_losses_have_diverged(loss, losses, diverged):
+    history = [{"loss": value, "step": 1} for value in losses] + [{"train_loss": 5.7}]
+    with pytest.raises(UserError, match="diverged") if diverged else contextlib.nullcontext() as caught:
+        check_learned(loss, 300, history)
+    assert (caught is not None) == diverged
 
 
 def test_frozen_and_empty_weights_have_no_size():

@@ -14,6 +14,8 @@ from lalm.training.clm.arguments import parse_arguments
 from lalm.training.clm.block_order import BlockOrder, DecomposedBlocks, PhasedBlocks, binary_pieces
 from lalm.training.clm.packing import PackedDataset, PackingCollator, TokenStream
 
+pytestmark = pytest.mark.slow
+
 START = (0, 1000)
 
 

@@ -15,6 +15,8 @@ from lalm.training.clm.decoding import COST_KEYS, inference_cost
 from lalm.training.clm.packing import PackedDataset, TokenStream
 from lalm.training.clm.peak_memory import PeakMemory
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_models_in_one_table(tiny_run, texts, tmp_path, capsys):
     trained = {

@@ -15,6 +15,8 @@ from lalm.training.clm.linearise import Distill, Transfer
 from lalm.training.clm.packing import PackingCollator
 from tests.training.conftest import sentences
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

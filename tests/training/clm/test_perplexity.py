@@ -124,6 +124,7 @@ def smoothed_by_hand(model, batch, smoothing: float) -> tuple[float, int]:
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("model_type", TINY_MODELS)
+@pytest.mark.slow
 def test_smoothed_training_loss_is_torchs(stream, tmp_path, model_type, separate):
     """Two accumulated batches of unequal numbers of labels: of shifted labels, within documents, over all tokens."""
     argv = ["--model_type", model_type, "--config_overrides", TINY_MODELS[model_type] + ",vocab_size=300"]

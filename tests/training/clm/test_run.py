@@ -16,6 +16,8 @@ from lalm.training.clm.arguments import parse_arguments
 from lalm.training.clm.model_builder import new_config, our_model_types
 from tests.training.conftest import TINY_MODELS
 
+pytestmark = pytest.mark.slow
+
 MODEL_TYPES = list(TINY_MODELS)
 TRAIN_ONLY = ("--do_train",)
 

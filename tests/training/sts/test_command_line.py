@@ -17,6 +17,8 @@ from lalm.errors import exit_on_user_error
 from lalm.training.sts.teacher import packaged_teacher
 from tests.training.sts import tiny_models as sts_tiny
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(run_sts.__file__)
 
 

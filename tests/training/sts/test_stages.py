@@ -22,6 +22,8 @@ from lalm.training.sts.evaluation import evaluate_split
 from tests.training.sts import tiny_models as sts_tiny
 from tests.training.sts.tiny_world import STEPS
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("distill", "relational", "finetune")
 TEXTS = ["", "a dog runs", "Собака бежит 犬が走る", *sts_tiny.sentences(5, seed=9)]
 WITHOUT_LALM = """
