@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
-	@echo "make test    run the tests; make test-fast leaves out the slow ones (half the time)"
+	@echo "make test    run the tests; make test-fast leaves out the slow ones (3 minutes on 2 cores)"
 	@echo "make install make the environment only; make format applies the formatter"
 	@echo "make check   linter, formatter, type checker, structure linter for model files"
 	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"

@@ -108,6 +108,7 @@ def test_every_head_loads_without_lalm(remote, model_type, head, round_trip):
 
 
 @VARIANTS
+@pytest.mark.slow
 def test_auto_model_loads_a_saved_causal_lm_without_lalm(remote, variant):
     folder, expected = remote
     name = f"{variant.config.model_type}-AutoModelForCausalLM-body"

@@ -175,6 +175,7 @@ def test_modules_of_the_commands_exist(module):
     assert importlib.util.find_spec(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", GENERATED)
 def test_generated_pages_are_up_to_date(script):
     check = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
