@@ -154,19 +154,13 @@ def mamba_split_conv1d_scan_combined(
     size = D.shape[1] if headdim is None and D.ndim == 2 else headdim
     if size is None:
         raise ValueError("headdim must be given unless D is [H, P].")
-    inner, channels = heads * size, conv1d_weight.shape[0]
-    if zxbcdt.shape[-1] != inner + channels + heads or (channels - inner) % (2 * ngroups):
-        raise ValueError(
-            f"zxbcdt must be [B, T, {inner} + {channels} + {heads}], {channels} - {inner} a multiple of 2 ngroups, "
-            f"got {tuple(zxbcdt.shape)} and ngroups = {ngroups}."
-        )
-    z, mixed, dt = zxbcdt.split([inner, channels, heads], -1)
+    z, mixed, dt = _split(zxbcdt, conv1d_weight.shape[0], heads, size, ngroups)
     convolved = causal_conv1d_fn(
         mixed.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation, mask=mask
     )
     assert isinstance(convolved, torch.Tensor)
-    keys = (channels - inner) // 2
-    x, B, C = convolved.transpose(1, 2).split([inner, keys, keys], -1)
+    keys = (mixed.shape[-1] - heads * size) // 2
+    x, B, C = convolved.transpose(1, 2).split([heads * size, keys, keys], -1)
     found = mamba_chunk_scan_combined(
         x.unflatten(-1, (heads, size)),
         dt,
@@ -187,6 +181,17 @@ def mamba_split_conv1d_scan_combined(
     y = _gate(y.flatten(2), z, rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate)
     y = y if outproj_weight is None else F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return y if final is None else (y, final)
+
+
+def _split(zxbcdt: torch.Tensor, channels: int, heads: int, size: int, groups: int) -> tuple[torch.Tensor, ...]:
+    """The gate, what the convolution reads, and dt, of each token."""
+    inner = heads * size
+    if zxbcdt.shape[-1] != inner + channels + heads or (channels - inner) % (2 * groups):
+        raise ValueError(
+            f"zxbcdt must be [B, T, {inner} + {channels} + {heads}], {channels} - {inner} a multiple of 2 ngroups, "
+            f"got {tuple(zxbcdt.shape)} and ngroups = {groups}."
+        )
+    return zxbcdt.split([inner, channels, heads], -1)
 
 
 def _gate(y, z, weight, eps, groups, norm_first) -> torch.Tensor:
