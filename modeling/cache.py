@@ -105,7 +105,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
 
-    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+    def previous(self, kind: str, index: int, of_slice: Callable | None = None) -> torch.Tensor | None:
         """`conv_states` or `recurrent_states` number `index`, None where it has seen no token."""
         return getattr(self, kind)[index] if self.is_written[kind][index] else None
 
@@ -218,13 +218,19 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[index] = function(state)
 
 
-def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
+def previous_state(
+    cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0, of_slice: Callable | None = None
+) -> torch.Tensor | None:
     """`conv_states` or `recurrent_states` of a layer, None if it has seen no token. (Cache.get_recurrent_state and
-    get_conv_state came with transformers 5.21.)"""
+    get_conv_state came with transformers 5.21.)
+
+    `of_slice()` tells what the current tokens do to that state, without knowing it: their last inputs, or the map of
+    ops/affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
+    """
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return layer.previous(kind, state_idx)
+    return layer.previous(kind, state_idx, of_slice)
 
 
 def record(

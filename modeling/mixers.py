@@ -2,6 +2,7 @@
 """What mixes tokens: the bases of every linear mixer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,10 +13,13 @@ from lalm.configuration.configuration_base import LalmConfig
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
+from lalm.modeling.ops.affine_maps import Map, delta_map, diagonal_map
 from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.dense.elementwise import activate
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
 from lalm.modeling.ops.diagonal.linear_attention import linear_attention
+from lalm.modeling.ops.diagonal.taylor import taylor_features
+from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -70,16 +74,19 @@ class Mixer(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         conv, attend = self.conv, cast(Callable, self.attend)
         if conv is not None:
-            window = previous_state(cache, self.layer_idx, "conv_states")
+            parts, size = (q, k, v), conv.weight.shape[1] - 1
+            window = previous_state(
+                cache, self.layer_idx, "conv_states", of_slice=lambda: layout.last_inputs(parts, size)
+            )
             record(
                 cache,
                 self.layer_idx,
                 [("conv_states", 0)],
-                (q, k, v),
+                parts,
                 layout,
                 lambda parts, layout: [conv(parts, window, layout)[1]],
             )
-            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
+            (q, k, v), state = conv(parts, window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
@@ -93,7 +100,12 @@ class Mixer(nn.Module):
         if self.unit_length_qk:
             q = unit_length(q)
             k = unit_length(k)
-        memory = previous_state(cache, self.layer_idx, "recurrent_states")
+        memory = previous_state(
+            cache,
+            self.layer_idx,
+            "recurrent_states",
+            of_slice=lambda k=k, v=v: self.slice_map(hidden_states, k, v, layout),
+        )
         record(
             cache,
             self.layer_idx,
@@ -126,6 +138,14 @@ class Mixer(nn.Module):
         """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]`, or
         `[B, T, H, *]` with one per channel or memory. Empty for a mixer without gates."""
         return {}
+
+    def slice_map(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> Map:
+        """What these tokens make of any state S before them, A S + B: see ops/affine_maps.py."""
+        gates = self.gates_of(hidden_states, k, v)
+        if "beta" not in gates:
+            return diagonal_map(k, v, gates.get("g"), layout)
+        memories = gates["beta"].shape[-1] if gates["beta"].ndim == 4 else 0
+        return delta_map(partial(cast(Any, self).apply_rule, gates), k, v, layout, memories)
 
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
@@ -180,3 +200,7 @@ class FeatureMixer(Mixer):
             taylor=self.is_taylor,
             implementation=self.config.linear_attn_implementation,
         )
+
+    def slice_map(self, hidden_states, k, v, layout):
+        features = taylor_features(k.to(compute_dtype(k))) if self.is_taylor else (self.k_map or self.q_map)(k)
+        return diagonal_map(features, nn.functional.pad(v, (0, 1), value=1.0) if self.normalize else v, None, layout)

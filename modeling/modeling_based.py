@@ -55,7 +55,13 @@ class GatedConvolution(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`[B, T, D] -> [B, T, D]`, reading and replacing this layer's state in `past_key_values`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        window = previous_state(past_key_values, self.layer_idx, "conv_states")
+        size = self.conv.weight.shape[1] - 1
+        window = previous_state(
+            past_key_values,
+            self.layer_idx,
+            "conv_states",
+            of_slice=lambda: layout.last_inputs((convolved,), size),
+        )
         record(
             past_key_values,
             self.layer_idx,

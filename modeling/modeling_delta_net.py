@@ -107,11 +107,14 @@ class DeltaNetMixer(Mixer):
         return {"g": self.gate_bias(project(hidden_states)), "beta": beta}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        return self.apply_rule(self.gates_of(hidden_states, k, v), q, k, v, state, output_final_state, layout)
+
+    def apply_rule(self, gates, q, k, v, state, output_final_state, layout):
         return self.rule(
             q,
             k,
             v,
-            **self.gates_of(hidden_states, k, v),
+            **gates,
             initial_state=state,
             output_final_state=output_final_state,
             layout=layout,

@@ -116,11 +116,14 @@ class LamMixer(Mixer):
         return self.gates(hidden_states, k, v)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        return self.apply_rule(self.gates_of(hidden_states, k, v), q, k, v, state, output_final_state, layout)
+
+    def apply_rule(self, gates, q, k, v, state, output_final_state, layout):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates_of(hidden_states, k, v),
+            **gates,
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,

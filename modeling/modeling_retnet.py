@@ -33,7 +33,10 @@ class RetNetMixer(Mixer):
         preload_heads(diagonal_kernel(self.key_dim, self.value_dim, gate_size=1))
 
     def gates_of(self, hidden_states, k, v):
-        return {"g": retention_log_decay(self.num_heads, compute_dtype(k), k.device).expand(*k.shape[:2], -1)}
+        log_decay = retention_log_decay(self.num_heads, compute_dtype(k), k.device)
+        if self.shard is not None:
+            log_decay = own_part(log_decay, self.shard, 0)
+        return {"g": log_decay.expand(*k.shape[:2], -1)}
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
         log_decay = None

@@ -1,14 +1,17 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Sequence parallelism: every process of a group runs the whole model over its own slice of the tokens.
 
-What a layer remembers after its slice (recurrent state, last inputs of a convolution, keys and values of a window)
-goes to the process with the next slice, in place of what a cache would hold, and its gradient comes back in the
-backward pass. One state per layer travels, whose size does not depend on the number of tokens. Process p can run layer
-l as soon as process p - 1 has: with L layers and P processes a pass takes (L + P - 1) / L of the time of one slice.
+What a layer remembers of earlier slices (recurrent state, last inputs of a convolution, keys and values of a window)
+comes from the processes that hold them, in place of a cache, and its gradient goes back in the backward pass. What
+travels does not grow with the number of tokens. Where a state depends linearly on the one before, it comes by a scan
+over the processes in log2(P) steps (sequence_scan.py), and no process waits for another's layer. Other states (of
+local-global models and of heads with `window_size`) are handed on: process p can run layer l as soon as process p - 1
+has, and with L layers a pass takes (L + P - 1) / L of the time of one slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from transformers.utils import ModelOutput
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.model_inputs import build_layout, current_mask, positions
 from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.sequence_scan import Slices
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _KINDS = {"conv_states": 0, "recurrent_states": 1}
@@ -113,36 +117,35 @@ class _TakeOver(torch.autograd.Function):
 
 
 class _SliceLayer(RecurrentLayer):
-    """The cache of one layer whose past lies in the process before, and whose states go to the one after.
-
-    Args:
-        continues: bool `[B]`, rows whose first document in this slice began in an earlier one; None for all of them.
-    """
+    """The cache of one layer whose past lies in earlier processes, and whose states go to later ones."""
 
     _layer_type = None  # type: ignore[assignment]  # else the stock caches would take this class for RecurrentLayer
 
-    def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
+    def __init__(self, slices: Slices, neighbours: _Neighbours, layer_idx: int):
         super().__init__()
-        self.neighbours, self.layer_idx, self.continues = neighbours, layer_idx, continues
+        self.slices, self.neighbours, self.layer_idx = slices, neighbours, layer_idx
         # What activation checkpointing runs again in the backward pass must neither receive nor send a second time.
-        self.received: dict[int, torch.Tensor] = {}
+        self.received: dict[Any, torch.Tensor] = {}
         self.handed_on: set[int] = set()
         self.has_previous_state[0] = True  # not a first forward: positions that start again mean nothing by themselves
 
     def _tag(self, kind: str, index: int) -> int:
         return (self.layer_idx * len(_KINDS) + _KINDS[kind]) * len(self.has_previous_state) + index
 
-    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+    def previous(self, kind: str, index: int, of_slice: Callable | None = None) -> torch.Tensor | None:
+        tag = self._tag(kind, index)
+        if of_slice is not None:
+            self.handed_on.add(tag)
+            if kind == "conv_states":
+                return self.slices.last_inputs(of_slice(), self.received)[0]
+            return self.slices.entering_state(*of_slice(), self.received)
         if self.neighbours.rank == 0:
             return None
-        tag = self._tag(kind, index)
         if (found := self.received.get(tag)) is not None:
             state = found.detach().requires_grad_(found.requires_grad)
         else:
             state = self.received[tag] = self.neighbours.take_over(tag)
-        if self.continues is None:
-            return state
-        return torch.where(self.continues.view(-1, *[1] * (state.ndim - 1)), state, torch.zeros_like(state))
+        return self.slices.first_documents(state)
 
     def _update(self, kind: str, value: torch.Tensor, index: int, num_tokens: int, given_away: bool) -> torch.Tensor:
         tag = self._tag(kind, index)
@@ -153,15 +156,13 @@ class _SliceLayer(RecurrentLayer):
 
 
 class _SliceWindow:
-    """In the place of the cache of a layer with a sliding window: the last tokens before the slice go in front of it.
-
-    What travels are the keys and values of the last real tokens of a row's last document, and their number.
-    """
+    """In the place of the cache of a layer with a sliding window: the last tokens before the slice go in front of it."""
 
     is_initialized = True
 
-    def __init__(self, neighbours: _Neighbours, layer_idx: int, continues: torch.Tensor | None):
-        self.states = _SliceLayer(neighbours, layer_idx, continues)
+    def __init__(self, slices: Slices):
+        self.slices = slices
+        self.received: dict[Any, torch.Tensor] = {}
 
     def get_seq_length(self) -> int:
         return 0
@@ -170,25 +171,16 @@ class _SliceWindow:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, window: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SequenceLayout]:
         """`[B, T, *, K]` each -> `[B, window - 1 + T, *, K]` each and their layout; queries in front are 0."""
-        count, batch, heads = window - 1, k.shape[0], k.shape[2]
+        count, heads = window - 1, k.shape[2]
         own = torch.cat([k, v], dim=2).flatten(2)
-        before = self.states.previous("conv_states", 0) if count else None
-        filled = self.states.previous("conv_states", 1) if count else None
-        if before is None or filled is None:
-            before, filled = own.new_zeros(batch, count, own.shape[2]), q.new_zeros(batch, dtype=torch.int64)
+        before, filled = self.slices.last_inputs(layout.last_inputs([own], count), self.received)
         slots = torch.arange(count, device=q.device) >= count - filled[:, None]
         real = torch.ones_like(own[..., 0], dtype=torch.bool) if layout.mask is None else layout.mask
         mask, segments = torch.cat([slots, real], dim=1), layout.document_ids()
         if segments is not None:
             segments = torch.cat([segments[:, :1].expand(-1, count), segments], dim=1)
         layout = SequenceLayout(mask, segments, mask.int().argsort(dim=1, stable=True))
-        joined = torch.cat([before, own], dim=1)
-        if count:
-            latest = layout.segments_pads_first()
-            kept = layout.pads_first(mask) & (True if latest is None else latest == latest[:, -1:])
-            self.states._update("conv_states", layout.last_inputs([joined], count), 0, 0, True)
-            self.states._update("conv_states", kept.sum(1).clamp(max=count), 1, 0, True)
-        k, v = joined.unflatten(2, (2 * heads, -1)).split(heads, dim=2)
+        k, v = torch.cat([before, own], dim=1).unflatten(2, (2 * heads, -1)).split(heads, dim=2)
         return nn.functional.pad(q, (0, 0, 0, 0, count, 0)), k, v, layout
 
 
@@ -229,14 +221,12 @@ def sequence_parallel(
     """
     config: Any = getattr(model, "module", model).config
     _check(model, config, input_ids, dist.get_world_size(group))
-    neighbours = _Neighbours(group, input_ids.device)
     batch, length = input_ids.shape
-    start, stop = (length * rank // neighbours.size for rank in (neighbours.rank, neighbours.rank + 1))
     mask = current_mask(attention_mask, batch, length, 0)
     layout = build_layout(mask, position_ids, seq_idx, None, (batch, length), fresh=True)
-    documents, continues = layout.document_ids(), None
-    if documents is not None:
-        continues = documents[:, start] == documents[:, start - 1] if start else None
+    neighbours, slices = _Neighbours(group, input_ids.device), Slices(group, layout, input_ids)
+    start, stop = slices.bounds[slices.rank : slices.rank + 2]
+    if (documents := layout.document_ids()) is not None:
         kwargs["seq_idx"] = documents[:, start:stop]
     position_ids = positions(layout, None, 0, input_ids) if position_ids is None else position_ids
     kwargs |= {} if mask is None else {"attention_mask": mask[:, start:stop]}
@@ -244,10 +234,10 @@ def sequence_parallel(
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
         kwargs |= {"labels": labels[:, start:stop], "shift_labels": shifted[:, start:stop].contiguous()}
-        kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / neighbours.size
+        kwargs["num_items_in_batch"] = torch.as_tensor(items, device=input_ids.device) / slices.size
     cache: Any = DynamicCache(config=config)
     cache.layers = [
-        (_SliceWindow if kind == "sliding_attention" else _SliceLayer)(neighbours, i, continues)
+        _SliceWindow(slices) if kind == "sliding_attention" else _SliceLayer(slices, neighbours, i)
         for i, kind in enumerate(config.layer_types)
     ]
     output = model(
