@@ -1,7 +1,7 @@
-"""Run by `torch.distributed.run`: trains every row by one engine and writes how far loss and gradients are from those
+"""Run by `torch.distributed.run`: trains every row by some engines and writes how far loss and gradients are from those
 of one process on the whole batch.
 
-Usage: python -m torch.distributed.run --nproc_per_node N -m tests.distributed.engines ENGINE OUTPUT.json
+Usage: python -m torch.distributed.run --nproc_per_node N -m tests.distributed.engines ENGINE,... OUTPUT.json
 """
 
 import copy
@@ -22,6 +22,11 @@ from tests.variants import FEW, ROWS
 LENGTH = 24
 # One row per variant, per way of keeping memory, and the reversible blocks.
 TRAINED = [row for row in ROWS if row.name in FEW or row.name.endswith(("_plain", "_reversible"))]
+
+
+def trained_by(processes):
+    """What two processes train, and of that one row per variant for more of them."""
+    return [row for row in TRAINED if processes == 2 or row.name.endswith("_plain")]
 
 
 def shard(model, checkpoint=False, dtype=None):
@@ -97,17 +102,18 @@ def distances(row, engine):
     return {"loss": abs(loss.item() / size / expected.item() - 1), **errors}
 
 
-def main(engine, output):
+def main(engines, output):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    found = {}
-    for row in TRAINED:
-        torch.manual_seed(0)
-        try:
-            found[row.name] = distances(row, engine)
-        except Exception:
-            found[row.name] = traceback.format_exc()
+    found = {engine: {} for engine in engines.split(",")}
+    for engine, rows in found.items():
+        for row in trained_by(dist.get_world_size()):
+            torch.manual_seed(0)
+            try:
+                rows[row.name] = distances(row, engine)
+            except Exception:
+                rows[row.name] = traceback.format_exc()
     if dist.get_rank() == 0:
         with open(output, "w") as file:
             json.dump(found, file)

@@ -5,28 +5,30 @@ import json
 
 import pytest
 
-from tests.distributed.engines import TRAINED
+from tests.distributed.engines import trained_by
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.slow
-RUNS = {"ddp": 2, "fsdp2": 2, "fsdp2-bfloat16": 2}
+RUNS = {2: ("ddp", "fsdp2", "fsdp2-bfloat16"), 4: ("ddp", "fsdp2")}
+CASES = [
+    (processes, engine, row.name) for processes in RUNS for engine in RUNS[processes] for row in trained_by(processes)
+]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By engine, what tests/distributed/engines.py found."""
+    """By number of processes and engine, what tests/distributed/engines.py found."""
     found, folder = {}, tmp_path_factory.mktemp("engines")
-    for engine, processes in RUNS.items():
-        output = folder / f"{engine}.json"
-        launch(processes, "tests.distributed.engines", engine, str(output))
-        found[engine] = json.loads(output.read_text())
+    for processes, engines in RUNS.items():
+        output = folder / f"{processes}.json"
+        launch(processes, "tests.distributed.engines", ",".join(engines), str(output))
+        found[processes] = json.loads(output.read_text())
     return found
 
 
-@pytest.mark.parametrize("engine", RUNS)
-@pytest.mark.parametrize("row", [row.name for row in TRAINED])
-def test_equals_one_process(row, engine, results):
-    errors = results[engine][row]
+@pytest.mark.parametrize(("processes", "engine", "row"), CASES)
+def test_equals_one_process(processes, engine, row, results):
+    errors = results[processes][engine][row]
     assert isinstance(errors, dict), errors  # a traceback
     if engine == "fsdp2-bfloat16":
         assert errors["loss"] < 5e-3
