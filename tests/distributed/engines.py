@@ -24,9 +24,11 @@ LENGTH = 24
 TRAINED = [row for row in ROWS if row.name in FEW or row.name.endswith(("_plain", "_reversible"))]
 
 
-def trained_by(processes):
-    """What two processes train, and of that one row per variant for more of them."""
-    return [row for row in TRAINED if processes == 2 or row.name.endswith("_plain")]
+def trained_by(processes, engine):
+    """What DDP and FSDP2 train with two processes; for more processes and for DeepSpeed a part of it."""
+    if processes == 2 and not engine.startswith("zero"):
+        return TRAINED
+    return [row for row in TRAINED if row.name.endswith(("_plain", "_reversible") if processes == 2 else "_plain")]
 
 
 def shard(model, checkpoint=False, dtype=None):
@@ -79,17 +81,41 @@ def reference(row, ids, engine):
     return torch.stack(losses).mean(), found
 
 
+def zero(model, stage):
+    """DeepSpeed's engine. Of its own operators it would compile one, for all-reduces in shared memory."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(model, engine, ids):
+    """Loss and gradients of a process."""
+    if not engine.startswith("zero"):
+        model = ENGINES[engine](model)
+        loss = model(input_ids=ids, labels=ids, logits_to_keep=1).loss
+        loss.backward()
+        return loss, gradients(model)
+    from deepspeed.utils import safe_get_full_grad
+
+    runner = zero(model, int(engine[-1]))
+    loss = runner(input_ids=ids, labels=ids, logits_to_keep=1).loss
+    runner.backward(loss)
+    found = {name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+    runner.destroy()
+    return loss, {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
 def distances(row, engine):
     """Relative errors of the loss and of every gradient, by name."""
     rank, size = dist.get_rank(), dist.get_world_size()
     ids = torch.randint(3, 61, (2 * size, LENGTH), generator=torch.Generator().manual_seed(1))
-    model = ENGINES[engine](row.build(dtype=torch.float32).train())
-    own = ids[2 * rank : 2 * rank + 2]
-    loss = model(input_ids=own, labels=own, logits_to_keep=1).loss
-    loss.backward()
+    loss, found = train(row.build(dtype=torch.float32).train(), engine, ids[2 * rank : 2 * rank + 2])
     loss = loss.detach().float()
     dist.all_reduce(loss)
-    found = gradients(model)
     expected, wanted = reference(row, ids, engine)
     assert set(found) == set(wanted), set(found) ^ set(wanted)
     largest = max(gradient.abs().max() for gradient in wanted.values())
@@ -108,7 +134,7 @@ def main(engines, output):
     torch.use_deterministic_algorithms(True)
     found = {engine: {} for engine in engines.split(",")}
     for engine, rows in found.items():
-        for row in trained_by(dist.get_world_size()):
+        for row in trained_by(dist.get_world_size(), engine):
             torch.manual_seed(0)
             try:
                 rows[row.name] = distances(row, engine)
