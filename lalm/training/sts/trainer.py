@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import EarlyStoppingCallback
 
+from lalm.errors import UserError
 from lalm.training.checkpoints import worse_evaluations
 from lalm.training.sts.arguments import StsTrainingArguments
 from lalm.training.sts.batches import LengthSampler, MixtureSampler, token_estimates
@@ -59,6 +60,11 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
     def __init__(self, shares: Sequence[float] = (), **kwargs):
         self.shares = list(shares)
         super().__init__(**kwargs)
+        if self.is_fsdp_enabled:
+            raise UserError(
+                "FSDP cannot shard the modules of sentence-transformers: train encoders by DDP, with "
+                "recipes/accelerate/ddp.yaml"
+            )
 
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, valid_label_columns=None, generator=None, seed=0
