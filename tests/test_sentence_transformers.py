@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from lalm import LamConfig, LamModel
+from tests.hub_server import client_environment
 from tests.training.sts.tiny_models import SPECIAL, WORDS, sentence_transformer, sentences, student
 
 pytestmark = pytest.mark.slow
@@ -54,9 +55,9 @@ def test_it_loads_without_a_flag_where_lalm_is_imported(model, folder):
     np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
 
 
-def encode_without_lalm(folder: Path, scratch: Path) -> np.ndarray:
+def encode_without_lalm(folder: Path | str, scratch: Path, **environment: str) -> np.ndarray:
     out = scratch / "vectors"
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | (environment or {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"})
     command = [sys.executable, "-c", WITHOUT_LALM, str(folder), json.dumps(TEXTS), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
     assert done.returncode == 0, done.stderr
@@ -167,3 +168,12 @@ def test_it_is_pushed_and_loads_by_its_name(hub, model, tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
     with pytest.raises(Exception, match="Invalid username or password"):
         model.push_to_hub("me/other", token="hf_wrong")
+
+
+def test_the_committed_encoder_is_pushed_and_loads_by_its_name_without_lalm(hub, tmp_path):
+    ours = SentenceTransformer(str(CHECKPOINT), device="cpu")
+    ours.push_to_hub("me/lam")
+    pushed = hub.repositories["me/lam"].files()
+    assert pushed["model.safetensors"] == (CHECKPOINT / "model.safetensors").read_bytes()
+    vectors = encode_without_lalm("me/lam", tmp_path, **client_environment(hub, tmp_path / "fresh"))
+    np.testing.assert_allclose(vectors, ours.encode(TEXTS), atol=1e-5)
