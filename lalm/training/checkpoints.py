@@ -19,6 +19,7 @@ from lalm.training.checkpoint_files import NotResumableError, check_checkpoint
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+STAGED_RECORD = RUN_FILE + ".tmp"  # what a kill may leave of it
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 # they come back with the state of the optimizer and of the schedule, whatever the arguments say
 OPTIMIZER_KEEPS = (
@@ -132,7 +133,7 @@ def read_record(output_dir: Path) -> dict | None:
 
 def write_record(output_dir: Path, record: dict) -> None:
     """Write the record of a run, all of it or nothing."""
-    staging = output_dir / (RUN_FILE + ".tmp")
+    staging = output_dir / STAGED_RECORD
     staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(staging, output_dir / RUN_FILE)
 
@@ -203,7 +204,7 @@ def check_output_dir(record: dict, training: Any) -> str | None:
     if not folder.is_dir():
         raise UserError(f"--output_dir: {folder} is a file")
     old = read_record(folder)
-    if old is None and any(folder.iterdir()):
+    if old is None and any(path.name != STAGED_RECORD for path in folder.iterdir()):
         raise UserError(
             f"--output_dir: {folder} is not empty and holds no run of {training.script}; name another folder"
         )

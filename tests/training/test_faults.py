@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from transformers import TrainerState, modeling_utils
 
 from lalm.errors import UserError, exit_on_user_error
 from lalm.modeling import saving
-from lalm.training import checkpoint_files, trainer
+from lalm.training import checkpoint_files, checkpoints, trainer
 from lalm.training.callbacks import ThroughputCallback
 from lalm.training.clm.trainer import ClmTrainer
 
@@ -116,6 +117,58 @@ def test_a_run_that_is_killed_at_any_moment_equals_the_unbroken_one(tiny_run, tm
         tiny_run(*TRAIN, model_type=MODEL)
         assert_equal_runs(tmp_path / "run", unbroken)
         (tmp_path / "run").rename(tmp_path / moment)
+
+
+WRITES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
+
+
+def photographed_run(run, folder: Path, pictures: Path) -> None:
+    """A run in a copy of this process. Before everything that it does to a file of its output folder, it copies the
+    folder: what a SIGKILL at that moment would leave."""
+
+    def watch():
+        taking, count = False, itertools.count()
+
+        def hook(event, arguments):
+            nonlocal taking
+            if taking or event not in WRITES or not str(arguments[0]).startswith(str(folder)):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            taking = True
+            if folder.is_dir():
+                shutil.copytree(folder, pictures / f"{next(count):03d}")
+            taking = False
+
+        sys.addaudithook(hook)
+        run(*TRAIN, "--save_total_limit", "1", model_type=MODEL)
+
+    process = multiprocessing.get_context("fork").Process(target=watch)
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+
+
+def test_a_run_can_be_resumed_from_every_moment_of_its_saves(tiny_run, tmp_path, unbroken):
+    """The step to resume from never falls, what is finished is whole, and the resumed run equals the unbroken one."""
+    photographed_run(tiny_run, tmp_path / "run", tmp_path / "pictures")
+    moments: dict[tuple, list[Path]] = {}
+    steps = []
+    for picture in sorted((tmp_path / "pictures").iterdir()):
+        last = checkpoints.last_complete_checkpoint(picture)
+        steps.append(0 if last is None else int(last.name.rpartition("-")[2]))
+        for model in picture.glob("model.safetensors"):
+            assert model.read_bytes() == (unbroken / "model.safetensors").read_bytes()
+        found = len(checkpoints.checkpoints_of(picture)), len(list(picture.glob(f"{saving.UNFINISHED}*")))
+        moments.setdefault((steps[-1], *found), []).append(picture)
+    assert steps == sorted(steps)
+    assert {0, 2, 4, 6} == set(steps)
+    assert len(steps) > 100
+    for pictures in moments.values():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        pictures[len(pictures) // 2].rename(tmp_path / "run")
+        tiny_run(*TRAIN, "--save_total_limit", "1", model_type=MODEL)
+        assert_equal_runs(tmp_path / "run", unbroken)
 
 
 @pytest.mark.parametrize("save", [(), ("--save_strategy", "no")])
