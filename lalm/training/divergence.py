@@ -109,6 +109,12 @@ def check_learned(loss: float, vocabulary: int, history: Sequence[Mapping[str, A
         )
 
 
+def check_last_loss(vocabulary: int, history: Sequence[Mapping[str, Any]]) -> None:
+    """`check_learned` for a training without a held-out split: by the last training loss that was logged."""
+    if losses := [entry["loss"] for entry in history if "loss" in entry]:
+        check_learned(losses[-1], vocabulary, history)
+
+
 class SkippedSteps:
     """Counts steps that are left out because their gradients hold NaN or infinity, as of a batch with a bad number."""
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import run_clm
+import run_sts
 from lalm.errors import UserError
 from lalm.training.divergence import check_learned, check_loss, check_norm, check_weights, root_mean_square
 from tests.training.conftest import TINY_MODELS
@@ -66,6 +67,16 @@ def test_which_losses_have_diverged(loss, losses, diverged):
     with pytest.raises(UserError, match="diverged") if diverged else contextlib.nullcontext() as caught:
         check_learned(loss, 300, history)
     assert (caught is not None) == diverged
+
+
+def test_a_diverged_run_without_a_held_out_split(tiny_run, tmp_path):
+    """The last training loss tells; the model of an earlier run stays as it was."""
+    flags = ("--do_train", "--save_steps", "9", "--warmup_steps", "0", "--logging_steps", "1", "--max_steps", "3")
+    tiny_run(*flags, model_type="lalm_gla")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="the loss of the trained model is .*, that of a guess among 300 tokens 5.7"):
+        tiny_run(*flags, "--learning_rate", "1", "--start_over", model_type="lalm_gla")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 def test_frozen_and_empty_weights_have_no_size():
@@ -149,3 +160,39 @@ def test_a_student_with_broken_weights_is_refused(sts_world):
     with pytest.raises(UserError, match="--model_name_or_path: .*broken student holds NaN or infinity, first in"):
         sts_world.run("relational", *flags, output="of the broken")
     assert not (sts_world.folder / "of the broken").exists()
+
+
+@pytest.fixture
+def collapses(monkeypatch):
+    """What ends a training saves a student that gives every text one vector."""
+    from lalm.training.sts.trainer import StsTrainer
+
+    save = StsTrainer.save_model
+
+    def save_collapsed(self, *args, **kwargs):
+        if kwargs.get("_internal_call"):
+            with torch.no_grad():
+                for weight in self.model[0].auto_model.parameters():
+                    weight.fill_(weight.ndim < 2)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(StsTrainer, "save_model", save_collapsed)
+
+
+def test_a_student_that_has_collapsed(sts_world, collapses, capsys):
+    """No correlation is defined of it: the run ends with one line, its checkpoints are as they were."""
+    flags = ("--warmup_steps", "0", "--start_over", "--max_steps", "4", "--eval_steps", "2")
+    with pytest.raises(UserError) as caught:
+        sts_world.run("distill", *flags, output="collapsed")
+    assert str(caught.value) == (
+        "the training has collapsed: the trained model gives all 32 pairs of the validation (dev) split the same "
+        "cosine, so that no correlation is defined; lower --learning_rate or lengthen --warmup_steps, and train again "
+        "with --start_over"
+    )
+    folder = sts_world.folder / "collapsed"
+    assert not (folder / "eval_results.json").exists()
+    assert all(load_file(path / "model.safetensors") for path in folder.glob("checkpoint-*"))
+    assert "undefined" in capsys.readouterr().out
+    argv = ["--model_name_or_path", str(folder), "--data_dir", sts_world.path("stsb"), "--use_cpu", "true"]
+    with pytest.raises(UserError, match="--model_name_or_path: the model gives all 32 pairs .*; take an earlier"):
+        run_sts.main([*argv, "--output_dir", sts_world.path("score")])

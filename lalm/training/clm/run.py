@@ -22,7 +22,7 @@ from lalm.training.clm.model_card import model_card
 from lalm.training.clm.model_checks import check_model
 from lalm.training.clm.packing import PackingCollator
 from lalm.training.clm.trainer import ClmTrainer
-from lalm.training.divergence import check_learned
+from lalm.training.divergence import check_last_loss, check_learned
 from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
@@ -68,6 +68,8 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
     else:
         trainer.args.eval_on_start &= checkpoint is None  # a resumed run has that evaluation in its history
         trainer.train(resume_from_checkpoint=checkpoint)
+    if not (trainer.args.do_eval or trainer.args.stage):  # of a stage the loss is no cross-entropy
+        check_last_loss(trainer.vocab_size, trainer.state.log_history)
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     figures = training_figures(trainer)
@@ -87,8 +89,7 @@ def evaluate(trainer: ClmTrainer, data: RunData, data_arguments, results: dict) 
         dataset = data.splits[split]
         metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
         if trainer.args.do_train:
-            vocabulary = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
-            check_learned(metrics[f"{prefix}_loss"], vocabulary, trainer.state.log_history)
+            check_learned(metrics[f"{prefix}_loss"], trainer.vocab_size, trainer.state.log_history)
         results |= {f"{prefix}_{key}": metrics[f"{prefix}_{key}"] for key in EVALUATION_KEYS}
         results |= {f"{prefix}_block_size": data_arguments.block_size, f"{prefix}_stride": data_arguments.eval_stride}
         results[f"{prefix}_bits_per_byte"] = bits_per_byte(results[f"{prefix}_loss"], dataset, data.tokenizer)

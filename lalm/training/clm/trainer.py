@@ -58,6 +58,11 @@ class ClmTrainer(RunTrainer, Trainer):
         if self.gate_log and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError("--gate_logging_steps needs the whole weights in every process, unlike FSDP and DeepSpeed")
 
+    @property
+    def vocab_size(self) -> int:
+        """How many different tokens the model knows."""
+        return self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+
     def log(self, logs, start_time=None):
         """As in Trainer, with the gates every ``gate_logging_steps`` steps."""
         if self.gate_log and "loss" in logs:

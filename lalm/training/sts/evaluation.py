@@ -16,6 +16,7 @@ from datasets import Dataset
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from lalm.errors import UserError
+from lalm.training.divergence import REMEDY
 from lalm.training.sts.encoding import encode_by_length
 
 if TYPE_CHECKING:
@@ -289,6 +290,37 @@ def result_lines(results: Mapping[str, Mapping], against_name: str = "the second
     if len(differences) > 1:
         lines += ["", f"against {against_name}:", *table_lines(differences)]
     return lines
+
+
+def check_scores(splits: Mapping[str, Dataset], names: Sequence[str], source: str) -> None:
+    """Refuse splits whose gold scores are all the same: no model has a correlation with them.
+
+    Raises:
+        UserError: it names the split.
+    """
+    for name in names:
+        if is_constant(np.asarray(splits[name]["score"], dtype=np.float64)):
+            title, scores = SPLIT_TITLES.get(name, name), splits[name]["score"]
+            raise UserError(
+                f"{source}: all {len(scores)} pairs of the {title} split have the score {scores[0]:g}, so that no "
+                f"correlation is defined; it takes pairs of different scores"
+            )
+
+
+def check_defined(results: Mapping[str, Mapping], was_trained: bool) -> None:
+    """Refuse the figures of a collapsed model, which gives all texts of a split one vector.
+
+    Raises:
+        UserError: it names the split.
+    """
+    for name, figures in results.items():
+        if math.isnan(figures["pearson"]):
+            collapsed = "the training has collapsed: the trained" if was_trained else "--model_name_or_path: the"
+            raise UserError(
+                f"{collapsed} model gives all {figures['n']:,} pairs of the {SPLIT_TITLES.get(name, name)} split the "
+                f"same cosine, so that no correlation is defined; "
+                f"{REMEDY if was_trained else 'take an earlier checkpoint'}"
+            )
 
 
 def evaluate_model(

@@ -4,6 +4,7 @@
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ with extra_needed("run_sts.py", "sts"):
     from lalm.training.sts.arguments import parse_sts_arguments
     from lalm.training.sts.card import describe, flat_figures, sts_card, sts_training_figures
     from lalm.training.sts.data import StsSplits, load_stsb
-    from lalm.training.sts.evaluation import evaluate_model
+    from lalm.training.sts.evaluation import check_defined, check_scores, evaluate_model
     from lalm.training.sts.sources import TrainingData, collect
     from lalm.training.sts.stages import Arguments, Stage, build_stage, load_model
     from lalm.training.sts.teacher import load_teacher
@@ -77,13 +78,14 @@ def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict
         save_results(trainer.args.folder, "train", results)
 
 
-def evaluate(model, title: str, splits: StsSplits, names: list[str], arguments: Arguments, results: dict) -> None:
+def evaluate(model, title: str, splits: StsSplits, names: Sequence[str], arguments: Arguments, results: dict) -> None:
     """Score splits, print the table, draw the plots and keep the figures."""
     model_arguments, _, training = arguments
     baseline = model_arguments.baseline
     second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
     rows, shown = {name: splits[name] for name in names}, (training.folder, title, baseline or "")
     found = evaluate_model(model.eval(), rows, second, *shown, training.per_device_eval_batch_size, seed=training.seed)
+    check_defined(found, was_trained=bool(training.stage))
     results |= flat_figures(found)
     for name, figures in found.items():
         save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: figures}))
@@ -96,6 +98,7 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     check_hub(training)
     set_seed(training.seed)
     splits, hub = load_stsb(data.data_dir), {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
+    check_scores(splits, names := ["validation", "test"][: 1 + training.do_test], splits.source)
     found = collect(str(training.stage), data, splits, training.seed, hub)
     for name, note in found.notes.items():
         logger.info("%s: %s", name, note)
@@ -107,7 +110,6 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     trainer.accelerator.wait_for_everyone()
     train(trainer, checkpoint, model_arguments.save_dtype, results)
     if trainer.is_world_process_zero():
-        names = ["validation", "test"][: 1 + training.do_test]
         evaluate(stage.model, training.folder.name, splits, names, arguments, results)
         write_loss_curve(trainer.state.log_history, training.folder / "loss_curve.png", training.folder.name, "")
         trainer.create_model_card()
@@ -128,7 +130,8 @@ def main(argv: list[str] | None = None) -> dict:
         run_stage(arguments, argv, results)
     else:
         check_results_dir(training.folder, model_arguments.model_name_or_path)
-        splits = load_stsb(data.data_dir, ("validation", "test"))
+        splits = load_stsb(data.data_dir, names := ("validation", "test"))
+        check_scores(splits, names, splits.source)
         name = model_arguments.model_name_or_path or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
         device = "cpu" if training.use_cpu else None
         if name:
@@ -136,6 +139,6 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             model = load_teacher(model_arguments.teacher, device=device, cache_dir=model_arguments.cache_dir)
         logger.info("%s on %s", name or model_arguments.teacher, splits.source)
-        evaluate(model, Path(name or model_arguments.teacher).name, splits, ["validation", "test"], arguments, results)
+        evaluate(model, Path(name or model_arguments.teacher).name, splits, names, arguments, results)
         print(f"results are in {training.folder}")
     return results
