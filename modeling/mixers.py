@@ -91,15 +91,7 @@ class Mixer(nn.Module):
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
-        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
-        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary and self.rotates:
-            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
-        if self.unit_length_qk:
-            q = unit_length(q)
-            k = unit_length(k)
+        q, k, v = self.split_heads(q, k, v, rotary)
         memory = previous_state(
             cache,
             self.layer_idx,
@@ -120,6 +112,21 @@ class Mixer(nn.Module):
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
         del q, k, v  # nothing below needs them, and long sequences make them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
+
+    def split_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Projections `[B, T, H * *]` -> q, k and v `[B, T, H, *]` as the rule takes them: normed, rotated, unit."""
+        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary and self.rotates:
+            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
+        if self.unit_length_qk:
+            q = unit_length(q)
+            k = unit_length(k)
+        return q, k, v
 
     def attend(
         self,

@@ -15,6 +15,7 @@ from transformers import (
     pipeline,
 )
 
+from lalm.modeling.ops import dispatch
 from tests.modeling.exact import (
     add_gradients,
     assert_close,
@@ -47,6 +48,36 @@ def test_every_token_sees_both_sides(row, position):
     changed[:, position] = (changed[:, position] - 3 + 1) % 58 + 3
     difference = (logits_of(model, changed) - logits_of(model, ids)).abs().amax(-1)
     assert difference.min() > 1e-7
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"use_short_conv": False, "position_embedding_type": "rope"}, id="rope"),
+        pytest.param({"expand_v": 2.0, "use_output_gate": True, "conv_size": 3}, id="wide"),
+        pytest.param({"full_attention_layers": [1]}, id="hybrid"),
+    ],
+)
+def test_long_texts_run_in_segments(monkeypatch, overrides):
+    """LAM's layers then hold no q, k and v of the whole text; vectors are the same."""
+    row = next(row for row in ENCODERS if row.name == "lam_encoder")
+    model, ids = row.build("AutoModel", **overrides), tokens(2, 37)
+    sizes = []
+    model.layers[0].mixer.q_proj.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    with torch.no_grad():
+        whole = model(ids).last_hidden_state
+        monkeypatch.setattr(dispatch, "LONG_TEXT", 30)
+        monkeypatch.setattr(dispatch, "SEGMENT_OF_TEXT", 9)
+        in_segments = model(ids, output_hidden_states=True)
+        model(ids, attention_mask=torch.arange(37).expand(2, -1).ge(3).long())
+    reach = model.config.conv_size - 1 if model.config.use_short_conv else 0
+    assert len(sizes) == 12
+    assert max(sizes[1:-1]) == 9 + 2 * reach
+    assert sizes[0] == sizes[-1] == 37
+    assert_close(in_segments.last_hidden_state, whole)
+    model(ids).last_hidden_state.sum().backward()  # which keeps the activations of the whole text
+    assert sizes[-1] == 37
 
 
 @every_encoder
