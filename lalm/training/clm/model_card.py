@@ -143,6 +143,51 @@ def data_facts(run: RunData) -> str:
     return "\n".join([*lines, f"- tokenizer: {len(run.tokenizer):,} tokens"])
 
 
+def _measured(data: DataArguments, run: RunData, results: Mapping[str, float]) -> list[EvalResult]:
+    """The entries of `model-index`: quality of each split that was scored, and what the model costs."""
+
+    def entry(split: str, metric: str, name: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=data.dataset_name or "text",
+            dataset_name=data.dataset_name or Path(run.sources[split]).name,
+            dataset_config=data.dataset_config_name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=value,
+        )
+
+    scored = [
+        (prefix, split)
+        for prefix, split in (("eval", "validation"), ("test", "test"))
+        if f"{prefix}_perplexity" in results
+    ]
+    found = [
+        entry(split, metric, f"token-level {metric}", results[f"{prefix}_{metric}"])
+        for prefix, split in scored
+        for metric in ("perplexity", "accuracy")
+        if f"{prefix}_{metric}" in results
+    ]
+    context = results.get("context")
+    names = (
+        {
+            "cache_bytes": f"bytes of cache per sequence after {context:,} tokens",
+            "prefill_tokens_per_second": f"prefill of {context:,} tokens, tokens/s",
+            "decode_tokens_per_second": f"decoding after {context:,} tokens, tokens/s",
+            "peak_memory_bytes": f"peak memory of a prefill of {context:,} tokens, bytes",
+        }
+        if scored and context
+        else {}
+    )
+    split = scored[-1][1] if scored else ""
+    return found + [
+        entry(split, key, f"{name} ({hardware()})", results[key])
+        for key, name in names.items()
+        if results.get(key) is not None
+    ]
+
+
 def front_matter(network, run: RunData, arguments, results: Mapping[str, float]) -> str:
     """Return the card's YAML head for the Hub, with the figures as its `model-index`."""
     model, data, training = arguments
@@ -159,21 +204,7 @@ def front_matter(network, run: RunData, arguments, results: Mapping[str, float])
         datasets=[data.dataset_name] if data.dataset_name else None,
         base_model=model.model_name_or_path if is_remote else None,
         model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=data.dataset_name or "text",
-                dataset_name=data.dataset_name or Path(run.sources[split]).name,
-                dataset_config=data.dataset_config_name,
-                dataset_split=split,
-                metric_type=metric,
-                metric_name=f"token-level {metric}",
-                metric_value=results[f"{prefix}_{metric}"],
-            )
-            for prefix, split in (("eval", "validation"), ("test", "test"))
-            for metric in ("perplexity", "accuracy")
-            if f"{prefix}_{metric}" in results
-        ],
+        eval_results=_measured(data, run, results),
     )
     return f"---\n{head.to_yaml()}\n---\n"
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import run_clm
@@ -45,6 +46,10 @@ def test_two_models_in_one_table(tiny_run, texts, tmp_path, capsys):
     card = (tmp_path / "scores" / "README.md").read_text(encoding="utf-8")
     assert "Nothing was trained." in card
     assert "cache per sequence: 10.2 kB (40 tokens)" in card
+    entries = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
+    assert {key: entries[key] for key in ("cache_bytes", "peak_memory_bytes", "decode_tokens_per_second")} == {
+        key: llama[key] for key in ("cache_bytes", "peak_memory_bytes", "decode_tokens_per_second")
+    }
     with pytest.raises(UserError, match="holds a run, whose figures would be overwritten"):
         run_clm.main([*argv[:-1], str(tmp_path / "lalm_gla")])
 
