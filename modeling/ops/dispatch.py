@@ -48,7 +48,7 @@ SMALLEST_GRID = 16
 LARGE_TOKEN = 8.0
 # Tokens of a text from which on an encoder's layer runs in segments if nothing keeps its activations, and tokens of a
 # segment. Below, q, k and v of the whole text take little memory; segments project every token twice.
-LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 12
+LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 10
 # Numbers of one set of pairwise matrices of the dual-state rule to work on at once: what a core's cache holds.
 PAIRS_AT_ONCE = 1 << 19
 
