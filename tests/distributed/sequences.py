@@ -1,7 +1,7 @@
 """Run by `torch.distributed.run`: rows by sequence parallelism against one process, to a JSON file.
 
 Usage: python -m torch.distributed.run --nproc_per_node 4 -m tests.distributed.sequences OUTPUT.json
-Four processes share a sequence, and then two pairs of them one each. Then they train by the Trainer of docs/scaling.md.
+Four processes share a sequence, and then two pairs of them one each. Then all train by the Trainer of scaling.md.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
