@@ -3089,6 +3089,9 @@ MAX_LOG_FEATURE = 40.0
 SMALLEST_GRID = 16
 # A token whose numbers exceed the mean of its chunk by this factor is large among them (see `chunks.running_sums`).
 LARGE_TOKEN = 8.0
+# Tokens of a text from which on an encoder's layer runs in segments if nothing keeps its activations, and tokens of a
+# segment. Below, q, k and v of the whole text take little memory; segments project every token twice.
+LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 12
 # Numbers of one set of pairwise matrices of the dual-state rule to work on at once: what a core's cache holds.
 PAIRS_AT_ONCE = 1 << 19
 
@@ -3225,6 +3228,14 @@ def _is_for_fla(v: torch.Tensor) -> bool:
 @cache
 def _announce(rule: str, name: str, implementation: str, device: str) -> None:
     logger_dispatch.info(f"{rule}: the {name} form runs on {device} (linear_attn_implementation={implementation!r}).")
+
+
+def tokens_of_segments(hidden_states: torch.Tensor, layout: SequenceLayout) -> int | None:
+    """Tokens of a segment if a layer that reads in both directions is to take `hidden_states [B, T, D]` in segments,
+    None for all at once: texts are long, nothing records gradients, and there is neither padding nor a boundary."""
+    if torch.is_grad_enabled() or hides_values() or hidden_states.shape[1] < LONG_TEXT:
+        return None
+    return SEGMENT_OF_TEXT if layout.mask is None and layout.segments is None else None
 
 
 # ---- Choices that take one look at the numbers ----
