@@ -7,7 +7,7 @@ start again. Padding may stand left, right or inside, together with packing, and
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,11 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) ->
     """
     if isinstance(cache, DynamicCache) and not cache.layers:
         cache.layers.extend(DynamicCache(config=config).layers)
+    for i, layer in enumerate(cast(Any, cache.layers)):
+        # The stock caches know one class per type of layer: that of the checkpoint whose code was loaded last.
+        foreign = getattr(layer, "_layer_type", None) == RecurrentLayer._layer_type
+        if foreign and not isinstance(layer, RecurrentLayer) and not any(layer.has_previous_state.values()):
+            cache.layers[i] = RecurrentLayer()
     kinds = [isinstance(layer, RecurrentLayer) for layer in cache.layers]
     if kinds != [kind == RecurrentLayer._layer_type for kind in config.layer_types]:
         raise ValueError(

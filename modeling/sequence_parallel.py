@@ -138,7 +138,7 @@ class _SliceLayer(RecurrentLayer):
             self.handed_on.add(tag)
             if kind == "conv_states":
                 return self.slices.last_inputs(of_slice(), self.received)[0]
-            return self.slices.entering_state(*of_slice(), self.received)
+            return self.slices.entering_state(of_slice(), self.received)
         if self.neighbours.rank == 0:
             return None
         if (found := self.received.get(tag)) is not None:
@@ -156,7 +156,7 @@ class _SliceLayer(RecurrentLayer):
 
 
 class _SliceWindow:
-    """In the place of the cache of a layer with a sliding window: the last tokens before the slice go in front of it."""
+    """The cache of a layer with a sliding window: the last tokens before the slice go in front of it."""
 
     is_initialized = True
 

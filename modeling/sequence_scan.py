@@ -1,8 +1,8 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """What a process that holds one slice of a sequence learns of the slices before it, with gradients.
 
-All processes of the group do the same steps in the same order, also in the backward pass. The layout of the whole batch
-is known to all, so that only tensors travel. Shapes: B batch, T tokens of the whole sequence, P processes.
+All processes of the group do the same steps in the same order, also in the backward pass. All know the layout of the
+whole batch, so that only tensors travel. Shapes: B batch, T tokens of the whole sequence, P processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from lalm.modeling.ops.affine_maps import apply_factor
+from lalm.modeling.ops.affine_maps import Map, apply_factor
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _TAG = 1 << 20  # beyond those of states that are handed on
@@ -44,36 +44,35 @@ class Slices:
         """The state `[B, ...]` that was handed on, 0 where this slice begins with a new document."""
         return torch.where(self.continues.view(-1, *[1] * (state.ndim - 1)), state, torch.zeros_like(state))
 
-    def entering_state(self, factor: torch.Tensor, added: torch.Tensor, received: dict[Any, torch.Tensor]):
-        """The recurrent state before this slice; `factor`, `added`: what the slice makes of it (ops/affine_maps.py).
+    def entering_state(self, own: Map, received: dict[Any, torch.Tensor]) -> torch.Tensor:
+        """The recurrent state before this slice, by an exclusive scan (Hillis and Steele, 1986): before step d = 1, 2,
+        4, ... a process knows the map of the d - 1 slices before its own, and sends that map joined with its own.
 
-        An exclusive scan (Hillis and Steele, 1986): after step i a process knows the map of the 2^i slices before its
-        own, and passes on that map joined with its own. `received` keeps what came, for activation checkpointing.
+        Args:
+            own: the map of this slice (ops/affine_maps.py).
+            received: keeps what came, for activation checkpointing.
         """
+        factor, added = own
         factor = self.first_documents(factor) if self.rank else factor
-        before: tuple[torch.Tensor, torch.Tensor] | None = None
+        before: Map | None = None
         step = 1
         while step < self.size:
-            whole = added if before is None else apply_factor(factor, before[1]) + added
-            parts = [whole]
-            if 2 * step < self.size:  # what comes last needs no factor
-                parts.append(factor if before is None else apply_factor(factor, before[0]))
-            packed = torch.cat([part.flatten(1) for part in parts], dim=1)
-            arrived = self.shift(packed, step, ("state", step), received).split(
-                [part[0].numel() for part in parts], dim=1
-            )
-            unpacked = [x.view_as(part) for x, part in zip(arrived, parts, strict=True)]
+            sent = [added if before is None else apply_factor(factor, before[1]) + added]
+            if 2 * step < self.size:  # after the last step nobody needs a factor
+                sent.append(factor if before is None else apply_factor(factor, before[0]))
+            packed = torch.cat([part.flatten(1) for part in sent], dim=1)
+            arrived = self.shift(packed, step, ("state", step), received)
+            pieces = arrived.split([part[0].numel() for part in sent], dim=1)
+            state, *factors = (piece.view_as(part) for piece, part in zip(pieces, sent, strict=True))
             if before is None:
-                before = (unpacked[-1], unpacked[0])
+                before = (factors[0] if factors else factor, state)
             else:
-                joined = apply_factor(before[0], unpacked[0]) + before[1]
-                before = (apply_factor(before[0], unpacked[-1]) if len(parts) > 1 else before[0], joined)
+                kept = apply_factor(before[0], factors[0]) if factors else before[0]
+                before = (kept, apply_factor(before[0], state) + before[1])
             step *= 2
         return self.first_documents(torch.zeros_like(added) if before is None else before[1])
 
-    def last_inputs(
-        self, own: torch.Tensor, received: dict[Any, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def last_inputs(self, own: torch.Tensor, received: dict[Any, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The last real tokens before this slice, of the document that goes on into it.
 
         Args:
@@ -120,16 +119,17 @@ class Slices:
         self.filled[count] = torch.stack(found[: max(needed)]) if needed else reals[:0, None].expand(0, *reals.shape)
         return self.filled[count]
 
-    def shift(
-        self, tensor: torch.Tensor, distance: int, key: Any, received: dict[Any, torch.Tensor]
-    ) -> torch.Tensor:
+    def shift(self, tensor: torch.Tensor, distance: int, key: Any, received: dict[Any, torch.Tensor]) -> torch.Tensor:
         """The tensor of the process `distance` slices before; 0 where there is none. Its gradient goes back."""
         return _Shift.apply(tensor, self, distance, key, received)
 
     def exchange(self, tensor: torch.Tensor, distance: int) -> torch.Tensor:
         """Send to the process `distance` slices on and receive from the one before; both may be missing."""
         sent, arrived, calls = tensor.detach().contiguous(), torch.zeros_like(tensor).contiguous(), []
-        for call, rank, what in ((dist.isend, self.rank + distance, sent), (dist.irecv, self.rank - distance, arrived)):
+        for call, rank, what in (
+            (dist.isend, self.rank + distance, sent),
+            (dist.irecv, self.rank - distance, arrived),
+        ):
             if 0 <= rank < self.size:
                 peer = rank if self.group is None else dist.get_global_rank(self.group, rank)
                 calls.append(dist.P2POp(call, what, peer, self.group, tag=_TAG))
@@ -140,7 +140,9 @@ class Slices:
 
 class _Shift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, slices: Slices, distance: int, key: Any, received: dict) -> torch.Tensor:
+    def forward(
+        ctx: Any, tensor: torch.Tensor, slices: Slices, distance: int, key: Any, received: dict
+    ) -> torch.Tensor:
         ctx.slices, ctx.distance = slices, distance
         if key not in received:
             received[key] = slices.exchange(tensor, distance)

@@ -16,9 +16,13 @@ from safetensors.torch import save_file
 sys.modules["lalm"] = None
 
 
-def run_task(path: str, auto_class: str, output: str, resave: str | None = None) -> None:
+def load(path: str, auto_class: str) -> torch.nn.Module:
     model = getattr(transformers, auto_class).from_pretrained(path, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    return model
+
+
+def run_task(model: torch.nn.Module, auto_class: str, output: str, resave: str | None = None, **_) -> None:
     input_ids = torch.arange(6)[None]
     with torch.no_grad():
         result = {"output": model(input_ids)[0]}
@@ -36,8 +40,11 @@ def main() -> None:
         pass
     else:
         raise SystemExit("lalm can be imported: this run would prove nothing")
-    for task in json.loads(Path(sys.argv[1]).read_text()):
-        run_task(**task)
+    tasks = json.loads(Path(sys.argv[1]).read_text())
+    # all at first: each brings code of its own, which must not disturb that of the others
+    models = [load(task["path"], task["auto_class"]) for task in tasks]
+    for model, task in zip(models, tasks, strict=True):
+        run_task(model, **task)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Run by `torch.distributed.run`: trains every row by some engines and writes how far loss and gradients are from those
-of one process on the whole batch.
+"""Run by `torch.distributed.run`: trains every row by some engines and writes how far loss and gradients are from
+those of one process on the whole batch.
 
 Usage: python -m torch.distributed.run --nproc_per_node N -m tests.distributed.engines ENGINE,... OUTPUT.json
 """
@@ -17,6 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.scripts import without_compiling
 from tests.variants import FEW, ROWS
 
 LENGTH = 24
@@ -82,10 +83,10 @@ def reference(row, ids, engine):
 
 
 def zero(model, stage):
-    """DeepSpeed's engine. Of its own operators it would compile one, for all-reduces in shared memory."""
+    """DeepSpeed's engine."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_compiling()
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

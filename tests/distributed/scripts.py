@@ -36,7 +36,16 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def without_compiling() -> None:
+    """DeepSpeed would compile an operator of its own, for all-reduces in shared memory."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def run(command: dict) -> dict:
+    if "--deepspeed" in command["argv"]:
+        without_compiling()
     AcceleratorState._reset_state()
     if PartialState._shared_state:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU

@@ -1,15 +1,20 @@
 """Run by `torch.distributed.run`: rows by sequence parallelism against one process, to a JSON file.
 
 Usage: python -m torch.distributed.run --nproc_per_node 4 -m tests.distributed.sequences OUTPUT.json
-Four processes share a sequence, and then two pairs of them one each.
+Four processes share a sequence, and then two pairs of them one each. Then all train by the Trainer of scaling.md.
 """
 
 import json
+import re
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 from lalm.modeling.modeling_base import Block
 from lalm.modeling.sequence_parallel import sequence_parallel
@@ -88,6 +93,37 @@ def distances(row, kind, group) -> dict:
     return errors | {"loss": abs(loss / wanted.loss - 1).item(), "logits": logits.item()}
 
 
+class InOrder(Trainer):
+    """The stock Trainer without shuffling."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, self._train_batch_size, collate_fn=self.data_collator)
+
+
+def documented_trainer() -> type[Trainer]:
+    """The class that docs/scaling.md shows."""
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (shown,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(Trainer)" in block)
+    names = {"sequence_parallel": sequence_parallel}
+    exec(shown, names)
+    return names["SequenceParallelTrainer"]
+
+
+def trained(trainer: type[Trainer], folder: str) -> list[float]:
+    """Losses and gradient norms of four steps of two batches each, with unequal numbers of labels."""
+    given = inputs("padding and documents")
+    rows = [{name: x[i % BATCH] for name, x in given.items()} for i in range(16)]
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no", lr_scheduler_type="constant",
+        learning_rate=1e-2, ddp_backend="gloo" if dist.is_initialized() else None,
+    )  # fmt: skip
+    (row,) = (row for row in SPLIT if row.name == "delta_net_gated")
+    run = trainer(row.build(), arguments, train_dataset=rows)
+    run.train()
+    return [entry[name] for entry in run.state.log_history if "loss" in entry for name in ("loss", "grad_norm")]
+
+
 def main(output: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -97,6 +133,8 @@ def main(output: str) -> None:
         for processes, group in ((4, None), (2, pair)):
             for kind in KINDS[processes]:
                 found[f"{row.name}, {processes}, {kind}"] = distances(row, kind, group)
+    with tempfile.TemporaryDirectory() as folder:
+        found["trainer"] = trained(documented_trainer(), folder)
     if dist.get_rank() == 0:
         with open(output, "w") as file:
             json.dump(found, file)

@@ -36,6 +36,13 @@ def test_sequence_parallel_equals_one_process(row, processes, split_sequences):
         assert_equal(split_sequences[f"{row}, {processes}, {kind}"])
 
 
+def test_the_documented_trainer_equals_one_process(split_sequences, tmp_path):
+    """The class in docs/scaling.md: four processes on each sequence, against the stock Trainer in one."""
+    found, wanted = split_sequences["trainer"], sequences.trained(sequences.InOrder, str(tmp_path))
+    assert len(found) == 8
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def split_tensors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensors")

@@ -142,3 +142,28 @@ def test_sentence_encoders_under_fsdp_are_refused_in_one_line(runs):
     for found in runs.found["refused"]:
         assert found["error"].startswith("FSDP cannot shard the modules of sentence-transformers: train")
     assert not (runs.folder / "refused" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_damaged_checkpoint_of_deepspeed_is_passed_over(tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")
+    runs, engine = Runs(tmp_path), tmp_path / "zero.json"
+    settings = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    settings |= {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"}
+    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    engine.write_text(json.dumps(settings))
+    flags = ["--deepspeed", str(engine), "--ddp_backend", "gloo", "--use_cpu"]
+    names = {"whole": 6, "cut": 4, "cut again": 6}
+    commands = [
+        {"script": "run_clm", "argv": [*runs.arguments(name.split()[0], steps), *flags]}
+        for name, steps in names.items()
+    ]
+    optimizer = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    commands[2]["truncate"] = str(tmp_path / "cut" / "checkpoint-4" / "global_step4" / optimizer)
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    launch(2, "tests.distributed.scripts", str(tmp_path / "commands.json"), str(tmp_path / "found"))
+    logged = json.loads((tmp_path / "found.0.json").read_text())[2]["stderr"]
+    assert f"checkpoint-4 is incomplete (global_step4/{optimizer} is damaged" in logged
+    assert f"resuming from {tmp_path / 'cut' / 'checkpoint-2'} " in logged
+    assert runs.losses("cut") == runs.losses("whole")
+    assert len(runs.losses("cut")) == 6
