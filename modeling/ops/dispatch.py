@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from lalm.modeling.ops.autograd import has_open_length, hides_values, is_looked_into
-from lalm.modeling.ops.cpp_kernels import HeadKernel, load_kernel
+from lalm.modeling.ops.cpp_kernels import HeadKernel, has_library, load_kernel
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -149,8 +149,9 @@ def in_form(op: Callable, form: str) -> Callable:
 
 
 def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
-    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_compiling() or is_looked_into():
+    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`, in a graph that is compiled too; not in a
+    program that is exported, which is to run where there is none."""
+    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_exporting() or is_looked_into():
         return False
     batch, length, heads = q.shape[:3]
     if kernel.state_size < SMALLEST_STATE:
@@ -158,7 +159,7 @@ def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
-    return load_kernel(kernel.name, **dict(kernel.sizes)) is not None
+    return has_library(kernel.name, kernel.sizes)
 
 
 def _reaches_gpu(name: str, v: torch.Tensor) -> bool:

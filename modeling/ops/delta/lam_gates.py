@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer
+from lalm.modeling.ops.autograd import apply_function, differentiable_by
+from lalm.modeling.ops.cpp_kernels import pointer
 from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, lam_gates_kernel, threads
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 

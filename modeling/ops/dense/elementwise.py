@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function, differentiable_by
+from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import activation_kernel, rms_norm_kernel, threads
 
 

@@ -13,7 +13,8 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp_kernels import apply_function, load_kernel, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function
+from lalm.modeling.ops.cpp_kernels import load_kernel, pointer, preload_kernel
 from lalm.modeling.ops.dispatch import TALL, mkl_is_slow, product_library, threads
 
 

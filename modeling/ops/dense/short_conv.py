@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function, differentiable_by
+from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import short_conv_kernel
 from lalm.modeling.ops.dtypes import without_autocast
 from lalm.modeling.ops.sequence_layout import SequenceLayout
