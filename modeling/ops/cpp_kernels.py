@@ -112,7 +112,11 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
-    plan = _plan(name, tuple(sizes.items()))
+    return _load(name, tuple(sizes.items()))
+
+
+def _load(name: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
+    plan = _plan(name, sizes)
     if plan is None:
         return None
     if not plan.is_tried:
@@ -123,7 +127,7 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
 @torch.compiler.assume_constant_result
 def has_library(name: str, sizes: tuple[tuple[str, int], ...]) -> bool:
     """Whether `load_kernel` gives a library. A graph that is compiled takes the answer of that moment."""
-    return load_kernel(name, **dict(sizes)) is not None
+    return _load(name, sizes) is not None
 
 
 def why_no_kernel(name: str, **sizes: int) -> str | None:
@@ -240,8 +244,10 @@ def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> 
     Raises:
         RuntimeError: there is none.
     """
-    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
-    library = load_kernel(kernel.name, **dict(kernel.sizes)) if on_cpu and kernel is not None else None
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            raise RuntimeError(_NO_KERNEL)
+    library = None if kernel is None else _load(kernel.name, kernel.sizes)
     if library is None:
         raise RuntimeError(_NO_KERNEL)
     return library
