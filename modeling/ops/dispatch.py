@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
@@ -159,7 +160,10 @@ def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
-    return has_library(kernel.name, kernel.sizes)
+    sizes = kernel.sizes
+    if torch.compiler.is_compiling():  # a graph for open sizes of heads would need a kernel for each
+        sizes = tuple((name, operator.index(size)) for name, size in sizes)
+    return has_library(kernel.name, sizes)
 
 
 def _reaches_gpu(name: str, v: torch.Tensor) -> bool:

@@ -208,7 +208,8 @@ def _register(op: KernelOp, kinds: dict[str, Any]) -> tuple[Any, Any]:
         made = output if isinstance(output, tuple) else (output,)
         ctx.options, ctx.keeps = op.Options(*inputs[op.fields : -1]), inputs[-1]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*made[op.outputs :])
+        absent = (y for y in made[: op.outputs] if _stands_for_none(y))
+        ctx.mark_non_differentiable(*absent, *made[op.outputs :])
         ctx.save_for_backward(*inputs[: op.fields], *op.saved(made, ctx.options))
 
     def backward(ctx: Any, *gradients: Any) -> tuple:
@@ -242,6 +243,10 @@ def _parameters(kinds: dict[str, Any]) -> str:
 
 def _results(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _stands_for_none(x: torch.Tensor) -> bool:
+    return x.ndim == 1 and x.shape[0] == 0
 
 
 def _without_none(made: Sequence[torch.Tensor | None], like: torch.Tensor) -> Any:
