@@ -371,9 +371,12 @@ def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **
     return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
-def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The kernel for LAM's gates from their projection `x`, None for plain torch."""
-    return None if _is_fewer(x.numel(), WORTH_A_GATE_KERNEL) else _elementwise("lam_gates", x, *tensors)
+def runs_lam_gates(x: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Whether the kernel for LAM's gates from their projection `x` runs, in a graph that is compiled too."""
+    if torch.compiler.is_exporting() or is_looked_into() or x.numel() < WORTH_A_GATE_KERNEL:
+        return False
+    on_cpu = all(y.is_cpu for y in (x, *tensors))
+    return on_cpu and compute_dtype(x, *tensors) == torch.float32 and has_library("lam_gates", ())
 
 
 def threads(numbers: int, worth: int = WORTH_THREADS) -> int:

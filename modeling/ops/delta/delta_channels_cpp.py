@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -120,9 +120,9 @@ def cpp_kda(
     refuse_float64(q, k, v, g, beta, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
-    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
+    tensors: Any = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (g, beta, state)]
-    x, options = ChannelTensors(*tensors, *boundaries(layout)), ChannelOptions(scale, norm_eps, wants_state)
+    x, options = ChannelTensors._make((*tensors, *boundaries(layout))), ChannelOptions(scale, norm_eps, wants_state)
     o, final = _delta_channels(x, options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]

@@ -43,7 +43,7 @@ class DualTensors(NamedTuple):
     def direction(self, index: int) -> DualTensors:
         """Those of one pass over the tokens."""
         gates = (None if x is None else x[index] for x in self[3:7])
-        return DualTensors(*self[:3], *gates, *self[7:9], None if self.starts is None else self.starts[index])
+        return DualTensors._make((*self[:3], *gates, *self[7:9], None if self.starts is None else self.starts[index]))
 
 
 class DualOptions(NamedTuple):
@@ -83,7 +83,7 @@ class _DeltaRule(KernelOp):
 
     def backward(self, library, x: DualTensors, options: DualOptions, saved, gradients) -> tuple:
         (do, d_final), (kept,) = gradients, saved
-        found = [key_gradient(y, x.v, x.skip) for y in x[:2]]
+        found: list[Any] = [key_gradient(y, x.v, x.skip) for y in (x.q, x.k)]
         found += [None if y is None else fresh(y, x.skip) for y in x[2:7]]
         do, d_state = whole_gradients(x.v, x.state, do, d_final)
         for direction in range(x.beta.shape[0]):
@@ -95,7 +95,7 @@ class _DeltaRule(KernelOp):
         found[:2] = (of_groups(y, x.q) for y in found[:2])
         return *found, None if x.state is None else d_state, None, None
 
-    def plain(self, x: DualTensors, options: DualOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain(self, x: DualTensors, options: DualOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v, decay, beta, read, coupling, state, skip, starts = x
         q, k = as_taken(q, k, v, options.eps)
         decay, read = (torch.ones_like(beta) if y is None else y for y in (decay, read))
@@ -107,7 +107,7 @@ class _DeltaRule(KernelOp):
             decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
         gates, outputs, final = (decay, beta, read, coupling), [], state
         for direction in range(beta.shape[0]):
-            tensors = [q * options.scale, k, v, *(y[direction] for y in gates)]
+            tensors: list[Any] = [q * options.scale, k, v, *(y[direction] for y in gates)]
             tensors.append(None if starts is None else starts[direction])
             if direction:
                 tensors = [None if y is None else y.flip(1) for y in tensors]
@@ -246,14 +246,14 @@ def cpp_dual(
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
+    tensors: Any = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     options = DualOptions(scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = _delta_rule(DualTensors(*tensors, skip, starts), options)
+    o, final = _delta_rule(DualTensors._make((*tensors, skip, starts)), options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final if options.wants_state else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -67,8 +67,7 @@ class _Diagonal(KernelOp):
         found = [None if y is None else fresh(y, x.skip) for y in x[:4]]
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
         if d_final is None:
-            _, d_state, _ = self.allocate(x, options, False)
-            d_state = d_state.zero_()
+            d_state = torch.zeros_like(cast(torch.Tensor, self.allocate(x, options, False)[1]))
         else:
             d_state = d_final.clone(memory_format=torch.contiguous_format)
         names = zip("qkvg", found, strict=True)
@@ -158,8 +157,8 @@ def cpp_diagonal(
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
-    tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    x = DiagonalTensors(*tensors, *boundaries(layout))
+    tensors: Any = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
+    x = DiagonalTensors._make((*tensors, *boundaries(layout)))
     o, final = _diagonal(x, DiagonalOptions(scale, eps, taylor))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)

@@ -34,7 +34,7 @@ def structure(kernel: str, name: str) -> type[ctypes.Structure]:
         declared = _DECLARED.fullmatch(declaration.strip())
         assert declared is not None, declaration
         for variable in declared[2].split(","):
-            kind = ctypes.c_void_p if "*" in variable else _C_TYPES[declared[1]]
+            kind: Any = ctypes.c_void_p if "*" in variable else _C_TYPES[declared[1]]
             field, _, size = variable.strip(" *]\n").partition("[")
             fields.append((field, kind * int(size) if size else kind))
     # Without a dictionary, an instance takes no field that is not declared.
@@ -197,7 +197,8 @@ def _register(op: KernelOp, kinds: dict[str, Any]) -> tuple[Any, Any]:
         gradients, kept = arguments[: op.outputs], arguments[op.outputs : op.outputs + saved]
         x, chosen = split(arguments[op.outputs + saved :])
         library = require_kernel(op.kernel(x, chosen), *x)
-        return _without_none(op.backward(library, x, chosen, kept, gradients)[:count], x[0])
+        found = op.backward(library, x, chosen, kept, gradients)[:count]
+        return _without_none([None if y is None else y.contiguous() for y in found], x[0])
 
     def fake_back(*arguments: Any) -> Any:
         x, _ = split(arguments[op.outputs + saved :])
