@@ -67,7 +67,7 @@ def cases():
 
 
 CASES = pytest.mark.parametrize(
-    ("op", "x", "options"), cases(), ids=["gates", "normalised", "both_ways", "delta", "channels", "lam_gates"]
+    ("op", "x", "options"), list(cases()), ids=["gates", "normalised", "both_ways", "delta", "channels", "lam_gates"]
 )
 
 
