@@ -112,9 +112,9 @@ def test_compiled_to_one_graph_with_the_kernel(row):
         loss = run(**batch).loss
         loss.backward()
         results.append((loss.detach(), [x.grad for x in model.parameters() if x.grad is not None]))
-    for x, expected in zip(*(results[0][1], results[1][1]), strict=True):
-        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
+    for x, expected in zip(results[1][1], results[0][1], strict=True):
+        assert (x - expected).norm() <= 1e-5 * expected.norm()
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
-    layers = sum(kind == "lalm_linear_attention" for kind in model.config.layer_types)
+    layers = 1 if row.name == "based" else 2  # whose other layer is a window
     rules = [name for name in found if "gates" not in name]
     assert sum("backward" not in name for name in rules) == sum("backward" in name for name in rules) == layers
