@@ -6,6 +6,7 @@
 """What mixes tokens: the bases of every linear mixer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,10 +17,13 @@ from .configuration_lam import LalmConfig
 from .linear_attention_ops import RecurrentLayer, previous_state, record
 from .linear_attention_ops import FeatureMap
 from .linear_attention_ops import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
+from .linear_attention_ops import Map, delta_map, diagonal_map
 from .linear_attention_ops import preload_heads
 from .linear_attention_ops import activate
 from .linear_attention_ops import diagonal_kernel
 from .linear_attention_ops import linear_attention
+from .linear_attention_ops import taylor_features
+from .linear_attention_ops import compute_dtype
 from .linear_attention_ops import SequenceLayout
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -74,16 +78,19 @@ class Mixer(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         conv, attend = self.conv, cast(Callable, self.attend)
         if conv is not None:
-            window = previous_state(cache, self.layer_idx, "conv_states")
+            parts, size = (q, k, v), conv.weight.shape[1] - 1
+            window = previous_state(
+                cache, self.layer_idx, "conv_states", of_slice=lambda: layout.last_inputs(parts, size)
+            )
             record(
                 cache,
                 self.layer_idx,
                 [("conv_states", 0)],
-                (q, k, v),
+                parts,
                 layout,
                 lambda parts, layout: [conv(parts, window, layout)[1]],
             )
-            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
+            (q, k, v), state = conv(parts, window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
@@ -97,7 +104,12 @@ class Mixer(nn.Module):
         if self.unit_length_qk:
             q = unit_length(q)
             k = unit_length(k)
-        memory = previous_state(cache, self.layer_idx, "recurrent_states")
+        memory = previous_state(
+            cache,
+            self.layer_idx,
+            "recurrent_states",
+            of_slice=lambda k=k, v=v: self.slice_map(hidden_states, k, v, layout),
+        )
         record(
             cache,
             self.layer_idx,
@@ -130,6 +142,14 @@ class Mixer(nn.Module):
         """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]`, or
         `[B, T, H, *]` with one per channel or memory. Empty for a mixer without gates."""
         return {}
+
+    def slice_map(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> Map:
+        """What these tokens make of any state S before them, A S + B: see ops/affine_maps.py."""
+        gates = self.gates_of(hidden_states, k, v)
+        if "beta" not in gates:
+            return diagonal_map(k, v, gates.get("g"), layout)
+        memories = gates["beta"].shape[-1] if gates["beta"].ndim == 4 else 0
+        return delta_map(partial(cast(Any, self).apply_rule, gates), k, v, layout, memories)
 
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
@@ -184,6 +204,10 @@ class FeatureMixer(Mixer):
             taylor=self.is_taylor,
             implementation=self.config.linear_attn_implementation,
         )
+
+    def slice_map(self, hidden_states, k, v, layout):
+        features = taylor_features(k.to(compute_dtype(k))) if self.is_taylor else (self.k_map or self.q_map)(k)
+        return diagonal_map(features, nn.functional.pad(v, (0, 1), value=1.0) if self.normalize else v, None, layout)
 
 
 # ---- lalm.modeling.saving ----
@@ -1057,6 +1081,8 @@ class LalmForSequenceClassification(_Head):
 
     def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """The loss of `config.problem_type`, which the stock function finds out and sets if it is None."""
+        if labels.is_floating_point():  # torch 2.11 has no gradient of a mean square of two dtypes
+            logits = logits.to(torch.promote_types(logits.dtype, labels.dtype))
         arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
         is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
         is_single = is_single and labels.dtype in (torch.long, torch.int)
@@ -1234,11 +1260,14 @@ class LamMixer(Mixer):
         return self.gates(hidden_states, k, v)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        return self.apply_rule(self.gates_of(hidden_states, k, v), q, k, v, state, output_final_state, layout)
+
+    def apply_rule(self, gates, q, k, v, state, output_final_state, layout):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates_of(hidden_states, k, v),
+            **gates,
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,
