@@ -2786,11 +2786,9 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
 
 def _load(name: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
     plan = _plan(name, sizes)
-    if plan is None:
-        return None
-    if not plan.is_tried:
+    if plan is not None and not plan.is_tried:
         plan.load()
-    return plan.kernel
+    return None if plan is None else plan.kernel
 
 
 @torch.compiler.assume_constant_result
