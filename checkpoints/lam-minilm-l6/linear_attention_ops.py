@@ -65,6 +65,26 @@ def hides_values() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+class _Unrecorded:
+    """A dummy context, for calling the forward of an autograd function directly when no gradient is needed."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
+    own work takes longer than the kernel."""
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return function.apply(*arguments)
+    return function.forward(_Unrecorded(), *arguments)
+
+
 def differentiable_by(plain: Callable, constants: int) -> Callable:
     """Decorator of the backward pass of an autograd function, in the place of `once_differentiable`.
 
@@ -80,7 +100,7 @@ def differentiable_by(plain: Callable, constants: int) -> Callable:
             # While the engine runs, gradients are recorded only under create_graph=True.
             recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if recorded or is_transformed():
-                return (None,) * constants + _gradients(plain, ctx, ctx.needs_input_grad[constants:], gradients)
+                return (None,) * constants + plain_gradients(plain, ctx, ctx.needs_input_grad[constants:], gradients)
             with torch.no_grad():
                 return backward(ctx, *gradients)
 
@@ -89,7 +109,10 @@ def differentiable_by(plain: Callable, constants: int) -> Callable:
     return decorate
 
 
-def _gradients(plain: Callable, ctx: Any, needed: tuple[bool, ...], gradients) -> tuple[torch.Tensor | None, ...]:
+def plain_gradients(
+    plain: Callable, ctx: Any, needed: tuple[bool, ...], gradients: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that autograd makes from `plain(ctx, *saved)`, of those tensors that are `needed`."""
     saved, create_graph = list(ctx.saved_tensors), torch.is_grad_enabled()
     device = next(dy.device for dy in gradients if dy is not None)
     with torch.enable_grad(), without_autocast(device):
@@ -438,6 +461,7 @@ def _read(path: str) -> bytes:
 def _read_sources() -> dict[str, str]:
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [name for name in names if name.endswith((".cpp", ".h"))]
     return {name: _read(os.path.join(folder, name)).decode() for name in names}
 
 
@@ -2757,12 +2781,20 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
-    plan = _plan(name, tuple(sizes.items()))
-    if plan is None:
-        return None
-    if not plan.is_tried:
+    return _load(name, tuple(sizes.items()))
+
+
+def _load(name: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
+    plan = _plan(name, sizes)
+    if plan is not None and not plan.is_tried:
         plan.load()
-    return plan.kernel
+    return None if plan is None else plan.kernel
+
+
+@torch.compiler.assume_constant_result
+def has_library(name: str, sizes: tuple[tuple[str, int], ...]) -> bool:
+    """Whether `load_kernel` gives a library. A graph that is compiled takes the answer of that moment."""
+    return _load(name, sizes) is not None
 
 
 def why_no_kernel(name: str, **sizes: int) -> str | None:
@@ -2862,29 +2894,15 @@ def _named_compiler(name: str | None) -> tuple[str, ...]:
     return ()
 
 
-class _Unrecorded:
-    """A dummy context, for calling the forward of an autograd function directly when no gradient is needed."""
-
-    needs_input_grad = ()
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
-def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
-    own work takes longer than the kernel."""
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-        return function.apply(*arguments)
-    return function.forward(_Unrecorded(), *arguments)
-
-
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     """The address of a contiguous tensor, for a kernel; the caller keeps the tensor alive."""
     return None if x is None else ctypes.c_void_p(x.data_ptr())
+
+
+_NO_KERNEL = (
+    "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and float32 or less. Use "
+    "implementation='auto'."
+)
 
 
 def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
@@ -2893,14 +2911,19 @@ def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> 
     Raises:
         RuntimeError: there is none.
     """
-    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
-    library = load_kernel(kernel.name, **dict(kernel.sizes)) if on_cpu and kernel is not None else None
-    if library is None or compute_dtype(*tensors) == torch.float64:
-        raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and float32 or less. Use "
-            "implementation='auto'."
-        )
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            raise RuntimeError(_NO_KERNEL)
+    library = None if kernel is None else _load(kernel.name, kernel.sizes)
+    if library is None:
+        raise RuntimeError(_NO_KERNEL)
     return library
+
+
+def refuse_float64(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError if a tensor is of float64, which no kernel computes in."""
+    if compute_dtype(*tensors) == torch.float64:
+        raise RuntimeError(_NO_KERNEL)
 
 
 def boundaries(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -3059,6 +3082,7 @@ before: with an empty and with a full kernel cache the same call runs the same c
 import ctypes
 import importlib.util
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
@@ -3195,8 +3219,9 @@ def in_form(op: Callable, form: str) -> Callable:
 
 
 def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
-    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_compiling() or is_looked_into():
+    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`, in a graph that is compiled too; not in a
+    program that is exported, which is to run where there is none."""
+    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_exporting() or is_looked_into():
         return False
     batch, length, heads = q.shape[:3]
     if kernel.state_size < SMALLEST_STATE:
@@ -3204,7 +3229,10 @@ def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
-    return load_kernel(kernel.name, **dict(kernel.sizes)) is not None
+    sizes = kernel.sizes
+    if torch.compiler.is_compiling():  # a graph for open sizes of heads would need a kernel for each
+        sizes = tuple((name, operator.index(size)) for name, size in sizes)
+    return has_library(kernel.name, sizes)
 
 
 def _reaches_gpu(name: str, v: torch.Tensor) -> bool:
@@ -3420,14 +3448,272 @@ def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **
     return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
-def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The kernel for LAM's gates from their projection `x`, None for plain torch."""
-    return None if _is_fewer(x.numel(), WORTH_A_GATE_KERNEL) else _elementwise("lam_gates", x, *tensors)
+def runs_lam_gates(x: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Whether the kernel for LAM's gates from their projection `x` runs, in a graph that is compiled too."""
+    if torch.compiler.is_exporting() or is_looked_into() or x.numel() < WORTH_A_GATE_KERNEL:
+        return False
+    on_cpu = all(y.is_cpu for y in (x, *tensors))
+    return on_cpu and compute_dtype(x, *tensors) == torch.float32 and has_library("lam_gates", ())
 
 
 def threads(numbers: int, worth: int = WORTH_THREADS) -> int:
     """How many threads a kernel over so many numbers uses."""
     return torch.get_num_threads() if numbers >= worth else 1
+
+
+# ---- lalm.modeling.ops.kernels.kernel_op ----
+"""How a C++ kernel becomes an op: run at once, recorded by autograd, or an op of torch in a compiled graph.
+
+A kernel is compiled for the sizes of its heads, so its op is registered from Python, once for all sizes, and finds the
+library when it runs. Outside of `torch.compile`, where going through torch's dispatcher would cost 5 us a call, the
+kernel is called directly.
+"""
+
+
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+
+_C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64}
+_DECLARED = re.compile(r"(?:const )?(\w+)(.*)", re.DOTALL)
+
+
+@cache
+def structure(kernel: str, name: str) -> type[ctypes.Structure]:
+    """The struct `name` of the kernel's C++ source, whose declaration there is the only one."""
+    source = "\n".join(KERNEL_SOURCES[file] for file in kernel_files(kernel))
+    found = re.search(rf"^struct {name} \{{(.*?)\}};", source, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{kernel}.cpp declares no struct {name}"
+    fields: list[tuple[str, Any]] = []
+    for declaration in re.sub(r"//.*", "", found[1]).split(";")[:-1]:
+        declared = _DECLARED.fullmatch(declaration.strip())
+        assert declared is not None, declaration
+        for variable in declared[2].split(","):
+            kind: Any = ctypes.c_void_p if "*" in variable else _C_TYPES[declared[1]]
+            field, _, size = variable.strip(" *]\n").partition("[")
+            fields.append((field, kind * int(size) if size else kind))
+    # Without a dictionary, an instance takes no field that is not declared.
+    return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
+
+
+def pack(kernel: str, name: str, **fields: Any) -> ctypes.Structure:
+    """That struct with these fields, which must be all; pointers are addresses (see `address`)."""
+    made = structure(kernel, name)
+    if len(fields) != len(made._fields_):
+        missing = {field for field, *_ in made._fields_} - fields.keys()
+        raise TypeError(f"{kernel}.cpp, {name}: there is no value for {sorted(missing)}")
+    return made(**fields)
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    """Where the numbers of a contiguous tensor lie, for a kernel; the caller keeps the tensor alive."""
+    return None if x is None else x.data_ptr()
+
+
+def fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Memory for what a kernel writes; it leaves out padded tokens."""
+    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+
+
+def _open_library(number: int = 0) -> torch.library.Library:
+    """A namespace of this copy of the code: those saved with checkpoints may run in the same process."""
+    try:
+        return torch.library.Library(f"lalm_{number}" if number else "lalm", "DEF")
+    except RuntimeError:  # another copy has it
+        return _open_library(number + 1)
+
+
+_library = _open_library()
+
+
+class KernelOp:
+    """A function of tensors that a C++ kernel computes. A rule derives a class, and makes one instance of it.
+
+    Attributes of the class:
+        name: of the op.
+        Tensors: what it computes with, a NamedTuple; masks, which have no gradient, come last.
+        Options: a NamedTuple of numbers.
+        masks: how many these are.
+        outputs: how many tensors it gives.
+        extras: how many more it makes for the backward pass.
+        read_again: how many of the outputs, the first ones, the backward pass may read.
+    """
+
+    name: str
+    Tensors: Any
+    Options: Any
+    outputs: int
+    masks = extras = read_again = 0
+
+    def __init__(self) -> None:
+        kinds = get_type_hints(self.Tensors)
+        self.fields = len(kinds)
+        self.function = _recorded(self)
+        self.registered, self.registered_backward = _register(self, kinds)
+
+    def kernel(self, x: Any, options: Any) -> HeadKernel | None:
+        """The kernel for these tensors."""
+        raise NotImplementedError
+
+    def allocate(self, x: Any, options: Any, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        """Memory for the outputs and extras, of which None are made without `keeps`. It looks at no number."""
+        raise NotImplementedError
+
+    def forward(self, library: ctypes.CDLL, x: Any, options: Any, made: Sequence[torch.Tensor | None]) -> None:
+        """Run the kernel into what `allocate` has made."""
+        raise NotImplementedError
+
+    def backward(self, library: ctypes.CDLL, x: Any, options: Any, saved: Any, gradients: Any) -> tuple:
+        """The gradients of the tensors from those of the outputs, of which some may be None."""
+        raise NotImplementedError
+
+    def plain(self, x: Any, options: Any) -> tuple[torch.Tensor | None, ...]:
+        """The outputs in operations that autograd knows."""
+        raise NotImplementedError
+
+    def plain_of_saved(self, ctx: Any, *saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """`plain` of what a context of autograd holds."""
+        return self.plain(self.Tensors(*saved[: self.fields]), ctx.options)
+
+    def saved(self, made: Sequence[torch.Tensor | None], options: Any) -> tuple[torch.Tensor | None, ...]:
+        """What the backward pass gets of all that is made."""
+        return (*made[: self.read_again], *made[self.outputs :])
+
+    def dense(self, x: Any) -> Any:
+        """The tensors as the kernel can read them."""
+        return self.Tensors(*(None if y is None else y.contiguous() for y in x))
+
+    def __call__(self, x: Any, options: Any) -> tuple[Any, ...]:
+        """The outputs for tensors that are `dense`. While compiling, a tensor without numbers stands for None.
+
+        Raises:
+            RuntimeError: there is no kernel for these tensors.
+        """
+        if not torch.compiler.is_compiling():
+            library = require_kernel(self.kernel(x, options), *x)
+            return apply_function(self.function, library, options, *x)
+        keeps = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x)
+        made = self.registered(*x, *options, keeps)
+        return (made,) if isinstance(made, torch.Tensor) else made[: self.outputs]
+
+
+def _recorded(op: KernelOp) -> type[torch.autograd.Function]:
+    """The autograd function of an op; its constants are the kernel's library and the options."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, library, options, *tensors):
+            x = op.Tensors(*tensors)
+            made = op.allocate(x, options, any(ctx.needs_input_grad))
+            op.forward(library, x, options, made)
+            ctx.library, ctx.options = library, options
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, *op.saved(made, options))
+            return made[: op.outputs]
+
+        @staticmethod
+        @differentiable_by(op.plain_of_saved, constants=2)
+        def backward(ctx, *gradients):
+            saved = ctx.saved_tensors
+            x, rest = op.Tensors(*saved[: op.fields]), saved[op.fields :]
+            return None, None, *op.backward(ctx.library, x, ctx.options, rest, gradients)
+
+    Recorded.__name__ = Recorded.__qualname__ = f"{op.name}_kernel"
+    return Recorded
+
+
+def _register(op: KernelOp, kinds: dict[str, Any]) -> tuple[Any, Any]:
+    """The op of torch, and that of its backward pass, with fake implementations and, for the first, its gradient."""
+    options, tensors = get_type_hints(op.Options), _parameters(kinds)
+    numbers, count = _parameters(options), op.fields - op.masks
+    saved = op.read_again + op.extras
+    given = "".join(f"Tensor? d_{index}, " for index in range(op.outputs))
+    given += "".join(f"Tensor? saved_{index}, " for index in range(saved))
+    qualified = [f"{_library.ns}::{op.name}", f"{_library.ns}::{op.name}_backward"]
+    tag = (torch.Tag.pt2_compliant_tag,)
+    _library.define(f"{op.name}({tensors}, {numbers}, bool keeps) -> {_results(op.outputs + op.extras)}", tags=tag)
+    _library.define(f"{op.name}_backward({given}{tensors}, {numbers}) -> {_results(count)}", tags=tag)
+
+    def split(arguments: Sequence[Any]) -> tuple[Any, Any]:
+        x, rest = arguments[: op.fields], arguments[op.fields : op.fields + len(options)]
+        return op.dense(op.Tensors(*x)), op.Options(*rest)
+
+    def run(*arguments: Any) -> Any:
+        x, chosen = split(arguments)
+        made = op.allocate(x, chosen, arguments[-1])
+        op.forward(require_kernel(op.kernel(x, chosen), *x), x, chosen, made)
+        return _without_none(made, x[0])
+
+    def fake(*arguments: Any) -> Any:
+        x, chosen = split(arguments)
+        return _without_none(op.allocate(x, chosen, arguments[-1]), x[0])
+
+    def run_back(*arguments: Any) -> Any:
+        gradients, kept = arguments[: op.outputs], arguments[op.outputs : op.outputs + saved]
+        x, chosen = split(arguments[op.outputs + saved :])
+        library = require_kernel(op.kernel(x, chosen), *x)
+        found = op.backward(library, x, chosen, kept, gradients)[:count]
+        return _without_none([None if y is None else y.contiguous() for y in found], x[0])
+
+    def fake_back(*arguments: Any) -> Any:
+        x, _ = split(arguments[op.outputs + saved :])
+        found = [None if y is None else torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:count]]
+        return _without_none(found, x[0])
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        made = output if isinstance(output, tuple) else (output,)
+        ctx.options, ctx.keeps = op.Options(*inputs[op.fields : -1]), inputs[-1]
+        ctx.set_materialize_grads(False)
+        absent = (y for y in made[: op.outputs] if _stands_for_none(y))
+        ctx.mark_non_differentiable(*absent, *made[op.outputs :])
+        ctx.save_for_backward(*inputs[: op.fields], *op.saved(made, ctx.options))
+
+    def backward(ctx: Any, *gradients: Any) -> tuple:
+        x, kept = ctx.saved_tensors[: op.fields], ctx.saved_tensors[op.fields :]
+        gradients = gradients[: op.outputs]
+        if torch.is_grad_enabled() or not ctx.keeps:  # to be differentiated again, or nothing was kept for the kernel
+            found = plain_gradients(op.plain_of_saved, ctx, ctx.needs_input_grad[: op.fields], gradients)
+        else:
+            made = op.registered_backward(*gradients, *kept, *x, *ctx.options)
+            made = made if isinstance(made, (tuple, list)) else (made,)
+            found = tuple(dx if y is not None else None for y, dx in zip(x, made, strict=False)) + (None,) * op.masks
+        return (*found, *(None,) * (len(options) + 1))
+
+    for name, implementation, without in ((qualified[0], run, fake), (qualified[1], run_back, fake_back)):
+        _library.impl(name.partition("::")[2], implementation, "CPU")
+        torch.library.register_fake(name, without, lib=_library)
+    torch.library.register_autograd(qualified[0], backward, setup_context=setup, lib=_library)
+    space = getattr(torch.ops, _library.ns)
+    return getattr(space, op.name).default, getattr(space, f"{op.name}_backward").default
+
+
+def _parameters(kinds: dict[str, Any]) -> str:
+    """The parameters of a schema."""
+    words = {torch.Tensor: "Tensor", float: "float", bool: "bool", int: "int"}
+    found = []
+    for name, kind in kinds.items():
+        base = next((x for x in get_args(kind) if x is not type(None)), kind)
+        found.append(f"{words[base]}{'' if base is kind else '?'} {name}")
+    return ", ".join(found)
+
+
+def _results(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _stands_for_none(x: torch.Tensor) -> bool:
+    return x.ndim == 1 and x.shape[0] == 0
+
+
+def _without_none(made: Sequence[torch.Tensor | None], like: torch.Tensor) -> Any:
+    """What a registered op gives: a tensor each, without numbers for None."""
+    found = tuple(like.new_empty(0) if x is None else x for x in made)
+    return found[0] if len(found) == 1 else found
 
 
 # ---- lalm.modeling.ops.dense.elementwise ----
@@ -3440,14 +3726,6 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-
-
-class _NormInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight")),
-        *((name, ctypes.c_int64) for name in ("rows", "size", "threads")),
-        ("eps", ctypes.c_double),
-    ]
 
 
 def _plain_rms_norm(ctx, x, weight, *_) -> torch.Tensor:
@@ -3475,15 +3753,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, weight, eps):
-        rows = x.numel() // x.shape[-1]
-        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], threads(x.numel()), eps))
-
-
-class _ActivationInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "factor")),
-        *((name, ctypes.c_int64) for name in ("count", "threads")),
-    ]
+        numbers, size = x.numel(), x.shape[-1]
+        sizes = {"rows": numbers // size, "size": size, "threads": threads(numbers), "eps": eps}
+        return ctypes.byref(pack("rms_norm", "Inputs", x=x.data_ptr(), weight=weight.data_ptr(), **sizes))
 
 
 def _plain_activation(ctx, x, factor) -> torch.Tensor:
@@ -3509,8 +3781,8 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, factor):
-        places = x.data_ptr(), None if factor is None else factor.data_ptr()
-        return ctypes.byref(_ActivationInputs(*places, x.numel(), threads(x.numel())))
+        sizes = {"count": x.numel(), "threads": threads(x.numel())}
+        return ctypes.byref(pack("activation", "Inputs", x=x.data_ptr(), factor=address(factor), **sizes))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -3579,13 +3851,6 @@ from torch.nn import functional as F
 
 
 
-class _FewRowsInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "size", "outputs", "threads")),
-    ]
-
-
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -3635,9 +3900,9 @@ def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     assert kernel is not None
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
-    places = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()
-    sizes = (x.numel() // size, size, outputs, threads(weight.numel()))
-    kernel.forward(ctypes.byref(_FewRowsInputs(*places, *sizes)), pointer(y))
+    places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "bias": address(bias)}
+    sizes = {"rows": x.numel() // size, "size": size, "outputs": outputs, "threads": threads(weight.numel())}
+    kernel.forward(ctypes.byref(pack("few_rows", "Inputs", **places, **sizes)), pointer(y))
     return y
 
 
@@ -3657,13 +3922,6 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-
-
-class _Inputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "skip", "documents")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads", "row", "token")),
-    ]
 
 
 def plain_short_conv(
@@ -3713,7 +3971,7 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, kernel, before, activation, weight, bias, skip, documents, *parts):
         ctx.kernel, ctx.before, ctx.activation = kernel, before, activation
         ctx.save_for_backward(weight, bias, skip, documents, *parts)
-        outputs = tuple(_fresh(x, skip) for x in parts)
+        outputs = tuple(fresh(x, skip) for x in parts)
         for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, bias, skip, documents, parts), strict=True):
             kernel.forward(inputs, pointer(y))
         return outputs
@@ -3722,7 +3980,7 @@ class _ShortConv(torch.autograd.Function):
     @differentiable_by(_plain, constants=3)
     def backward(ctx, *gradients):
         weight, bias, skip, documents, *parts = ctx.saved_tensors
-        found = [_fresh(x, skip) for x in parts]
+        found = [fresh(x, skip) for x in parts]
         d_weight, d_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
         inputs = _ShortConv.inputs(weight, bias, skip, documents, parts)
         for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
@@ -3733,19 +3991,13 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     def inputs(weight, bias, skip, documents, parts):
         """The arguments of the kernel for each part, and its first channel."""
-        first, threads = 0, torch.get_num_threads()
+        first, common = 0, {"skip": address(skip), "documents": address(documents), "threads": torch.get_num_threads()}
         for x in parts:
-            own = [
-                None if y is None else y.data_ptr() + first * y.stride(0) * y.element_size() for y in (weight, bias)
-            ]
-            tensors = (x.data_ptr(), *own, pointer(skip), pointer(documents))
-            yield ctypes.byref(_Inputs(*tensors, *x.shape, threads, x.stride(0), x.stride(1))), first
-            first += x.shape[2]
-
-
-def _fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """Memory for what the kernel writes; it leaves out padded tokens."""
-    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+            places = {"weight": address(weight[first:]), "bias": None if bias is None else address(bias[first:])}
+            batch, length, channels = x.shape
+            sizes = {"batch": batch, "length": length, "channels": channels, "row": x.stride(0), "token": x.stride(1)}
+            yield ctypes.byref(pack("short_conv", "Inputs", x=x.data_ptr(), **places, **sizes, **common)), first
+            first += channels
 
 
 def _by_channels(x: torch.Tensor) -> torch.Tensor:
@@ -5537,76 +5789,103 @@ backward pass it keeps the inputs and, of normalised sums, the outputs and what 
 
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
 
 
 
-class _Inputs_diagonal_cpp(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "decay", "state", "skip", "starts")),
-        *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")),
-    ]
+class DiagonalTensors(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    state: torch.Tensor | None
+    skip: torch.Tensor | None
+    starts: torch.Tensor | None
 
 
-class _Gradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "state")]
+class DiagonalOptions(NamedTuple):
+    scale: float
+    eps: float | None
+    taylor: bool
 
 
-def _address(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+class _Diagonal(KernelOp):
+    """The kernels of diagonal.cpp."""
+
+    name, Tensors, Options = "diagonal", DiagonalTensors, DiagonalOptions
+    masks, outputs, extras, read_again = 2, 2, 1, 1
+
+    def kernel(self, x: DiagonalTensors, options: DiagonalOptions) -> HeadKernel:
+        gate_size = 0 if x.g is None else x.g.shape[-1]
+        return diagonal_kernel(x.q.shape[-1], x.v.shape[-1], gate_size, options.eps is not None, options.taylor)
+
+    def allocate(self, x: DiagonalTensors, options: DiagonalOptions, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        q, v, is_normalized = x.q, x.v, options.eps is not None
+        o = torch.empty_like(v) if x.skip is None else torch.zeros_like(v)
+        keys = num_taylor_features(q.shape[-1]) if options.taylor else q.shape[-1]
+        final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + is_normalized)
+        return o, final, torch.empty_like(v[..., 0]) if is_normalized and keeps else None
+
+    def forward(self, library, x: DiagonalTensors, options: DiagonalOptions, made) -> None:
+        decay = None if x.g is None else x.g.exp()
+        library.forward(ctypes.byref(_inputs(x, decay, options)), *(pointer(y) for y in made))
+
+    def saved(self, made, options: DiagonalOptions) -> tuple[torch.Tensor | None, ...]:
+        return None if options.eps is None else made[0], made[2]
+
+    def backward(self, library, x: DiagonalTensors, options: DiagonalOptions, saved, gradients) -> tuple:
+        (o, sizes), (do, d_final) = saved, gradients
+        decay = None if x.g is None else x.g.exp()
+        found = [None if y is None else fresh(y, x.skip) for y in x[:4]]
+        do = torch.zeros_like(x.v) if do is None else do.contiguous()
+        if d_final is None:
+            d_state = torch.zeros_like(cast(torch.Tensor, self.allocate(x, options, False)[1]))
+        else:
+            d_state = d_final.clone(memory_format=torch.contiguous_format)
+        names = zip("qkvg", found, strict=True)
+        made = pack("diagonal", "Gradients", state=address(d_state), **{name: address(y) for name, y in names})
+        inputs = _inputs(x, decay, options)
+        library.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(made))
+        return *found, None if x.state is None else d_state, None, None
+
+    def plain(self, x: DiagonalTensors, options: DiagonalOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g, state, skip, starts = x
+        if skip is not None:
+            q, k, v = (y.masked_fill(skip[..., None, None], 0) for y in (q, k, v))
+        if options.taylor:
+            q, k = taylor_features(q), taylor_features(k)
+        layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
+        core = recurrent_diagonal if options.eps is None else normalized(recurrent_diagonal, options.eps)
+        return core(q, k, v, g, options.scale, state, layout)
 
 
-def _inputs(tensors: Sequence[torch.Tensor | None], scale: float, eps: float) -> _Inputs_diagonal_cpp:
-    """The kernel's arguments (q, k, v, decay, state, skip, starts); valid while the tensors live."""
-    q = cast(torch.Tensor, tensors[0])
-    return _Inputs_diagonal_cpp(*(_address(x) for x in tensors), scale, eps, *q.shape[:3], torch.get_num_threads())
+def _inputs(x: DiagonalTensors, decay: torch.Tensor | None, options: DiagonalOptions) -> ctypes.Structure:
+    """The kernel's arguments; valid while the tensors live."""
+    batch, length, heads = x.q.shape[:3]
+    return pack(
+        "diagonal",
+        "Inputs",
+        q=x.q.data_ptr(),
+        k=x.k.data_ptr(),
+        v=x.v.data_ptr(),
+        decay=address(decay),
+        state=address(x.state),
+        skip=address(x.skip),
+        starts=address(x.starts),
+        scale=options.scale,
+        eps=options.eps or 0.0,
+        batch=batch,
+        length=length,
+        heads=heads,
+        threads=torch.get_num_threads(),
+    )
 
 
-def _plain_diagonal_cpp(ctx, q, k, v, g, state, skip, starts, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, eps, taylor = ctx.options
-    if skip is not None:
-        q, k, v = (x.masked_fill(skip[..., None, None], 0) for x in (q, k, v))
-    if taylor:
-        q, k = taylor_features(q), taylor_features(k)
-    layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
-    core = recurrent_diagonal if eps is None else normalized(recurrent_diagonal, eps)
-    return core(q, k, v, g, scale, state, layout)
-
-
-class _CppDiagonal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, taylor, scale, eps, q, k, v, g, state, skip, starts):
-        tensors = (q, k, v, None if g is None else g.exp(), state, skip, starts)
-        keys = num_taylor_features(q.shape[-1]) if taylor else q.shape[-1]
-        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + (eps is not None))
-        sizes = torch.empty_like(v[..., 0]) if eps is not None and any(ctx.needs_input_grad) else None
-        inputs = _inputs(tensors, scale, eps or 0.0)
-        kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), pointer(sizes))
-        ctx.kernel, ctx.options = kernel, (scale, eps, taylor)
-        ctx.save_for_backward(q, k, v, g, state, skip, starts, None if eps is None else o, sizes)
-        return o, final
-
-    @staticmethod
-    @differentiable_by(_plain_diagonal_cpp, constants=4)
-    def backward(ctx, do, d_final):
-        *tensors, o, sizes = ctx.saved_tensors
-        g, state, skip = tensors[3:6]
-        tensors[3] = None if g is None else g.exp()
-        fresh = torch.empty_like if skip is None else torch.zeros_like
-        found = [None if x is None else fresh(x) for x in tensors[:4]]
-        do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
-        gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
-        scale, eps, _ = ctx.options
-        inputs = _inputs(tensors, scale, eps or 0.0)
-        ctx.kernel.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(gradients))
-        return None, None, None, None, *found, None if state is None else d_state, None, None
+_diagonal = _Diagonal()
 
 
 @cache
@@ -5650,13 +5929,13 @@ def cpp_diagonal(
     `[B, H, K, V + 1]`, z their last column. With `taylor` it is that of `taylor_features(q)` and `taylor_features(k)`.
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
-    sizes = (q.shape[-1], value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
-    kernel = require_kernel(diagonal_kernel(*sizes), q, k, v, g, state)
+    refuse_float64(q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
-    tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = apply_function(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
+    tensors: Any = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
+    x = DiagonalTensors._make((*tensors, *boundaries(layout)))
+    o, final = _diagonal(x, DiagonalOptions(scale, eps, taylor))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final
@@ -6434,7 +6713,7 @@ every `SEGMENT` tokens.
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -6442,86 +6721,98 @@ from torch.nn import functional as F
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
 SEGMENT = 256
-_GATES = ("decay", "beta", "read", "coupling")
 
 
-_Strides = ctypes.c_int64 * 3
+class DualTensors(NamedTuple):
+    """q, k `[B, T, G, K]`, v `[B, T, H, V]`, and with a first axis for the directions, gates `[D, B, T, H, M]`, the
+    coupling `[D, B, T, H, M, M]` and starts `[D, B, T]`; state `[B, H, M, K, V]`, skip `[B, T]`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    decay: torch.Tensor | None
+    beta: torch.Tensor
+    read: torch.Tensor | None
+    coupling: torch.Tensor | None
+    state: torch.Tensor | None
+    skip: torch.Tensor | None
+    starts: torch.Tensor | None
+
+    def direction(self, index: int) -> DualTensors:
+        """Those of one pass over the tokens."""
+        gates = (None if x is None else x[index] for x in self[3:7])
+        return DualTensors._make((*self[:3], *gates, *self[7:9], None if self.starts is None else self.starts[index]))
 
 
-class _Inputs_delta_rule_cpp(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
-        *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads", "parts")),
-        *((name, _Strides) for name in ("row", "token")),
-    ]
+class DualOptions(NamedTuple):
+    scale: float
+    eps: float | None  # for q and k made unit vectors
+    use_delta_rule: bool
+    wants_state: bool
 
 
-class Gradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
+class _DeltaRule(KernelOp):
+    """The kernels of delta_rule.cpp, once for every direction."""
 
+    name, Tensors, Options = "delta_rule", DualTensors, DualOptions
+    masks, outputs, extras = 2, 2, 1
 
-def _plain_delta_rule_cpp(ctx, q, k, v, decay, beta, read, coupling, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = as_taken(q, k, v, ctx.eps)
-    decay, read = (torch.ones_like(beta) if x is None else x for x in (decay, read))
-    eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
-    coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
-    if skip is not None:
-        padding = skip[..., None, None]
-        q, k, v, beta = (x.masked_fill(padding, 0) for x in (q, k, v, beta))
-        decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
-    gates, outputs, final = (decay, beta, read, coupling), [], state
-    for direction in range(beta.shape[0]):
-        tensors = [q * ctx.scale, k, v, *(x[direction] for x in gates)]
-        tensors.append(None if starts is None else starts[direction])
-        if direction:
-            tensors = [None if x is None else x.flip(1) for x in tensors]
-        arguments: Any = (*tensors[:-1], state, tensors[-1], ctx.delta)
-        o, final = run_dual(*arguments)
-        outputs.append(o.flip(1) if direction else o)
-    return sum(outputs[1:], outputs[0]), final
+    def kernel(self, x: DualTensors, options: DualOptions) -> HeadKernel | None:
+        return delta_kernel(x.q.shape[-1], x.v.shape[-1], x.beta.shape[-1], options.use_delta_rule)
 
+    def dense(self, x: DualTensors) -> DualTensors:
+        return DualTensors(*(as_rows(y) for y in x[:3]), *(None if y is None else y.contiguous() for y in x[3:]))
 
-class _CppDeltaRule(torch.autograd.Function):
-    """The kernels of delta_rule.cpp, once for every direction; gates and starts have a first axis for it."""
-
-    @staticmethod
-    def forward(ctx, kernel, scale, eps, delta, wants_state, *tensors):
-        q, _, v, _, beta, *_, skip, _ = tensors
-        ctx.kernel, ctx.scale, ctx.eps, ctx.delta = kernel, scale, eps, delta
-        ctx.set_materialize_grads(False)
-        o = fresh(v, skip)
-        batch, length, heads, value_size = v.shape
-        sizes = (beta.shape[-1], q.shape[-1], value_size)
-        final = v.new_empty(batch, heads, *sizes) if wants_state else None
+    def allocate(self, x: DualTensors, options: DualOptions, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        batch, length, heads, value_size = x.v.shape
+        sizes = (x.beta.shape[-1], x.q.shape[-1], value_size)
+        final = x.v.new_empty(batch, heads, *sizes) if options.wants_state else None
         kept = None  # the states that enter segments
-        if any(ctx.needs_input_grad):
-            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
-        for direction, inputs in enumerate(_directions(scale, eps, *tensors)):
-            to = None if kept is None else pointer(kept[direction])
-            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
-        ctx.save_for_backward(*tensors, kept)
-        return o, final
+        if keeps:
+            kept = x.v.new_empty(x.beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
+        return fresh(x.v, x.skip), final, kept
 
-    @staticmethod
-    @differentiable_by(_plain_delta_rule_cpp, constants=5)
-    def backward(ctx, do, d_final):
-        *saved, kept = ctx.saved_tensors
-        v, state, skip = saved[2], saved[7], saved[8]
-        found: list[torch.Tensor | None] = [key_gradient(x, v, skip) for x in saved[:2]]
-        found += [None if x is None else fresh(x, skip) for x in saved[2:7]]
-        d_state = None  # in, that of the final state; out, that of the initial one
-        if d_final is not None:
-            d_state = d_final.clone(memory_format=torch.contiguous_format)
-        elif state is not None:
-            d_state = torch.zeros_like(state)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
-        for direction, inputs in enumerate(_directions(ctx.scale, ctx.eps, *saved)):
-            gates = (None if x is None else x[direction] for x in found[3:])
-            gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
-            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
-        found[:2] = (of_groups(x, saved[0]) for x in found[:2] if x is not None)
-        return None, None, None, None, None, *found, None if state is None else d_state, None, None
+    def forward(self, library, x: DualTensors, options: DualOptions, made) -> None:
+        o, final, kept = made
+        for direction in range(x.beta.shape[0]):
+            inputs = pack_inputs(self.name, x.direction(direction), options.scale, options.eps, direction)
+            to = None if kept is None else pointer(kept[direction])
+            library.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
+
+    def backward(self, library, x: DualTensors, options: DualOptions, saved, gradients) -> tuple:
+        (do, d_final), (kept,) = gradients, saved
+        found: list[Any] = [key_gradient(y, x.v, x.skip) for y in (x.q, x.k)]
+        found += [None if y is None else fresh(y, x.skip) for y in x[2:7]]
+        do, d_state = whole_gradients(x.v, x.state, do, d_final)
+        for direction in range(x.beta.shape[0]):
+            own = x.direction(direction)
+            inputs = pack_inputs(self.name, own, options.scale, options.eps, direction)
+            gates = (None if y is None else y[direction] for y in found[3:])
+            to = pack_gradients(self.name, (*found[:3], *gates), d_state)
+            library.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(to))
+        found[:2] = (of_groups(y, x.q) for y in found[:2])
+        return *found, None if x.state is None else d_state, None, None
+
+    def plain(self, x: DualTensors, options: DualOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v, decay, beta, read, coupling, state, skip, starts = x
+        q, k = as_taken(q, k, v, options.eps)
+        decay, read = (torch.ones_like(beta) if y is None else y for y in (decay, read))
+        eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
+        coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
+        if skip is not None:
+            padding = skip[..., None, None]
+            q, k, v, beta = (y.masked_fill(padding, 0) for y in (q, k, v, beta))
+            decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
+        gates, outputs, final = (decay, beta, read, coupling), [], state
+        for direction in range(beta.shape[0]):
+            tensors: list[Any] = [q * options.scale, k, v, *(y[direction] for y in gates)]
+            tensors.append(None if starts is None else starts[direction])
+            if direction:
+                tensors = [None if y is None else y.flip(1) for y in tensors]
+            arguments: Any = (*tensors[:-1], state, tensors[-1], options.use_delta_rule)
+            o, final = run_dual(*arguments)
+            outputs.append(o.flip(1) if direction else o)
+        return sum(outputs[1:], outputs[0]), final
 
 
 def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, ...]:
@@ -6532,11 +6823,6 @@ def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | Non
         q, k = (x.to(dtype) * torch.rsqrt(x.to(dtype).square().sum(-1, keepdim=True) + eps) for x in (q, k))
     shared = v.shape[2] // q.shape[2]
     return (q, k) if shared == 1 else tuple(x.repeat_interleave(shared, dim=2) for x in (q, k))
-
-
-def fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """Memory for what a kernel writes; it leaves out padded tokens."""
-    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -6566,20 +6852,53 @@ def of_groups(gradient: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.shape[2] == groups else gradient.unflatten(2, (groups, -1)).sum(3)
 
 
-def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs_delta_rule_cpp:
-    """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
-    q, k, v = tensors[:3]
-    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads(), parts_of(q, v))
-    strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
-    return _Inputs_delta_rule_cpp(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
+def whole_gradients(v, state, do, d_final) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of the outputs as the kernel reads it, and memory for that of a state: it holds that of the final
+    state at first, and that of the initial one afterwards. None if neither counts."""
+    d_state = None
+    if d_final is not None:
+        d_state = d_final.clone(memory_format=torch.contiguous_format)
+    elif state is not None:
+        d_state = torch.zeros_like(state)
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do.contiguous()
+    return do, d_state
 
 
-def _directions(scale, eps, q, k, v, decay, beta, read, coupling, state, skip, starts):
-    """The arguments for each pass over the tokens."""
-    for direction in range(beta.shape[0]):
-        gates = (None if x is None else x[direction] for x in (decay, beta, read, coupling))
-        tensors = (q, k, v, *gates, state, skip, None if starts is None else starts[direction])
-        yield arguments(tensors, scale, eps, direction)
+def pack_inputs(kernel: str, x: DualTensors, scale: float, eps: float | None, reverse: int = 0) -> ctypes.Structure:
+    """The arguments of the kernels for one pass over the tokens; valid while the tensors live."""
+    batch, length, heads = x.v.shape[:3]
+    strides = [y.stride() for y in x[:3]]
+    return pack(
+        kernel,
+        "Inputs",
+        q=x.q.data_ptr(),
+        k=x.k.data_ptr(),
+        v=x.v.data_ptr(),
+        decay=address(x.decay),
+        beta=x.beta.data_ptr(),
+        read=address(x.read),
+        coupling=address(x.coupling),
+        state=address(x.state),
+        skip=address(x.skip),
+        starts=address(x.starts),
+        scale=scale,
+        eps=-1.0 if eps is None else eps,
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_heads=x.q.shape[2],
+        reverse=reverse,
+        threads=torch.get_num_threads(),
+        parts=parts_of(x.q, x.v),
+        row=tuple(stride[0] for stride in strides),
+        token=tuple(stride[1] for stride in strides),
+    )
+
+
+def pack_gradients(kernel: str, found: tuple[torch.Tensor | None, ...], d_state: torch.Tensor | None):
+    """Where the kernel writes the gradients of q, k, v and the gates, and that of the state."""
+    places = {name: address(y) for name, y in zip(DualTensors._fields[:7], found, strict=True)}
+    return pack(kernel, "Gradients", state=address(d_state), **places)
 
 
 @cache
@@ -6590,6 +6909,9 @@ def delta_kernel(key_size: int, value_size: int, memories: int = 1, use_delta_ru
     sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": SEGMENT}
     sizes["DELTA"] = int(use_delta_rule)
     return HeadKernel("delta_rule", key_size * value_size * memories, tuple(sizes.items()))
+
+
+_delta_rule = _DeltaRule()
 
 
 def cpp_dual(
@@ -6615,25 +6937,24 @@ def cpp_dual(
     are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
     value_size = v.shape[-1]
-    heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
-    kernel = require_kernel(heads, q, k, v, g, beta, read, coupling, state)
+    refuse_float64(q, k, v, g, beta, read, coupling, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
+    tensors: Any = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    options = (scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = apply_function(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
+    options = DualOptions(scale, norm_eps, use_delta_rule, wants_state and causal)
+    o, final = _delta_rule(DualTensors._make((*tensors, skip, starts)), options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
-    return o, final
+    return o, final if options.wants_state else None
 
 
 def cpp_delta(
@@ -6992,8 +7313,8 @@ projection gives."""
 
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -7004,16 +7325,19 @@ COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
 
 
-class _Inputs_lam_gates(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "k", "v", "flux_weight", "decay_bias", "flux_bias")),
-        *((name, ctypes.c_int64) for name in ("tokens", "directions", "heads", "key_size", "value_size", "threads")),
-        ("leak_max", ctypes.c_double),
-    ]
+class LamGateTensors(NamedTuple):
+    """The tensors that `cpp_lam_gates` takes."""
+
+    x: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    flux_weight: torch.Tensor
+    decay_bias: torch.Tensor
+    flux_bias: torch.Tensor
 
 
-class _Gates(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("g", "beta", "read", "coupling")]
+class LamGateOptions(NamedTuple):
+    leak_max: float
 
 
 def plain_lam_gates(
@@ -7047,47 +7371,65 @@ def plain_lam_gates(
     return g, beta, read, coupling
 
 
-def _plain_lam_gates(ctx, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
-    arguments: Any = (*tensors, ctx.leak_max)
-    return plain_lam_gates(*arguments)
+class _LamGates(KernelOp):
+    """The kernels of lam_gates.cpp."""
 
+    name, Tensors, Options = "lam_gates", LamGateTensors, LamGateOptions
+    outputs = 4
 
-class _LamGates(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, leak_max, x, k, v, flux_weight, decay_bias, flux_bias):
-        tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
-        directions, heads = flux_bias.shape
-        g, beta, read = (x.new_empty(directions, *v.shape[:2], heads, 2) for _ in range(3))
-        coupling = x.new_empty(*g.shape, 2)
-        gates = _Gates(*(gate.data_ptr() for gate in (g, beta, read, coupling)))
-        kernel.forward(_LamGates.inputs(tensors, leak_max), ctypes.byref(gates))
-        ctx.kernel, ctx.leak_max = kernel, leak_max
-        ctx.save_for_backward(*tensors)
-        return g, beta, read, coupling
+    def kernel(self, x: LamGateTensors, options: LamGateOptions) -> HeadKernel:
+        return HeadKernel("lam_gates", 0, ())
 
-    @staticmethod
-    @differentiable_by(_plain_lam_gates, constants=2)
-    def backward(ctx, *gradients):
-        tensors = ctx.saved_tensors
-        x, k, v, flux_weight, _, flux_bias = tensors
-        given = [gradient.contiguous() for gradient in gradients]
-        dx, d_flux = torch.empty_like(x), x.new_empty(*x.shape[:2], *flux_bias.shape)
-        gates = _Gates(*(gradient.data_ptr() for gradient in given))
-        ctx.kernel.backward(_LamGates.inputs(tensors, ctx.leak_max), ctypes.byref(gates), pointer(dx), pointer(d_flux))
-        d_decay = dx.unflatten(-1, (*flux_bias.shape, -1))[..., _DECAY]  # the bias is added to what is projected
+    def allocate(self, x: LamGateTensors, options: LamGateOptions, keeps: bool) -> tuple[torch.Tensor, ...]:
+        directions, heads = x.flux_bias.shape
+        g, beta, read = (x.x.new_empty(directions, *x.v.shape[:2], heads, 2) for _ in range(3))
+        return g, beta, read, x.x.new_empty(*g.shape, 2)
+
+    def forward(self, library, x: LamGateTensors, options: LamGateOptions, made) -> None:
+        library.forward(ctypes.byref(_inputs_lam_gates(x, options)), ctypes.byref(_gates(made)))
+
+    def backward(self, library, x: LamGateTensors, options: LamGateOptions, saved, gradients) -> tuple:
+        shapes = self.allocate(x, options, False) if any(dy is None for dy in gradients) else gradients
+        given = [
+            torch.zeros_like(y) if dy is None else dy.contiguous() for y, dy in zip(shapes, gradients, strict=True)
+        ]
+        dx, d_flux = torch.empty_like(x.x), x.x.new_empty(*x.x.shape[:2], *x.flux_bias.shape)
+        inputs, gates = _inputs_lam_gates(x, options), _gates(given)
+        library.backward(ctypes.byref(inputs), ctypes.byref(gates), pointer(dx), pointer(d_flux))
+        d_decay = dx.unflatten(-1, (*x.flux_bias.shape, -1))[..., _DECAY]  # the bias is added to what is projected
         # Of k^T W v, head by head.
-        slopes, keys, values = (y.flatten(0, 1).transpose(0, 1) for y in (d_flux.sum(2)[..., None], k, v))
-        dk, dv = (slopes * values) @ flux_weight.transpose(1, 2), slopes * (keys @ flux_weight)
+        slopes, keys, values = (y.flatten(0, 1).transpose(0, 1) for y in (d_flux.sum(2)[..., None], x.k, x.v))
+        dk, dv = (slopes * values) @ x.flux_weight.transpose(1, 2), slopes * (keys @ x.flux_weight)
         d_weight = (slopes * keys).transpose(1, 2) @ values
-        dk, dv = (y.transpose(0, 1).reshape(like.shape) for y, like in ((dk, k), (dv, v)))
-        return None, None, dx, dk, dv, d_weight, d_decay.sum((0, 1)), d_flux.sum((0, 1))
+        dk, dv = (y.transpose(0, 1).reshape(like.shape) for y, like in ((dk, x.k), (dv, x.v)))
+        return dx, dk, dv, d_weight, d_decay.sum((0, 1)), d_flux.sum((0, 1))
 
-    @staticmethod
-    def inputs(tensors, leak_max):
-        x, k, v, _, _, flux_bias = tensors
-        sizes = (x.shape[0] * x.shape[1], *flux_bias.shape, k.shape[-1], v.shape[-1])
-        sizes += (threads(x.numel(), GATES_WORTH_THREADS),)
-        return ctypes.byref(_Inputs_lam_gates(*(tensor.data_ptr() for tensor in tensors), *sizes, leak_max))
+    def plain(self, x: LamGateTensors, options: LamGateOptions) -> tuple[torch.Tensor | None, ...]:
+        return plain_lam_gates(*x, options.leak_max)
+
+
+def _inputs_lam_gates(x: LamGateTensors, options: LamGateOptions) -> ctypes.Structure:
+    directions, heads = x.flux_bias.shape
+    return pack(
+        "lam_gates",
+        "Inputs",
+        **{name: y.data_ptr() for name, y in zip(x._fields, x, strict=True)},
+        tokens=x.x.shape[0] * x.x.shape[1],
+        directions=directions,
+        heads=heads,
+        key_size=x.k.shape[-1],
+        value_size=x.v.shape[-1],
+        threads=threads(x.x.numel(), GATES_WORTH_THREADS),
+        leak_max=options.leak_max,
+    )
+
+
+def _gates(tensors: Sequence[torch.Tensor]) -> ctypes.Structure:
+    g, beta, read, coupling = (y.data_ptr() for y in tensors)
+    return pack("lam_gates", "Gates", g=g, beta=beta, read=read, coupling=coupling)
+
+
+_lam_gates = _LamGates()
 
 
 def cpp_lam_gates(
@@ -7112,8 +7454,7 @@ def cpp_lam_gates(
         g, beta and read `[D, B, T, H, 2]` and the coupling `[D, B, T, H, 2, 2]`, float32; None where no kernel runs.
     """
     tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
-    kernel = lam_gates_kernel(*tensors)
-    if kernel is None:
+    if not runs_lam_gates(*tensors):
         return None
     with without_autocast(x.device):
-        return apply_function(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))
+        return _lam_gates(LamGateTensors(*(y.float().contiguous() for y in tensors)), LamGateOptions(leak_max))

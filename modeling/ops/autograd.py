@@ -39,6 +39,26 @@ def hides_values() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+class _Unrecorded:
+    """A dummy context, for calling the forward of an autograd function directly when no gradient is needed."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
+    own work takes longer than the kernel."""
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return function.apply(*arguments)
+    return function.forward(_Unrecorded(), *arguments)
+
+
 def differentiable_by(plain: Callable, constants: int) -> Callable:
     """Decorator of the backward pass of an autograd function, in the place of `once_differentiable`.
 
@@ -54,7 +74,7 @@ def differentiable_by(plain: Callable, constants: int) -> Callable:
             # While the engine runs, gradients are recorded only under create_graph=True.
             recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if recorded or is_transformed():
-                return (None,) * constants + _gradients(plain, ctx, ctx.needs_input_grad[constants:], gradients)
+                return (None,) * constants + plain_gradients(plain, ctx, ctx.needs_input_grad[constants:], gradients)
             with torch.no_grad():
                 return backward(ctx, *gradients)
 
@@ -63,7 +83,10 @@ def differentiable_by(plain: Callable, constants: int) -> Callable:
     return decorate
 
 
-def _gradients(plain: Callable, ctx: Any, needed: tuple[bool, ...], gradients) -> tuple[torch.Tensor | None, ...]:
+def plain_gradients(
+    plain: Callable, ctx: Any, needed: tuple[bool, ...], gradients: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that autograd makes from `plain(ctx, *saved)`, of those tensors that are `needed`."""
     saved, create_graph = list(ctx.saved_tensors), torch.is_grad_enabled()
     device = next(dy.device for dy in gradients if dy is not None)
     with torch.enable_grad(), without_autocast(device):

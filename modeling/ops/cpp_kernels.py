@@ -54,6 +54,7 @@ def _read(path: str) -> bytes:
 def _read_sources() -> dict[str, str]:
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [name for name in names if name.endswith((".cpp", ".h"))]
     return {name: _read(os.path.join(folder, name)).decode() for name in names}
 
 
@@ -111,12 +112,20 @@ def load_kernel(name: str, **sizes: int) -> ctypes.CDLL | None:
 
     `LALM_CPP=0` in the environment turns compiling off; `LALM_CACHE` names the folder of the compiled libraries.
     """
-    plan = _plan(name, tuple(sizes.items()))
-    if plan is None:
-        return None
-    if not plan.is_tried:
+    return _load(name, tuple(sizes.items()))
+
+
+def _load(name: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | None:
+    plan = _plan(name, sizes)
+    if plan is not None and not plan.is_tried:
         plan.load()
-    return plan.kernel
+    return None if plan is None else plan.kernel
+
+
+@torch.compiler.assume_constant_result
+def has_library(name: str, sizes: tuple[tuple[str, int], ...]) -> bool:
+    """Whether `load_kernel` gives a library. A graph that is compiled takes the answer of that moment."""
+    return _load(name, sizes) is not None
 
 
 def why_no_kernel(name: str, **sizes: int) -> str | None:
@@ -216,29 +225,15 @@ def _named_compiler(name: str | None) -> tuple[str, ...]:
     return ()
 
 
-class _Unrecorded:
-    """A dummy context, for calling the forward of an autograd function directly when no gradient is needed."""
-
-    needs_input_grad = ()
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
-def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, or its forward alone if nothing requires a gradient: with few tokens, autograd's
-    own work takes longer than the kernel."""
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-        return function.apply(*arguments)
-    return function.forward(_Unrecorded(), *arguments)
-
-
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p | None:
     """The address of a contiguous tensor, for a kernel; the caller keeps the tensor alive."""
     return None if x is None else ctypes.c_void_p(x.data_ptr())
+
+
+_NO_KERNEL = (
+    "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and float32 or less. Use "
+    "implementation='auto'."
+)
 
 
 def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> ctypes.CDLL:
@@ -247,14 +242,19 @@ def require_kernel(kernel: HeadKernel | None, *tensors: torch.Tensor | None) -> 
     Raises:
         RuntimeError: there is none.
     """
-    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
-    library = load_kernel(kernel.name, **dict(kernel.sizes)) if on_cpu and kernel is not None else None
-    if library is None or compute_dtype(*tensors) == torch.float64:
-        raise RuntimeError(
-            "There is no C++ kernel for these tensors: it needs the CPU, a C++ compiler and float32 or less. Use "
-            "implementation='auto'."
-        )
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            raise RuntimeError(_NO_KERNEL)
+    library = None if kernel is None else _load(kernel.name, kernel.sizes)
+    if library is None:
+        raise RuntimeError(_NO_KERNEL)
     return library
+
+
+def refuse_float64(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError if a tensor is of float64, which no kernel computes in."""
+    if compute_dtype(*tensors) == torch.float64:
+        raise RuntimeError(_NO_KERNEL)
 
 
 def boundaries(layout: SequenceLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
@@ -20,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 from lalm.modeling.ops.autograd import has_open_length, hides_values, is_looked_into
-from lalm.modeling.ops.cpp_kernels import HeadKernel, load_kernel
+from lalm.modeling.ops.cpp_kernels import HeadKernel, has_library, load_kernel
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -152,8 +153,9 @@ def in_form(op: Callable, form: str) -> Callable:
 
 
 def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
-    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_compiling() or is_looked_into():
+    """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`, in a graph that is compiled too; not in a
+    program that is exported, which is to run where there is none."""
+    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_exporting() or is_looked_into():
         return False
     batch, length, heads = q.shape[:3]
     if kernel.state_size < SMALLEST_STATE:
@@ -161,7 +163,10 @@ def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
-    return load_kernel(kernel.name, **dict(kernel.sizes)) is not None
+    sizes = kernel.sizes
+    if torch.compiler.is_compiling():  # a graph for open sizes of heads would need a kernel for each
+        sizes = tuple((name, operator.index(size)) for name, size in sizes)
+    return has_library(kernel.name, sizes)
 
 
 def _reaches_gpu(name: str, v: torch.Tensor) -> bool:
@@ -377,9 +382,12 @@ def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **
     return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
-def lam_gates_kernel(x: torch.Tensor, *tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The kernel for LAM's gates from their projection `x`, None for plain torch."""
-    return None if _is_fewer(x.numel(), WORTH_A_GATE_KERNEL) else _elementwise("lam_gates", x, *tensors)
+def runs_lam_gates(x: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Whether the kernel for LAM's gates from their projection `x` runs, in a graph that is compiled too."""
+    if torch.compiler.is_exporting() or is_looked_into() or x.numel() < WORTH_A_GATE_KERNEL:
+        return False
+    on_cpu = all(y.is_cpu for y in (x, *tensors))
+    return on_cpu and compute_dtype(x, *tensors) == torch.float32 and has_library("lam_gates", ())
 
 
 def threads(numbers: int, worth: int = WORTH_THREADS) -> int:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from lalm import BasedConfig, DeltaNetConfig, GLAConfig, LamConfig, LinearAttentionConfig, RetNetConfig
 from lalm.modeling.ops.cpp_kernels import load_kernel
@@ -88,3 +90,31 @@ def test_pieces_and_generation(row):
             cache = out.past_key_values
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_to_one_graph_with_the_kernel(row):
+    """Loss and gradients of a training step; every layer has its op in the graphs of both passes."""
+    if row.name in ("linear_taylor", "linear_unnormalized", "delta_net"):
+        pytest.skip("other rows take the same kernel")
+    model, ids = row.build(dtype=torch.float32, linear_attn_implementation="cpp", num_hidden_layers=2), token_ids(row)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False} | batches(ids)["left"]
+    found = []
+
+    def keep(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes if "lalm" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled, results = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(**batch).loss
+        loss.backward()
+        results.append((loss.detach(), [x.grad for x in model.parameters() if x.grad is not None]))
+    for x, expected in zip(results[1][1], results[0][1], strict=True):
+        assert (x - expected).norm() <= 1e-5 * expected.norm()
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    layers = 1 if row.name == "based" else 2  # whose other layer is a window
+    rules = [name for name in found if "gates" not in name]
+    assert sum("backward" not in name for name in rules) == sum("backward" in name for name in rules) == layers

@@ -97,6 +97,7 @@ def test_mixers_ask_with_their_values(row, monkeypatch):
     asked = []
     monkeypatch.setattr(dispatch, "_is_for_fla", lambda v: asked.append(v.dtype))
     monkeypatch.setattr(dispatch, "load_kernel", lambda name, **sizes: None)
+    monkeypatch.setattr(dispatch, "has_library", lambda name, sizes: False)
     model = row.build(dtype=torch.bfloat16)
     with torch.no_grad():
         model(input_ids=torch.arange(1, 20)[None])

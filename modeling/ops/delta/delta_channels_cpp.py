@@ -6,71 +6,93 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, pointer, refuse_float64
 from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
 from lalm.modeling.ops.delta.delta_rule_cpp import (
     SEGMENT,
-    Gradients,
-    arguments,
+    DualTensors,
     as_rows,
     as_taken,
-    fresh,
     key_gradient,
     of_groups,
+    pack_gradients,
+    pack_inputs,
+    whole_gradients,
 )
+from lalm.modeling.ops.kernels.kernel_op import KernelOp, fresh
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
-def _plain(ctx, q, k, v, g, beta, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
-    q, k = as_taken(q, k, v, ctx.eps)
-    return recurrent_delta(q, k, v, g, beta, ctx.scale, state, layout)
+class ChannelTensors(NamedTuple):
+    """q, k `[B, T, G, K]`, v `[B, T, H, V]`, g `[B, T, H, K]`, beta `[B, T, H]`, state `[B, H, K, V]`; skip and starts
+    `[B, T]`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    state: torch.Tensor | None
+    skip: torch.Tensor | None
+    starts: torch.Tensor | None
 
 
-class _CppChannels(torch.autograd.Function):
+class ChannelOptions(NamedTuple):
+    scale: float
+    eps: float | None  # for q and k made unit vectors
+    wants_state: bool
+
+
+class _DeltaChannels(KernelOp):
     """The kernels of delta_channels.cpp."""
 
-    @staticmethod
-    def forward(ctx, kernel, scale, eps, wants_state, *tensors):
-        q, v, skip = tensors[0], tensors[2], tensors[6]
-        ctx.kernel, ctx.scale, ctx.eps = kernel, scale, eps
-        ctx.set_materialize_grads(False)
-        batch, length, heads, value_size = v.shape
-        o, shape = fresh(v, skip), (q.shape[-1], value_size)
-        final = v.new_empty(batch, heads, *shape) if wants_state else None
-        kept = None  # the states that enter segments
-        if any(ctx.needs_input_grad):
-            kept = v.new_empty(batch, heads, max(0, length - 1) // SEGMENT, *shape)
-        kernel.forward(ctypes.byref(_inputs(scale, eps, *tensors)), pointer(o), pointer(final), pointer(kept))
-        ctx.save_for_backward(*tensors, kept)
-        return o, final
+    name, Tensors, Options = "delta_channels", ChannelTensors, ChannelOptions
+    masks, outputs, extras = 2, 2, 1
 
-    @staticmethod
-    @differentiable_by(_plain, constants=4)
-    def backward(ctx, do, d_final):
-        *saved, kept = ctx.saved_tensors
-        v, state, skip = saved[2], saved[5], saved[6]
-        found = [*(key_gradient(x, v, skip) for x in saved[:2]), *(fresh(x, skip) for x in saved[2:5])]
-        d_state = None  # in, that of the final state; out, that of the initial one
-        if d_final is not None:
-            d_state = d_final.clone(memory_format=torch.contiguous_format)
-        elif state is not None:
-            d_state = torch.zeros_like(state)
-        do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do.contiguous()
-        gradients = Gradients(*(pointer(x) for x in (*found, None, None, d_state)))
-        inputs = _inputs(ctx.scale, ctx.eps, *saved)
-        ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept), ctypes.byref(gradients))
-        found[:2] = (of_groups(x, saved[0]) for x in found[:2])
-        return None, None, None, None, *found, None if state is None else d_state, None, None
+    def kernel(self, x: ChannelTensors, options: ChannelOptions) -> HeadKernel:
+        return channels_kernel(x.q.shape[-1], x.v.shape[-1])
+
+    def dense(self, x: ChannelTensors) -> ChannelTensors:
+        return ChannelTensors(*(as_rows(y) for y in x[:3]), *(None if y is None else y.contiguous() for y in x[3:]))
+
+    def allocate(self, x: ChannelTensors, options: ChannelOptions, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        batch, length, heads, value_size = x.v.shape
+        shape = (x.q.shape[-1], value_size)
+        final = x.v.new_empty(batch, heads, *shape) if options.wants_state else None
+        # The states that enter segments.
+        kept = x.v.new_empty(batch, heads, max(0, length - 1) // SEGMENT, *shape) if keeps else None
+        return fresh(x.v, x.skip), final, kept
+
+    def forward(self, library, x: ChannelTensors, options: ChannelOptions, made) -> None:
+        library.forward(ctypes.byref(_inputs(x, options)), *(pointer(y) for y in made))
+
+    def backward(self, library, x: ChannelTensors, options: ChannelOptions, saved, gradients) -> tuple:
+        (do, d_final), (kept,) = gradients, saved
+        found = [*(key_gradient(y, x.v, x.skip) for y in x[:2]), *(fresh(y, x.skip) for y in x[2:5])]
+        do, d_state = whole_gradients(x.v, x.state, do, d_final)
+        to = pack_gradients(self.name, (*found, None, None), d_state)
+        library.backward(ctypes.byref(_inputs(x, options)), pointer(do), pointer(kept), ctypes.byref(to))
+        found[:2] = (of_groups(y, x.q) for y in found[:2])
+        return *found, None if x.state is None else d_state, None, None
+
+    def plain(self, x: ChannelTensors, options: ChannelOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g, beta, state, skip, starts = x
+        layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
+        q, k = as_taken(q, k, v, options.eps)
+        return recurrent_delta(q, k, v, g, beta, options.scale, state, layout)
 
 
-def _inputs(scale, eps, q, k, v, g, beta, state, skip, starts):
-    return arguments((q, k, v, g, beta, None, None, state, skip, starts), scale, eps)
+def _inputs(x: ChannelTensors, options: ChannelOptions) -> ctypes.Structure:
+    tensors = DualTensors(*x[:5], None, None, *x[5:])
+    return pack_inputs("delta_channels", tensors, options.scale, options.eps)
+
+
+_delta_channels = _DeltaChannels()
 
 
 @cache
@@ -95,12 +117,13 @@ def cpp_kda(
     """`recurrent_delta` with g `[B, T, H, K]` in C++. q and k may have fewer heads than v, and are made unit vectors
     if `norm_eps` is given (see `as_taken`). Without `wants_state` there is no final state, nor the work for it."""
     value_size = v.shape[-1]
-    kernel = require_kernel(channels_kernel(q.shape[-1], value_size), q, k, v, g, beta, state)
+    refuse_float64(q, k, v, g, beta, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
-    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
+    tensors: Any = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (g, beta, state)]
-    o, final = apply_function(_CppChannels, kernel, scale, norm_eps, wants_state, *tensors, *boundaries(layout))
+    x, options = ChannelTensors._make((*tensors, *boundaries(layout))), ChannelOptions(scale, norm_eps, wants_state)
+    o, final = _delta_channels(x, options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
-    return o, final
+    return o, final if wants_state else None

@@ -10,99 +10,111 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, pointer, refuse_float64
 from lalm.modeling.ops.delta.dual_recurrence import run_dual
 from lalm.modeling.ops.dtypes import compute_dtype
+from lalm.modeling.ops.kernels.kernel_op import KernelOp, address, fresh, pack
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 # Tokens whose states the backward pass recomputes at once, in a second-level cache.
 SEGMENT = 256
-_GATES = ("decay", "beta", "read", "coupling")
 
 
-_Strides = ctypes.c_int64 * 3
+class DualTensors(NamedTuple):
+    """q, k `[B, T, G, K]`, v `[B, T, H, V]`, and with a first axis for the directions, gates `[D, B, T, H, M]`, the
+    coupling `[D, B, T, H, M, M]` and starts `[D, B, T]`; state `[B, H, M, K, V]`, skip `[B, T]`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    decay: torch.Tensor | None
+    beta: torch.Tensor
+    read: torch.Tensor | None
+    coupling: torch.Tensor | None
+    state: torch.Tensor | None
+    skip: torch.Tensor | None
+    starts: torch.Tensor | None
+
+    def direction(self, index: int) -> DualTensors:
+        """Those of one pass over the tokens."""
+        gates = (None if x is None else x[index] for x in self[3:7])
+        return DualTensors._make((*self[:3], *gates, *self[7:9], None if self.starts is None else self.starts[index]))
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state", "skip", "starts")),
-        *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "key_heads", "reverse", "threads", "parts")),
-        *((name, _Strides) for name in ("row", "token")),
-    ]
+class DualOptions(NamedTuple):
+    scale: float
+    eps: float | None  # for q and k made unit vectors
+    use_delta_rule: bool
+    wants_state: bool
 
 
-class Gradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", *_GATES, "state")]
+class _DeltaRule(KernelOp):
+    """The kernels of delta_rule.cpp, once for every direction."""
 
+    name, Tensors, Options = "delta_rule", DualTensors, DualOptions
+    masks, outputs, extras = 2, 2, 1
 
-def _plain(ctx, q, k, v, decay, beta, read, coupling, state, skip, starts, _) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = as_taken(q, k, v, ctx.eps)
-    decay, read = (torch.ones_like(beta) if x is None else x for x in (decay, read))
-    eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
-    coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
-    if skip is not None:
-        padding = skip[..., None, None]
-        q, k, v, beta = (x.masked_fill(padding, 0) for x in (q, k, v, beta))
-        decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
-    gates, outputs, final = (decay, beta, read, coupling), [], state
-    for direction in range(beta.shape[0]):
-        tensors = [q * ctx.scale, k, v, *(x[direction] for x in gates)]
-        tensors.append(None if starts is None else starts[direction])
-        if direction:
-            tensors = [None if x is None else x.flip(1) for x in tensors]
-        arguments: Any = (*tensors[:-1], state, tensors[-1], ctx.delta)
-        o, final = run_dual(*arguments)
-        outputs.append(o.flip(1) if direction else o)
-    return sum(outputs[1:], outputs[0]), final
+    def kernel(self, x: DualTensors, options: DualOptions) -> HeadKernel | None:
+        return delta_kernel(x.q.shape[-1], x.v.shape[-1], x.beta.shape[-1], options.use_delta_rule)
 
+    def dense(self, x: DualTensors) -> DualTensors:
+        return DualTensors(*(as_rows(y) for y in x[:3]), *(None if y is None else y.contiguous() for y in x[3:]))
 
-class _CppDeltaRule(torch.autograd.Function):
-    """The kernels of delta_rule.cpp, once for every direction; gates and starts have a first axis for it."""
-
-    @staticmethod
-    def forward(ctx, kernel, scale, eps, delta, wants_state, *tensors):
-        q, _, v, _, beta, *_, skip, _ = tensors
-        ctx.kernel, ctx.scale, ctx.eps, ctx.delta = kernel, scale, eps, delta
-        ctx.set_materialize_grads(False)
-        o = fresh(v, skip)
-        batch, length, heads, value_size = v.shape
-        sizes = (beta.shape[-1], q.shape[-1], value_size)
-        final = v.new_empty(batch, heads, *sizes) if wants_state else None
+    def allocate(self, x: DualTensors, options: DualOptions, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        batch, length, heads, value_size = x.v.shape
+        sizes = (x.beta.shape[-1], x.q.shape[-1], value_size)
+        final = x.v.new_empty(batch, heads, *sizes) if options.wants_state else None
         kept = None  # the states that enter segments
-        if any(ctx.needs_input_grad):
-            kept = v.new_empty(beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
-        for direction, inputs in enumerate(_directions(scale, eps, *tensors)):
-            to = None if kept is None else pointer(kept[direction])
-            kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
-        ctx.save_for_backward(*tensors, kept)
-        return o, final
+        if keeps:
+            kept = x.v.new_empty(x.beta.shape[0], batch, heads, max(0, length - 1) // SEGMENT, *sizes)
+        return fresh(x.v, x.skip), final, kept
 
-    @staticmethod
-    @differentiable_by(_plain, constants=5)
-    def backward(ctx, do, d_final):
-        *saved, kept = ctx.saved_tensors
-        v, state, skip = saved[2], saved[7], saved[8]
-        found: list[torch.Tensor | None] = [key_gradient(x, v, skip) for x in saved[:2]]
-        found += [None if x is None else fresh(x, skip) for x in saved[2:7]]
-        d_state = None  # in, that of the final state; out, that of the initial one
-        if d_final is not None:
-            d_state = d_final.clone(memory_format=torch.contiguous_format)
-        elif state is not None:
-            d_state = torch.zeros_like(state)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
-        for direction, inputs in enumerate(_directions(ctx.scale, ctx.eps, *saved)):
-            gates = (None if x is None else x[direction] for x in found[3:])
-            gradients = Gradients(*(pointer(x) for x in (*found[:3], *gates, d_state)))
-            ctx.kernel.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(gradients))
-        found[:2] = (of_groups(x, saved[0]) for x in found[:2] if x is not None)
-        return None, None, None, None, None, *found, None if state is None else d_state, None, None
+    def forward(self, library, x: DualTensors, options: DualOptions, made) -> None:
+        o, final, kept = made
+        for direction in range(x.beta.shape[0]):
+            inputs = pack_inputs(self.name, x.direction(direction), options.scale, options.eps, direction)
+            to = None if kept is None else pointer(kept[direction])
+            library.forward(ctypes.byref(inputs), pointer(o), pointer(final), to)
+
+    def backward(self, library, x: DualTensors, options: DualOptions, saved, gradients) -> tuple:
+        (do, d_final), (kept,) = gradients, saved
+        found: list[Any] = [key_gradient(y, x.v, x.skip) for y in (x.q, x.k)]
+        found += [None if y is None else fresh(y, x.skip) for y in x[2:7]]
+        do, d_state = whole_gradients(x.v, x.state, do, d_final)
+        for direction in range(x.beta.shape[0]):
+            own = x.direction(direction)
+            inputs = pack_inputs(self.name, own, options.scale, options.eps, direction)
+            gates = (None if y is None else y[direction] for y in found[3:])
+            to = pack_gradients(self.name, (*found[:3], *gates), d_state)
+            library.backward(ctypes.byref(inputs), pointer(do), pointer(kept[direction]), ctypes.byref(to))
+        found[:2] = (of_groups(y, x.q) for y in found[:2])
+        return *found, None if x.state is None else d_state, None, None
+
+    def plain(self, x: DualTensors, options: DualOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v, decay, beta, read, coupling, state, skip, starts = x
+        q, k = as_taken(q, k, v, options.eps)
+        decay, read = (torch.ones_like(beta) if y is None else y for y in (decay, read))
+        eye = torch.eye(beta.shape[-1], dtype=q.dtype, device=q.device)
+        coupling = eye.expand(*beta.shape, -1) if coupling is None else coupling
+        if skip is not None:
+            padding = skip[..., None, None]
+            q, k, v, beta = (y.masked_fill(padding, 0) for y in (q, k, v, beta))
+            decay, coupling = decay.masked_fill(padding, 1), torch.where(padding[..., None], eye, coupling)
+        gates, outputs, final = (decay, beta, read, coupling), [], state
+        for direction in range(beta.shape[0]):
+            tensors: list[Any] = [q * options.scale, k, v, *(y[direction] for y in gates)]
+            tensors.append(None if starts is None else starts[direction])
+            if direction:
+                tensors = [None if y is None else y.flip(1) for y in tensors]
+            arguments: Any = (*tensors[:-1], state, tensors[-1], options.use_delta_rule)
+            o, final = run_dual(*arguments)
+            outputs.append(o.flip(1) if direction else o)
+        return sum(outputs[1:], outputs[0]), final
 
 
 def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, ...]:
@@ -113,11 +125,6 @@ def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float | Non
         q, k = (x.to(dtype) * torch.rsqrt(x.to(dtype).square().sum(-1, keepdim=True) + eps) for x in (q, k))
     shared = v.shape[2] // q.shape[2]
     return (q, k) if shared == 1 else tuple(x.repeat_interleave(shared, dim=2) for x in (q, k))
-
-
-def fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """Memory for what a kernel writes; it leaves out padded tokens."""
-    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -147,20 +154,53 @@ def of_groups(gradient: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.shape[2] == groups else gradient.unflatten(2, (groups, -1)).sum(3)
 
 
-def arguments(tensors: tuple[Any, ...], scale: float, eps: float | None, reverse: int = 0) -> _Inputs:
-    """The arguments of the kernels: q, k, v, four gates, the state, skip and starts; valid while the tensors live."""
-    q, k, v = tensors[:3]
-    sizes = (*v.shape[:3], q.shape[2], reverse, torch.get_num_threads(), parts_of(q, v))
-    strides = (_Strides(*(x.stride(axis) for x in (q, k, v))) for axis in (0, 1))
-    return _Inputs(*(pointer(x) for x in tensors), scale, -1.0 if eps is None else eps, *sizes, *strides)
+def whole_gradients(v, state, do, d_final) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of the outputs as the kernel reads it, and memory for that of a state: it holds that of the final
+    state at first, and that of the initial one afterwards. None if neither counts."""
+    d_state = None
+    if d_final is not None:
+        d_state = d_final.clone(memory_format=torch.contiguous_format)
+    elif state is not None:
+        d_state = torch.zeros_like(state)
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do.contiguous()
+    return do, d_state
 
 
-def _directions(scale, eps, q, k, v, decay, beta, read, coupling, state, skip, starts):
-    """The arguments for each pass over the tokens."""
-    for direction in range(beta.shape[0]):
-        gates = (None if x is None else x[direction] for x in (decay, beta, read, coupling))
-        tensors = (q, k, v, *gates, state, skip, None if starts is None else starts[direction])
-        yield arguments(tensors, scale, eps, direction)
+def pack_inputs(kernel: str, x: DualTensors, scale: float, eps: float | None, reverse: int = 0) -> ctypes.Structure:
+    """The arguments of the kernels for one pass over the tokens; valid while the tensors live."""
+    batch, length, heads = x.v.shape[:3]
+    strides = [y.stride() for y in x[:3]]
+    return pack(
+        kernel,
+        "Inputs",
+        q=x.q.data_ptr(),
+        k=x.k.data_ptr(),
+        v=x.v.data_ptr(),
+        decay=address(x.decay),
+        beta=x.beta.data_ptr(),
+        read=address(x.read),
+        coupling=address(x.coupling),
+        state=address(x.state),
+        skip=address(x.skip),
+        starts=address(x.starts),
+        scale=scale,
+        eps=-1.0 if eps is None else eps,
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_heads=x.q.shape[2],
+        reverse=reverse,
+        threads=torch.get_num_threads(),
+        parts=parts_of(x.q, x.v),
+        row=tuple(stride[0] for stride in strides),
+        token=tuple(stride[1] for stride in strides),
+    )
+
+
+def pack_gradients(kernel: str, found: tuple[torch.Tensor | None, ...], d_state: torch.Tensor | None):
+    """Where the kernel writes the gradients of q, k, v and the gates, and that of the state."""
+    places = {name: address(y) for name, y in zip(DualTensors._fields[:7], found, strict=True)}
+    return pack(kernel, "Gradients", state=address(d_state), **places)
 
 
 @cache
@@ -171,6 +211,9 @@ def delta_kernel(key_size: int, value_size: int, memories: int = 1, use_delta_ru
     sizes = {"KEY": key_size, "VALUE": value_size + -value_size % LANES, "M": memories, "SEGMENT": SEGMENT}
     sizes["DELTA"] = int(use_delta_rule)
     return HeadKernel("delta_rule", key_size * value_size * memories, tuple(sizes.items()))
+
+
+_delta_rule = _DeltaRule()
 
 
 def cpp_dual(
@@ -196,25 +239,24 @@ def cpp_dual(
     are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
     value_size = v.shape[-1]
-    heads = delta_kernel(q.shape[-1], value_size, beta.shape[-1], use_delta_rule)
-    kernel = require_kernel(heads, q, k, v, g, beta, read, coupling, state)
+    refuse_float64(q, k, v, g, beta, read, coupling, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors: list[torch.Tensor | None] = [as_rows(x) for x in (q, k, v)]
+    tensors: Any = [as_rows(x) for x in (q, k, v)]
     tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
-    options = (scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = apply_function(_CppDeltaRule, kernel, *options, *tensors, skip, starts)
+    options = DualOptions(scale, norm_eps, use_delta_rule, wants_state and causal)
+    o, final = _delta_rule(DualTensors._make((*tensors, skip, starts)), options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
-    return o, final
+    return o, final if options.wants_state else None
 
 
 def cpp_delta(

@@ -5,32 +5,35 @@ projection gives."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer
-from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, lam_gates_kernel, threads
+from lalm.modeling.ops.cpp_kernels import HeadKernel, pointer
+from lalm.modeling.ops.dispatch import GATES_WORTH_THREADS, runs_lam_gates, threads
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
+from lalm.modeling.ops.kernels.kernel_op import KernelOp, pack
 
 # The projections per head that the kernel supports, and where the decays are among them.
 COMPLETE = {"beta": 1, "read": 2, "decay": 2, "leak": 2}
 _DECAY = slice(3, 5)
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "k", "v", "flux_weight", "decay_bias", "flux_bias")),
-        *((name, ctypes.c_int64) for name in ("tokens", "directions", "heads", "key_size", "value_size", "threads")),
-        ("leak_max", ctypes.c_double),
-    ]
+class LamGateTensors(NamedTuple):
+    """The tensors that `cpp_lam_gates` takes."""
+
+    x: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    flux_weight: torch.Tensor
+    decay_bias: torch.Tensor
+    flux_bias: torch.Tensor
 
 
-class _Gates(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("g", "beta", "read", "coupling")]
+class LamGateOptions(NamedTuple):
+    leak_max: float
 
 
 def plain_lam_gates(
@@ -64,47 +67,65 @@ def plain_lam_gates(
     return g, beta, read, coupling
 
 
-def _plain(ctx, *tensors: Any) -> tuple[torch.Tensor | None, ...]:
-    arguments: Any = (*tensors, ctx.leak_max)
-    return plain_lam_gates(*arguments)
+class _LamGates(KernelOp):
+    """The kernels of lam_gates.cpp."""
 
+    name, Tensors, Options = "lam_gates", LamGateTensors, LamGateOptions
+    outputs = 4
 
-class _LamGates(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, leak_max, x, k, v, flux_weight, decay_bias, flux_bias):
-        tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
-        directions, heads = flux_bias.shape
-        g, beta, read = (x.new_empty(directions, *v.shape[:2], heads, 2) for _ in range(3))
-        coupling = x.new_empty(*g.shape, 2)
-        gates = _Gates(*(gate.data_ptr() for gate in (g, beta, read, coupling)))
-        kernel.forward(_LamGates.inputs(tensors, leak_max), ctypes.byref(gates))
-        ctx.kernel, ctx.leak_max = kernel, leak_max
-        ctx.save_for_backward(*tensors)
-        return g, beta, read, coupling
+    def kernel(self, x: LamGateTensors, options: LamGateOptions) -> HeadKernel:
+        return HeadKernel("lam_gates", 0, ())
 
-    @staticmethod
-    @differentiable_by(_plain, constants=2)
-    def backward(ctx, *gradients):
-        tensors = ctx.saved_tensors
-        x, k, v, flux_weight, _, flux_bias = tensors
-        given = [gradient.contiguous() for gradient in gradients]
-        dx, d_flux = torch.empty_like(x), x.new_empty(*x.shape[:2], *flux_bias.shape)
-        gates = _Gates(*(gradient.data_ptr() for gradient in given))
-        ctx.kernel.backward(_LamGates.inputs(tensors, ctx.leak_max), ctypes.byref(gates), pointer(dx), pointer(d_flux))
-        d_decay = dx.unflatten(-1, (*flux_bias.shape, -1))[..., _DECAY]  # the bias is added to what is projected
+    def allocate(self, x: LamGateTensors, options: LamGateOptions, keeps: bool) -> tuple[torch.Tensor, ...]:
+        directions, heads = x.flux_bias.shape
+        g, beta, read = (x.x.new_empty(directions, *x.v.shape[:2], heads, 2) for _ in range(3))
+        return g, beta, read, x.x.new_empty(*g.shape, 2)
+
+    def forward(self, library, x: LamGateTensors, options: LamGateOptions, made) -> None:
+        library.forward(ctypes.byref(_inputs(x, options)), ctypes.byref(_gates(made)))
+
+    def backward(self, library, x: LamGateTensors, options: LamGateOptions, saved, gradients) -> tuple:
+        shapes = self.allocate(x, options, False) if any(dy is None for dy in gradients) else gradients
+        given = [
+            torch.zeros_like(y) if dy is None else dy.contiguous() for y, dy in zip(shapes, gradients, strict=True)
+        ]
+        dx, d_flux = torch.empty_like(x.x), x.x.new_empty(*x.x.shape[:2], *x.flux_bias.shape)
+        inputs, gates = _inputs(x, options), _gates(given)
+        library.backward(ctypes.byref(inputs), ctypes.byref(gates), pointer(dx), pointer(d_flux))
+        d_decay = dx.unflatten(-1, (*x.flux_bias.shape, -1))[..., _DECAY]  # the bias is added to what is projected
         # Of k^T W v, head by head.
-        slopes, keys, values = (y.flatten(0, 1).transpose(0, 1) for y in (d_flux.sum(2)[..., None], k, v))
-        dk, dv = (slopes * values) @ flux_weight.transpose(1, 2), slopes * (keys @ flux_weight)
+        slopes, keys, values = (y.flatten(0, 1).transpose(0, 1) for y in (d_flux.sum(2)[..., None], x.k, x.v))
+        dk, dv = (slopes * values) @ x.flux_weight.transpose(1, 2), slopes * (keys @ x.flux_weight)
         d_weight = (slopes * keys).transpose(1, 2) @ values
-        dk, dv = (y.transpose(0, 1).reshape(like.shape) for y, like in ((dk, k), (dv, v)))
-        return None, None, dx, dk, dv, d_weight, d_decay.sum((0, 1)), d_flux.sum((0, 1))
+        dk, dv = (y.transpose(0, 1).reshape(like.shape) for y, like in ((dk, x.k), (dv, x.v)))
+        return dx, dk, dv, d_weight, d_decay.sum((0, 1)), d_flux.sum((0, 1))
 
-    @staticmethod
-    def inputs(tensors, leak_max):
-        x, k, v, _, _, flux_bias = tensors
-        sizes = (x.shape[0] * x.shape[1], *flux_bias.shape, k.shape[-1], v.shape[-1])
-        sizes += (threads(x.numel(), GATES_WORTH_THREADS),)
-        return ctypes.byref(_Inputs(*(tensor.data_ptr() for tensor in tensors), *sizes, leak_max))
+    def plain(self, x: LamGateTensors, options: LamGateOptions) -> tuple[torch.Tensor | None, ...]:
+        return plain_lam_gates(*x, options.leak_max)
+
+
+def _inputs(x: LamGateTensors, options: LamGateOptions) -> ctypes.Structure:
+    directions, heads = x.flux_bias.shape
+    return pack(
+        "lam_gates",
+        "Inputs",
+        **{name: y.data_ptr() for name, y in zip(x._fields, x, strict=True)},
+        tokens=x.x.shape[0] * x.x.shape[1],
+        directions=directions,
+        heads=heads,
+        key_size=x.k.shape[-1],
+        value_size=x.v.shape[-1],
+        threads=threads(x.x.numel(), GATES_WORTH_THREADS),
+        leak_max=options.leak_max,
+    )
+
+
+def _gates(tensors: Sequence[torch.Tensor]) -> ctypes.Structure:
+    g, beta, read, coupling = (y.data_ptr() for y in tensors)
+    return pack("lam_gates", "Gates", g=g, beta=beta, read=read, coupling=coupling)
+
+
+_lam_gates = _LamGates()
 
 
 def cpp_lam_gates(
@@ -129,8 +150,7 @@ def cpp_lam_gates(
         g, beta and read `[D, B, T, H, 2]` and the coupling `[D, B, T, H, 2, 2]`, float32; None where no kernel runs.
     """
     tensors = (x, k, v, flux_weight, decay_bias, flux_bias)
-    kernel = lam_gates_kernel(*tensors)
-    if kernel is None:
+    if not runs_lam_gates(*tensors):
         return None
     with without_autocast(x.device):
-        return apply_function(_LamGates, kernel, leak_max, *(tensor.float().contiguous() for tensor in tensors))
+        return _lam_gates(LamGateTensors(*(y.float().contiguous() for y in tensors)), LamGateOptions(leak_max))

@@ -9,17 +9,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function, differentiable_by
+from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import activation_kernel, rms_norm_kernel, threads
-
-
-class _NormInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight")),
-        *((name, ctypes.c_int64) for name in ("rows", "size", "threads")),
-        ("eps", ctypes.c_double),
-    ]
+from lalm.modeling.ops.kernels.kernel_op import address, pack
 
 
 def _plain_rms_norm(ctx, x, weight, *_) -> torch.Tensor:
@@ -47,15 +40,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, weight, eps):
-        rows = x.numel() // x.shape[-1]
-        return ctypes.byref(_NormInputs(x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], threads(x.numel()), eps))
-
-
-class _ActivationInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "factor")),
-        *((name, ctypes.c_int64) for name in ("count", "threads")),
-    ]
+        numbers, size = x.numel(), x.shape[-1]
+        sizes = {"rows": numbers // size, "size": size, "threads": threads(numbers), "eps": eps}
+        return ctypes.byref(pack("rms_norm", "Inputs", x=x.data_ptr(), weight=weight.data_ptr(), **sizes))
 
 
 def _plain_activation(ctx, x, factor) -> torch.Tensor:
@@ -81,8 +68,8 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def inputs(x, factor):
-        places = x.data_ptr(), None if factor is None else factor.data_ptr()
-        return ctypes.byref(_ActivationInputs(*places, x.numel(), threads(x.numel())))
+        sizes = {"count": x.numel(), "threads": threads(x.numel())}
+        return ctypes.byref(pack("activation", "Inputs", x=x.data_ptr(), factor=address(factor), **sizes))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -13,15 +13,10 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.cpp_kernels import apply_function, load_kernel, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function
+from lalm.modeling.ops.cpp_kernels import load_kernel, pointer, preload_kernel
 from lalm.modeling.ops.dispatch import TALL, mkl_is_slow, product_library, threads
-
-
-class _FewRowsInputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "size", "outputs", "threads")),
-    ]
+from lalm.modeling.ops.kernels.kernel_op import address, pack
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -73,9 +68,9 @@ def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     assert kernel is not None
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
-    places = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()
-    sizes = (x.numel() // size, size, outputs, threads(weight.numel()))
-    kernel.forward(ctypes.byref(_FewRowsInputs(*places, *sizes)), pointer(y))
+    places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "bias": address(bias)}
+    sizes = {"rows": x.numel() // size, "size": size, "outputs": outputs, "threads": threads(weight.numel())}
+    kernel.forward(ctypes.byref(pack("few_rows", "Inputs", **places, **sizes)), pointer(y))
     return y
 
 

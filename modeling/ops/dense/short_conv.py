@@ -10,18 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import apply_function, pointer, preload_kernel
+from lalm.modeling.ops.autograd import apply_function, differentiable_by
+from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import short_conv_kernel
 from lalm.modeling.ops.dtypes import without_autocast
+from lalm.modeling.ops.kernels.kernel_op import address, fresh, pack
 from lalm.modeling.ops.sequence_layout import SequenceLayout
-
-
-class _Inputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "skip", "documents")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "threads", "row", "token")),
-    ]
 
 
 def plain_short_conv(
@@ -71,7 +65,7 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, kernel, before, activation, weight, bias, skip, documents, *parts):
         ctx.kernel, ctx.before, ctx.activation = kernel, before, activation
         ctx.save_for_backward(weight, bias, skip, documents, *parts)
-        outputs = tuple(_fresh(x, skip) for x in parts)
+        outputs = tuple(fresh(x, skip) for x in parts)
         for y, (inputs, _) in zip(outputs, _ShortConv.inputs(weight, bias, skip, documents, parts), strict=True):
             kernel.forward(inputs, pointer(y))
         return outputs
@@ -80,7 +74,7 @@ class _ShortConv(torch.autograd.Function):
     @differentiable_by(_plain, constants=3)
     def backward(ctx, *gradients):
         weight, bias, skip, documents, *parts = ctx.saved_tensors
-        found = [_fresh(x, skip) for x in parts]
+        found = [fresh(x, skip) for x in parts]
         d_weight, d_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
         inputs = _ShortConv.inputs(weight, bias, skip, documents, parts)
         for dx, dy, (part, first) in zip(found, gradients, inputs, strict=True):
@@ -91,19 +85,13 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     def inputs(weight, bias, skip, documents, parts):
         """The arguments of the kernel for each part, and its first channel."""
-        first, threads = 0, torch.get_num_threads()
+        first, common = 0, {"skip": address(skip), "documents": address(documents), "threads": torch.get_num_threads()}
         for x in parts:
-            own = [
-                None if y is None else y.data_ptr() + first * y.stride(0) * y.element_size() for y in (weight, bias)
-            ]
-            tensors = (x.data_ptr(), *own, pointer(skip), pointer(documents))
-            yield ctypes.byref(_Inputs(*tensors, *x.shape, threads, x.stride(0), x.stride(1))), first
-            first += x.shape[2]
-
-
-def _fresh(like: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """Memory for what the kernel writes; it leaves out padded tokens."""
-    return (torch.empty_like if skip is None else torch.zeros_like)(like, memory_format=torch.contiguous_format)
+            places = {"weight": address(weight[first:]), "bias": None if bias is None else address(bias[first:])}
+            batch, length, channels = x.shape
+            sizes = {"batch": batch, "length": length, "channels": channels, "row": x.stride(0), "token": x.stride(1)}
+            yield ctypes.byref(pack("short_conv", "Inputs", x=x.data_ptr(), **places, **sizes, **common)), first
+            first += channels
 
 
 def _by_channels(x: torch.Tensor) -> torch.Tensor:

@@ -8,81 +8,108 @@ backward pass it keeps the inputs and, of normalised sums, the outputs and what 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, apply_function, boundaries, pointer, require_kernel
+from lalm.modeling.ops.cpp_kernels import LANES, HeadKernel, boundaries, pointer, refuse_float64
 from lalm.modeling.ops.diagonal.diagonal_recurrence import normalized, recurrent_diagonal
 from lalm.modeling.ops.diagonal.taylor import num_taylor_features, taylor_features
+from lalm.modeling.ops.kernels.kernel_op import KernelOp, address, fresh, pack
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "decay", "state", "skip", "starts")),
-        *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "threads")),
-    ]
+class DiagonalTensors(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    state: torch.Tensor | None
+    skip: torch.Tensor | None
+    starts: torch.Tensor | None
 
 
-class _Gradients(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "state")]
+class DiagonalOptions(NamedTuple):
+    scale: float
+    eps: float | None
+    taylor: bool
 
 
-def _address(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+class _Diagonal(KernelOp):
+    """The kernels of diagonal.cpp."""
+
+    name, Tensors, Options = "diagonal", DiagonalTensors, DiagonalOptions
+    masks, outputs, extras, read_again = 2, 2, 1, 1
+
+    def kernel(self, x: DiagonalTensors, options: DiagonalOptions) -> HeadKernel:
+        gate_size = 0 if x.g is None else x.g.shape[-1]
+        return diagonal_kernel(x.q.shape[-1], x.v.shape[-1], gate_size, options.eps is not None, options.taylor)
+
+    def allocate(self, x: DiagonalTensors, options: DiagonalOptions, keeps: bool) -> tuple[torch.Tensor | None, ...]:
+        q, v, is_normalized = x.q, x.v, options.eps is not None
+        o = torch.empty_like(v) if x.skip is None else torch.zeros_like(v)
+        keys = num_taylor_features(q.shape[-1]) if options.taylor else q.shape[-1]
+        final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + is_normalized)
+        return o, final, torch.empty_like(v[..., 0]) if is_normalized and keeps else None
+
+    def forward(self, library, x: DiagonalTensors, options: DiagonalOptions, made) -> None:
+        decay = None if x.g is None else x.g.exp()
+        library.forward(ctypes.byref(_inputs(x, decay, options)), *(pointer(y) for y in made))
+
+    def saved(self, made, options: DiagonalOptions) -> tuple[torch.Tensor | None, ...]:
+        return None if options.eps is None else made[0], made[2]
+
+    def backward(self, library, x: DiagonalTensors, options: DiagonalOptions, saved, gradients) -> tuple:
+        (o, sizes), (do, d_final) = saved, gradients
+        decay = None if x.g is None else x.g.exp()
+        found = [None if y is None else fresh(y, x.skip) for y in x[:4]]
+        do = torch.zeros_like(x.v) if do is None else do.contiguous()
+        if d_final is None:
+            d_state = torch.zeros_like(cast(torch.Tensor, self.allocate(x, options, False)[1]))
+        else:
+            d_state = d_final.clone(memory_format=torch.contiguous_format)
+        names = zip("qkvg", found, strict=True)
+        made = pack("diagonal", "Gradients", state=address(d_state), **{name: address(y) for name, y in names})
+        inputs = _inputs(x, decay, options)
+        library.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(made))
+        return *found, None if x.state is None else d_state, None, None
+
+    def plain(self, x: DiagonalTensors, options: DiagonalOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g, state, skip, starts = x
+        if skip is not None:
+            q, k, v = (y.masked_fill(skip[..., None, None], 0) for y in (q, k, v))
+        if options.taylor:
+            q, k = taylor_features(q), taylor_features(k)
+        layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
+        core = recurrent_diagonal if options.eps is None else normalized(recurrent_diagonal, options.eps)
+        return core(q, k, v, g, options.scale, state, layout)
 
 
-def _inputs(tensors: Sequence[torch.Tensor | None], scale: float, eps: float) -> _Inputs:
-    """The kernel's arguments (q, k, v, decay, state, skip, starts); valid while the tensors live."""
-    q = cast(torch.Tensor, tensors[0])
-    return _Inputs(*(_address(x) for x in tensors), scale, eps, *q.shape[:3], torch.get_num_threads())
+def _inputs(x: DiagonalTensors, decay: torch.Tensor | None, options: DiagonalOptions) -> ctypes.Structure:
+    """The kernel's arguments; valid while the tensors live."""
+    batch, length, heads = x.q.shape[:3]
+    return pack(
+        "diagonal",
+        "Inputs",
+        q=x.q.data_ptr(),
+        k=x.k.data_ptr(),
+        v=x.v.data_ptr(),
+        decay=address(decay),
+        state=address(x.state),
+        skip=address(x.skip),
+        starts=address(x.starts),
+        scale=options.scale,
+        eps=options.eps or 0.0,
+        batch=batch,
+        length=length,
+        heads=heads,
+        threads=torch.get_num_threads(),
+    )
 
 
-def _plain(ctx, q, k, v, g, state, skip, starts, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, eps, taylor = ctx.options
-    if skip is not None:
-        q, k, v = (x.masked_fill(skip[..., None, None], 0) for x in (q, k, v))
-    if taylor:
-        q, k = taylor_features(q), taylor_features(k)
-    layout = SequenceLayout(None if skip is None else ~skip, None if starts is None else starts.cumsum(1))
-    core = recurrent_diagonal if eps is None else normalized(recurrent_diagonal, eps)
-    return core(q, k, v, g, scale, state, layout)
-
-
-class _CppDiagonal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, taylor, scale, eps, q, k, v, g, state, skip, starts):
-        tensors = (q, k, v, None if g is None else g.exp(), state, skip, starts)
-        keys = num_taylor_features(q.shape[-1]) if taylor else q.shape[-1]
-        o = torch.empty_like(v) if skip is None else torch.zeros_like(v)
-        final = v.new_empty(q.shape[0], q.shape[2], keys, v.shape[3] + (eps is not None))
-        sizes = torch.empty_like(v[..., 0]) if eps is not None and any(ctx.needs_input_grad) else None
-        inputs = _inputs(tensors, scale, eps or 0.0)
-        kernel.forward(ctypes.byref(inputs), pointer(o), pointer(final), pointer(sizes))
-        ctx.kernel, ctx.options = kernel, (scale, eps, taylor)
-        ctx.save_for_backward(q, k, v, g, state, skip, starts, None if eps is None else o, sizes)
-        return o, final
-
-    @staticmethod
-    @differentiable_by(_plain, constants=4)
-    def backward(ctx, do, d_final):
-        *tensors, o, sizes = ctx.saved_tensors
-        g, state, skip = tensors[3:6]
-        tensors[3] = None if g is None else g.exp()
-        fresh = torch.empty_like if skip is None else torch.zeros_like
-        found = [None if x is None else fresh(x) for x in tensors[:4]]
-        do, d_state = do.contiguous(), d_final.clone(memory_format=torch.contiguous_format)
-        gradients = _Gradients(*(_address(x) for x in (*found, d_state)))
-        scale, eps, _ = ctx.options
-        inputs = _inputs(tensors, scale, eps or 0.0)
-        ctx.kernel.backward(ctypes.byref(inputs), pointer(o), pointer(do), pointer(sizes), ctypes.byref(gradients))
-        return None, None, None, None, *found, None if state is None else d_state, None, None
+_diagonal = _Diagonal()
 
 
 @cache
@@ -126,13 +153,13 @@ def cpp_diagonal(
     `[B, H, K, V + 1]`, z their last column. With `taylor` it is that of `taylor_features(q)` and `taylor_features(k)`.
     """
     value_size, layout = v.shape[-1], layout or SequenceLayout()
-    sizes = (q.shape[-1], value_size, 0 if g is None else g.shape[-1], eps is not None, taylor)
-    kernel = require_kernel(diagonal_kernel(*sizes), q, k, v, g, state)
+    refuse_float64(q, k, v, g, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v = F.pad(v, (0, missing))
         state = None if state is None else _with_columns(state, missing, value_size)
-    tensors = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
-    o, final = apply_function(_CppDiagonal, kernel, taylor, scale, eps, *tensors, *boundaries(layout))
+    tensors: Any = (None if x is None else x.float().contiguous() for x in (q, k, v, g, state))
+    x = DiagonalTensors._make((*tensors, *boundaries(layout)))
+    o, final = _diagonal(x, DiagonalOptions(scale, eps, taylor))
     if missing:
         o, final = o[..., :value_size], torch.cat([final[..., :value_size], final[..., value_size + missing :]], -1)
     return o, final
