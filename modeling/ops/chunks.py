@@ -91,8 +91,10 @@ def _inverse_unit_lower(system: torch.Tensor) -> torch.Tensor:
 def lower_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
     """The blocks `[..., n, size, size]` that stand in `matrix [..., C, C]`, C = 2 n size, below the diagonal: rows of
     the second half of a window of `2 size`, columns of its first half."""
-    starts = range(0, matrix.shape[-1], 2 * size)
-    return torch.stack([matrix[..., at + size : at + 2 * size, at : at + size] for at in starts], dim=-3)
+    count = matrix.shape[-1] // (2 * size)
+    windows = matrix.unflatten(-1, (count, 2 * size)).unflatten(-3, (count, 2 * size))
+    own = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None, :, None]
+    return (windows[..., size:, :, :size] * own).sum(-2)  # few operations, where many slices make a large graph
 
 
 def join_lower(first: torch.Tensor, below: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
