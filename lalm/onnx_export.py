@@ -10,18 +10,24 @@ of a step have T real tokens. Batch and length are dynamic.
 """
 
 import argparse
+import logging
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from lalm.configuration.configuration_base import LalmConfig
 from lalm.errors import UserError, one_line, refusal
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.modeling_base import LalmPreTrainedModel
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _KINDS = ("conv_states", "recurrent_states")
 _EXTRA = "export-onnx needs onnx, onnxruntime and onnxscript: pip install lalm[onnx]"
@@ -172,3 +178,86 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     made.save(str(path))  # type: ignore[union-attr]
     return Path(path)
+
+
+def quantize_int8(source: str | Path, target: str | Path) -> Path:
+    """Write the graph `source` with the weights of its linear layers in int8, one scale per column; activations are
+    quantised as they come (onnxruntime's dynamic quantiser)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))  # it advises another preprocessing
+    quantize_dynamic(
+        source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+    )
+    return Path(target)
+
+
+class OnnxEncoder(nn.Module):
+    """An encoder's graph in the place of the model: ids and mask `[B, T]` -> `last_hidden_state [B, T, D]`."""
+
+    def __init__(self, path: str | Path, config: PreTrainedConfig):
+        super().__init__()
+        from onnxruntime import InferenceSession, SessionOptions
+
+        options = SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.config, self.session = config, InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> BaseModelOutput:
+        given = {"input_ids": input_ids.cpu().numpy(), "attention_mask": attention_mask.cpu().numpy()}
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(self.session.run(None, given)[0]))
+
+
+def sentence_transformer(folder: str | Path, file_name: str = "onnx/model.onnx", **options) -> "SentenceTransformer":
+    """A SentenceTransformer that runs the graph `file_name` of its folder by onnxruntime, on the CPU. `options` are
+    those of SentenceTransformer. (Its own `backend="onnx"` loads optimum-onnx, whose newest release, 0.1.0, does not
+    import with transformers 5.)
+
+    Raises:
+        ValueError: the folder has no such graph.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    path = Path(folder) / file_name
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {file_name}: make it by python -m lalm export-onnx {folder}.")
+    model = SentenceTransformer(str(folder), device="cpu", **options)
+    model[0].model = OnnxEncoder(path, model[0].model.config)
+    return model
+
+
+def _load(name: str) -> PreTrainedModel:
+    """The model of a folder or Hub name: with its language-model head if it is causal, else the backbone."""
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, LalmConfig):
+        raise UserError(f"{name} is a {config.model_type}: export-onnx takes models of lalm.")
+    auto: Any = AutoModelForCausalLM if config.is_causal else AutoModel
+    return auto.from_pretrained(name, dtype=torch.float32)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lalm export-onnx", description="Write a model as an ONNX graph.")
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("output", nargs="?", type=Path, help="the .onnx file; without it MODEL/onnx/model.onnx")
+    parser.add_argument("--int8", action="store_true", help="also write it with int8 weights, as *_int8.onnx")
+    given = parser.parse_args(arguments)
+    output = given.output or Path(given.model) / "onnx" / "model.onnx"
+    if given.output is None and not Path(given.model).is_dir():
+        raise UserError(f"{given.model} is no folder: name the .onnx file to write as second argument.")
+    if output.suffix != ".onnx":
+        raise UserError(f"output must be a file that ends in .onnx, got {output}.")
+    try:
+        model = _load(given.model)
+    except (OSError, ValueError) as error:
+        raise UserError(refusal(given.model, "model", error)) from error
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            made = export_onnx(model, Path(folder) / output.name)
+            small = quantize_int8(made, made.with_stem(f"{made.stem}_int8")) if given.int8 else None
+            for path in [made, *([small] if small else [])]:
+                path.replace(output.parent / path.name)
+                print(f"{output.parent / path.name}: {(output.parent / path.name).stat().st_size / 1e6:.1f} MB")
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
