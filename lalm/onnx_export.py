@@ -75,7 +75,7 @@ class _Step(nn.Module):
             for place, state in self._states(layer):
                 self.names.append((index, *place))
                 if place[0] == "keys" or place[0] == "values":
-                    size = 3 if self._window(index) is None else self._window(index)
+                    size = self._window(index) or 3
                     state = state.new_zeros(2, state.shape[1], size, state.shape[3])
                 self.example.append(torch.zeros_like(state))
 
@@ -90,7 +90,7 @@ class _Step(nn.Module):
         return {2: torch.export.Dim.DYNAMIC} if is_open else {}
 
     @staticmethod
-    def _states(layer: Any) -> list[tuple[tuple[str, int], torch.Tensor]]:
+    def _states(layer: Any) -> list[tuple[tuple[str, int], Any]]:
         if not isinstance(layer, RecurrentLayer):
             return [(("keys", 0), layer.keys), (("values", 0), layer.values)]
         return [((kind, i), layer.previous(kind, i)) for kind in _KINDS for i in range(4)
@@ -183,7 +183,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
 def quantize_int8(source: str | Path, target: str | Path) -> Path:
     """Write the graph `source` with the weights of its linear layers in int8, one scale per column; activations are
     quantised as they come (onnxruntime's dynamic quantiser)."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-untyped]
 
     logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))  # it advises another preprocessing
     quantize_dynamic(
@@ -197,7 +197,7 @@ class OnnxEncoder(nn.Module):
 
     def __init__(self, path: str | Path, config: PreTrainedConfig):
         super().__init__()
-        from onnxruntime import InferenceSession, SessionOptions
+        from onnxruntime import InferenceSession, SessionOptions  # type: ignore[import-untyped]
 
         options = SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -222,7 +222,8 @@ def sentence_transformer(folder: str | Path, file_name: str = "onnx/model.onnx",
     if not path.is_file():
         raise ValueError(f"{folder} has no {file_name}: make it by python -m lalm export-onnx {folder}.")
     model = SentenceTransformer(str(folder), device="cpu", **options)
-    model[0].model = OnnxEncoder(path, model[0].model.config)
+    transformer: Any = model[0]
+    transformer.model = OnnxEncoder(path, transformer.model.config)
     return model
 
 

@@ -75,8 +75,8 @@ def solve_unit_lower(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_unit_lower(system: torch.Tensor) -> torch.Tensor:
-    """`(I + A)^-1`, from inverses of blocks on the diagonal that double in size, as exact as substitution. (The product
-    (I - A) (I + A^2) ... would lose small differences of large powers.)"""
+    """`(I + A)^-1`, from inverses of blocks on the diagonal that double in size, as exact as substitution. (The
+    product (I - A) (I + A^2) ... would lose small differences of large powers.)"""
     count, size = system.shape[-1], 1
     rows = 1 << (count - 1).bit_length()
     system = F.pad(system, (0, rows - count, 0, rows - count))
