@@ -53,6 +53,8 @@ class _Keys(DynamicLayer):
         self.dtype, self.device = keys.dtype, keys.device
 
     def update(self, key_states, value_states, *args, **kwargs):
+        assert self.keys is not None  # given to the constructor
+        assert self.values is not None
         keys, values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         start = 0 if self.kept is None else key_states.shape[2]
         self.keys, self.values = keys[:, :, start:], values[:, :, start:]
@@ -169,12 +171,14 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
         inputs = ["input_ids", "attention_mask"]
         is_headless = not hasattr(model, model.base_model_prefix)
         outputs = ["last_hidden_state" if is_headless else "logits"]
-    with torch.no_grad():
-        program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
-        made = torch.onnx.export(
-            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False, optimize=True
-        )
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
+            made = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
+    except RuntimeError as error:
+        raise ValueError(f"{type(model).__name__} has no ONNX graph: {one_line(error)}") from error
+    finally:
+        model.train(was_training)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     made.save(str(path))  # type: ignore[union-attr]
     return Path(path)
