@@ -151,7 +151,7 @@ class SequenceLayout:
     def first(self, length: int) -> SequenceLayout:
         """The layout of the first `length` tokens."""
         mask, segments = (None if x is None else x[:, :length] for x in (self.mask, self.segments))
-        order = None if mask is None or self.order is None else mask.int().argsort(dim=1, stable=True)
+        order = None if mask is None or self.order is None else stable_order(mask)
         return SequenceLayout(mask, segments, order)
 
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
@@ -242,6 +242,13 @@ def document_positions(
     return DocumentPositions(documents, before, before[:, -1] + real[:, -1])
 
 
+def stable_order(keys: torch.Tensor) -> torch.Tensor:
+    """The permutation int64 `[B, T]` that sorts whole numbers (or bool) `[B, T]` and keeps equal ones in order. ONNX
+    has no stable sort, so that no two numbers are left equal."""
+    length = keys.shape[1]
+    return (keys.long() * length + torch.arange(length, device=keys.device)).argsort(1)
+
+
 def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, _broadcast(index, x.ndim).expand(-1, -1, *x.shape[2:]))
 
@@ -262,7 +269,7 @@ def document_by_document(
         for start, stop in itertools.pairwise(cuts):
             here = slice(b, b + 1), slice(start, stop)
             mask = None if layout.mask is None else layout.mask[here]
-            own = SequenceLayout(mask, None, None if mask is None else mask.int().argsort(dim=1, stable=True))
+            own = SequenceLayout(mask, None, None if mask is None else stable_order(mask))
             o, after = op(*(None if x is None else x[here] for x in tensors), None if start else after, own)
             outputs.append(o)
         rows.append(torch.cat(outputs, dim=1))
@@ -3089,6 +3096,9 @@ MAX_LOG_FEATURE = 40.0
 SMALLEST_GRID = 16
 # A token whose numbers exceed the mean of its chunk by this factor is large among them (see `chunks.running_sums`).
 LARGE_TOKEN = 8.0
+# Tokens of a text from which on an encoder's layer runs in segments if nothing keeps its activations, and tokens of a
+# segment. Below, q, k and v of the whole text take little memory; segments project every token twice.
+LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 12
 # Numbers of one set of pairwise matrices of the dual-state rule to work on at once: what a core's cache holds.
 PAIRS_AT_ONCE = 1 << 19
 
@@ -3225,6 +3235,14 @@ def _is_for_fla(v: torch.Tensor) -> bool:
 @cache
 def _announce(rule: str, name: str, implementation: str, device: str) -> None:
     logger_dispatch.info(f"{rule}: the {name} form runs on {device} (linear_attn_implementation={implementation!r}).")
+
+
+def tokens_of_segments(hidden_states: torch.Tensor, layout: SequenceLayout) -> int | None:
+    """Tokens of a segment if a layer that reads in both directions is to take `hidden_states [B, T, D]` in segments,
+    None for all at once: texts are long, nothing records gradients, and there is neither padding nor a boundary."""
+    if torch.is_grad_enabled() or hides_values() or hidden_states.shape[1] < LONG_TEXT:
+        return None
+    return SEGMENT_OF_TEXT if layout.mask is None and layout.segments is None else None
 
 
 # ---- Choices that take one look at the numbers ----
@@ -4200,7 +4218,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
 
-    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+    def previous(self, kind: str, index: int, of_slice: Callable | None = None) -> torch.Tensor | None:
         """`conv_states` or `recurrent_states` number `index`, None where it has seen no token."""
         return getattr(self, kind)[index] if self.is_written[kind][index] else None
 
@@ -4313,13 +4331,19 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[index] = function(state)
 
 
-def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
+def previous_state(
+    cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0, of_slice: Callable | None = None
+) -> torch.Tensor | None:
     """`conv_states` or `recurrent_states` of a layer, None if it has seen no token. (Cache.get_recurrent_state and
-    get_conv_state came with transformers 5.21.)"""
+    get_conv_state came with transformers 5.21.)
+
+    `of_slice()` tells what the current tokens do to that state, without knowing it: their last inputs, or the map of
+    ops/affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
+    """
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return layer.previous(kind, state_idx)
+    return layer.previous(kind, state_idx, of_slice)
 
 
 def record(
@@ -4492,7 +4516,7 @@ def build_layout(
         segments = None
     order = None
     if mask is not None and (hides_values() or _must_move(mask, reorder)):
-        order = mask.int().argsort(dim=1, stable=True)
+        order = stable_order(mask)
     return SequenceLayout(mask, segments, order)
 
 
@@ -5006,6 +5030,74 @@ _FIXED = {
 }
 
 
+# ---- lalm.modeling.ops.affine_maps ----
+"""What a piece of a sequence makes of the state S that enters it: A S + B, for every rule that is linear in its state.
+
+Pieces that different processes hold are joined by these maps (sequence_parallel.py): the map of two pieces is
+(A_2 A_1, A_2 B_1 + B_2), so that a scan over P pieces takes log2(P) steps (Blelloch, CMU-CS-90-190).
+"""
+
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+Map = tuple[torch.Tensor, torch.Tensor]
+
+
+def diagonal_map(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, layout: SequenceLayout) -> Map:
+    """The map of S <- exp(g_t) S + k_t v_t^T: A `[B, H, D, 1]`, one factor per key channel (D = K) or per head
+    (D = 1), and B `[B, H, K, V]`.
+
+    Args:
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        g: log decay `[B, T, H]` or `[B, T, H, K]`; None for none.
+        layout: padding and documents; where a document begins, A is 0.
+    """
+    dtype = compute_dtype(k, v, g)
+    with without_autocast(k.device):
+        k, v, g = layout.freeze(k.to(dtype), v.to(dtype), None if g is None else g.to(dtype))
+        documents, kept = layout.document_ids(), k.new_ones(len(k), 1, 1, 1)
+        if documents is not None:
+            k = k.masked_fill((documents != documents[:, -1:])[..., None, None], 0)
+            kept = (documents[:, -1] == 0).to(dtype).view_as(kept)
+        if g is not None:
+            g = g if g.ndim == 4 else g[..., None]
+            later = g.flip(1).cumsum(1).flip(1)  # from every token to the last
+            k = k * F.pad(later[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
+            kept = kept * later[:, 0, ..., None].exp()
+        return kept, torch.einsum("bthk,bthv->bhkv", k, v)
+
+
+def delta_map(rule: Callable, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, memories: int = 0) -> Map:
+    """The map of a delta rule: A `[B, H, R, R]` on the R rows of all memories, and B of the shape of the state.
+
+    One call of the rule makes both: further columns of the values, which are 0, begin from the identity.
+
+    Args:
+        rule: `rule(q, k, v, state, output_final_state, layout) -> (o, state)`.
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        layout: padding and documents; where a document begins, A is 0.
+        memories: M of a state `[B, H, M, K, V]`; 0 for a state `[B, H, K, V]`.
+    """
+    batch, _, heads, keys = k.shape
+    rows, values = keys * max(memories, 1), v.shape[-1]
+    identity = F.pad(torch.eye(rows, dtype=compute_dtype(k, v), device=k.device), (values, 0))
+    state = identity.expand(batch, heads, -1, -1)
+    after = rule(k, k, F.pad(v, (0, rows)), state.unflatten(2, (memories, keys)) if memories else state, True, layout)
+    added, factor = after[1].split([values, rows], dim=-1)
+    return factor.flatten(2, -2), added
+
+
+def apply_factor(factor: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A S, of a state or of another factor."""
+    if factor.shape[-1] == 1:
+        return factor * state
+    return (factor @ state.flatten(2, -2)).view_as(state)
+
+
 # ---- lalm.modeling.ops.chunks ----
 """Cutting a sequence into chunks, with the masks that keep documents apart in them.
 
@@ -5070,6 +5162,43 @@ def chunk_boundaries(segments: torch.Tensor | None, chunk_size: int, dtype: torc
         (segments == last)[..., None].to(dtype),
         (entering == last).to(dtype),
     )
+
+
+def solve_unit_lower(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1 right` for the part A of `system [..., C, C]` below its diagonal, and `right [..., C, X]`."""
+    if has_open_length():  # ONNX has no triangular solver
+        return _inverse_unit_lower(system) @ right
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+
+def _inverse_unit_lower(system: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1`, from inverses of blocks on the diagonal that double in size, as exact as substitution. (The
+    product (I - A) (I + A^2) ... would lose small differences of large powers.)"""
+    count, size = system.shape[-1], 1
+    rows = 1 << (count - 1).bit_length()
+    system = F.pad(system, (0, rows - count, 0, rows - count))
+    inverse = torch.ones_like(system[..., :1]).unsqueeze(-1)  # [..., n, size, size]
+    while size < rows:
+        below = lower_blocks(system, size)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        inverse, size = join_lower(first, -(second @ below @ first), second), 2 * size
+    return inverse[..., 0, :count, :count]
+
+
+def lower_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """The blocks `[..., n, size, size]` that stand in `matrix [..., C, C]`, C = 2 n size, below the diagonal: rows of
+    the second half of a window of `2 size`, columns of its first half."""
+    count = matrix.shape[-1] // (2 * size)
+    windows = matrix.unflatten(-1, (count, 2 * size)).unflatten(-3, (count, 2 * size))
+    own = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None, :, None]
+    return (windows[..., size:, :, :size] * own).sum(-2)  # few operations, where many slices make a large graph
+
+
+def join_lower(first: torch.Tensor, below: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Lower triangular blocks `[..., size, size]` of neighbouring stretches and what stands below the first, as
+    one."""
+    upper = torch.cat([first, torch.zeros_like(first)], dim=-1)
+    return torch.cat([upper, torch.cat([below, second], dim=-1)], dim=-2)
 
 
 def suffix_sums(x: torch.Tensor) -> torch.Tensor:
@@ -5280,10 +5409,21 @@ def _level_blocks(scores: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _bounded_scores(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    if has_open_length():
+        return _bounded_scores_exported(q, k, g)
     scores = torch.diag_embed((q * k).sum(-1))
     for half, q_block, k_block, q_factor, k_factor in _bounded_levels(q, k, g):
         _level_blocks(scores, half).copy_((q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2))
     return scores
+
+
+def _bounded_scores_exported(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The same by joining blocks: ONNX does not write into views."""
+    scores = (q * k).sum(-1)[..., None, None]
+    for _, q_block, k_block, q_factor, k_factor in reversed(list(_bounded_levels(q, k, g))):
+        below = (q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2)
+        scores = join_lower(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
+    return scores[..., 0, :, :]
 
 
 def _bounded_scores_backward(
@@ -6697,7 +6837,7 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     through = has_open_length() or chunks > 1 or state is not None  # whether an entering state matters
     if through:
         right = torch.cat([right, _times_each(strong * delta, since)], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True) if delta else right
+    solved = solve_unit_lower(system, right) if delta else right
     inside = scores @ solved
     last = coupling[..., -1, :, :]
     writing = _times_each(key, (last @ between[..., -memories:, :]).transpose(-1, -2))  # [..., C M, M K]
