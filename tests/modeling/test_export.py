@@ -17,6 +17,7 @@ NAMES = (
     "delta_net_gated",
     "delta_net_channel",
     "based_plain",
+    "linear_hybrid_both",
     "lam_plain",
     "local_global_plain",
 )
