@@ -13,6 +13,7 @@ COMMANDS = {
     "sts": ("lalm.training.sts.run", "train and evaluate sentence encoders"),
     "compare-runs": ("lalm.training.clm.compare_runs", "losses and results of several runs"),
     "convert": ("lalm.convert.command_line", "checkpoints of other libraries, and softmax models to linear ones"),
+    "export-onnx": ("lalm.onnx_export", "a model as an ONNX graph, float32 and int8"),
     "serve": ("lalm.serve", "a server with OpenAI's interface"),
     "doctor": ("lalm.doctor", "which kernels run on this machine, and why not"),
 }

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.ops.autograd import has_open_length, hides_values, is_transformed
-from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, segments_of
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, segments_of, stable_order
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
@@ -137,7 +137,7 @@ def build_layout(
         segments = None
     order = None
     if mask is not None and (hides_values() or _must_move(mask, reorder)):
-        order = mask.int().argsort(dim=1, stable=True)
+        order = stable_order(mask)
     return SequenceLayout(mask, segments, order)
 
 

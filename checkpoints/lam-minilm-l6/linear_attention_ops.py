@@ -174,7 +174,7 @@ class SequenceLayout:
     def first(self, length: int) -> SequenceLayout:
         """The layout of the first `length` tokens."""
         mask, segments = (None if x is None else x[:, :length] for x in (self.mask, self.segments))
-        order = None if mask is None or self.order is None else mask.int().argsort(dim=1, stable=True)
+        order = None if mask is None or self.order is None else stable_order(mask)
         return SequenceLayout(mask, segments, order)
 
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
@@ -265,6 +265,13 @@ def document_positions(
     return DocumentPositions(documents, before, before[:, -1] + real[:, -1])
 
 
+def stable_order(keys: torch.Tensor) -> torch.Tensor:
+    """The permutation int64 `[B, T]` that sorts whole numbers (or bool) `[B, T]` and keeps equal ones in order. ONNX
+    has no stable sort, so that no two numbers are left equal."""
+    length = keys.shape[1]
+    return (keys.long() * length + torch.arange(length, device=keys.device)).argsort(1)
+
+
 def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, _broadcast(index, x.ndim).expand(-1, -1, *x.shape[2:]))
 
@@ -285,7 +292,7 @@ def document_by_document(
         for start, stop in itertools.pairwise(cuts):
             here = slice(b, b + 1), slice(start, stop)
             mask = None if layout.mask is None else layout.mask[here]
-            own = SequenceLayout(mask, None, None if mask is None else mask.int().argsort(dim=1, stable=True))
+            own = SequenceLayout(mask, None, None if mask is None else stable_order(mask))
             o, after = op(*(None if x is None else x[here] for x in tensors), None if start else after, own)
             outputs.append(o)
         rows.append(torch.cat(outputs, dim=1))
@@ -4766,7 +4773,7 @@ def build_layout(
         segments = None
     order = None
     if mask is not None and (hides_values() or _must_move(mask, reorder)):
-        order = mask.int().argsort(dim=1, stable=True)
+        order = stable_order(mask)
     return SequenceLayout(mask, segments, order)
 
 
@@ -5414,6 +5421,43 @@ def chunk_boundaries(segments: torch.Tensor | None, chunk_size: int, dtype: torc
     )
 
 
+def solve_unit_lower(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1 right` for the part A of `system [..., C, C]` below its diagonal, and `right [..., C, X]`."""
+    if has_open_length():  # ONNX has no triangular solver
+        return _inverse_unit_lower(system) @ right
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+
+def _inverse_unit_lower(system: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1`, from inverses of blocks on the diagonal that double in size, as exact as substitution. (The
+    product (I - A) (I + A^2) ... would lose small differences of large powers.)"""
+    count, size = system.shape[-1], 1
+    rows = 1 << (count - 1).bit_length()
+    system = F.pad(system, (0, rows - count, 0, rows - count))
+    inverse = torch.ones_like(system[..., :1]).unsqueeze(-1)  # [..., n, size, size]
+    while size < rows:
+        below = lower_blocks(system, size)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        inverse, size = join_lower(first, -(second @ below @ first), second), 2 * size
+    return inverse[..., 0, :count, :count]
+
+
+def lower_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """The blocks `[..., n, size, size]` that stand in `matrix [..., C, C]`, C = 2 n size, below the diagonal: rows of
+    the second half of a window of `2 size`, columns of its first half."""
+    count = matrix.shape[-1] // (2 * size)
+    windows = matrix.unflatten(-1, (count, 2 * size)).unflatten(-3, (count, 2 * size))
+    own = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None, :, None]
+    return (windows[..., size:, :, :size] * own).sum(-2)  # few operations, where many slices make a large graph
+
+
+def join_lower(first: torch.Tensor, below: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Lower triangular blocks `[..., size, size]` of neighbouring stretches and what stands below the first, as
+    one."""
+    upper = torch.cat([first, torch.zeros_like(first)], dim=-1)
+    return torch.cat([upper, torch.cat([below, second], dim=-1)], dim=-2)
+
+
 def suffix_sums(x: torch.Tensor) -> torch.Tensor:
     """`[..., C, D]`: the sum over this and all later tokens of the chunk."""
     return x.flip(-2).cumsum(-2).flip(-2)
@@ -5622,10 +5666,21 @@ def _level_blocks(scores: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _bounded_scores(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    if has_open_length():
+        return _bounded_scores_exported(q, k, g)
     scores = torch.diag_embed((q * k).sum(-1))
     for half, q_block, k_block, q_factor, k_factor in _bounded_levels(q, k, g):
         _level_blocks(scores, half).copy_((q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2))
     return scores
+
+
+def _bounded_scores_exported(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The same by joining blocks: ONNX does not write into views."""
+    scores = (q * k).sum(-1)[..., None, None]
+    for _, q_block, k_block, q_factor, k_factor in reversed(list(_bounded_levels(q, k, g))):
+        below = (q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2)
+        scores = join_lower(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
+    return scores[..., 0, :, :]
 
 
 def _bounded_scores_backward(
@@ -7108,7 +7163,7 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     through = has_open_length() or chunks > 1 or state is not None  # whether an entering state matters
     if through:
         right = torch.cat([right, _times_each(strong * delta, since)], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True) if delta else right
+    solved = solve_unit_lower(system, right) if delta else right
     inside = scores @ solved
     last = coupling[..., -1, :, :]
     writing = _times_each(key, (last @ between[..., -memories:, :]).transpose(-1, -2))  # [..., C M, M K]

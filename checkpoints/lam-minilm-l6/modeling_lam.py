@@ -485,7 +485,7 @@ class SoftmaxAttention(nn.Module):
             if self.sliding_window is not None and layout.mask is not None:
                 k, v = self._slide_cache(past_key_values.layers[self.layer_idx], k, v, layout)
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if len(hidden_states) == 0:  # an empty batch, which the stock interface cannot reshape
+        if hidden_states.shape[0] == 0:  # an empty batch, which the stock interface cannot reshape
             return self.o_proj(q.transpose(1, 2).flatten(-2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -67,6 +67,43 @@ def chunk_boundaries(segments: torch.Tensor | None, chunk_size: int, dtype: torc
     )
 
 
+def solve_unit_lower(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1 right` for the part A of `system [..., C, C]` below its diagonal, and `right [..., C, X]`."""
+    if has_open_length():  # ONNX has no triangular solver
+        return _inverse_unit_lower(system) @ right
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+
+def _inverse_unit_lower(system: torch.Tensor) -> torch.Tensor:
+    """`(I + A)^-1`, from inverses of blocks on the diagonal that double in size, as exact as substitution. (The
+    product (I - A) (I + A^2) ... would lose small differences of large powers.)"""
+    count, size = system.shape[-1], 1
+    rows = 1 << (count - 1).bit_length()
+    system = F.pad(system, (0, rows - count, 0, rows - count))
+    inverse = torch.ones_like(system[..., :1]).unsqueeze(-1)  # [..., n, size, size]
+    while size < rows:
+        below = lower_blocks(system, size)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        inverse, size = join_lower(first, -(second @ below @ first), second), 2 * size
+    return inverse[..., 0, :count, :count]
+
+
+def lower_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """The blocks `[..., n, size, size]` that stand in `matrix [..., C, C]`, C = 2 n size, below the diagonal: rows of
+    the second half of a window of `2 size`, columns of its first half."""
+    count = matrix.shape[-1] // (2 * size)
+    windows = matrix.unflatten(-1, (count, 2 * size)).unflatten(-3, (count, 2 * size))
+    own = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None, :, None]
+    return (windows[..., size:, :, :size] * own).sum(-2)  # few operations, where many slices make a large graph
+
+
+def join_lower(first: torch.Tensor, below: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Lower triangular blocks `[..., size, size]` of neighbouring stretches and what stands below the first, as
+    one."""
+    upper = torch.cat([first, torch.zeros_like(first)], dim=-1)
+    return torch.cat([upper, torch.cat([below, second], dim=-1)], dim=-2)
+
+
 def suffix_sums(x: torch.Tensor) -> torch.Tensor:
     """`[..., C, D]`: the sum over this and all later tokens of the chunk."""
     return x.flip(-2).cumsum(-2).flip(-2)

@@ -39,7 +39,7 @@ class SequenceLayout:
     def first(self, length: int) -> SequenceLayout:
         """The layout of the first `length` tokens."""
         mask, segments = (None if x is None else x[:, :length] for x in (self.mask, self.segments))
-        order = None if mask is None or self.order is None else mask.int().argsort(dim=1, stable=True)
+        order = None if mask is None or self.order is None else stable_order(mask)
         return SequenceLayout(mask, segments, order)
 
     def pads_first(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,6 +130,13 @@ def document_positions(
     return DocumentPositions(documents, before, before[:, -1] + real[:, -1])
 
 
+def stable_order(keys: torch.Tensor) -> torch.Tensor:
+    """The permutation int64 `[B, T]` that sorts whole numbers (or bool) `[B, T]` and keeps equal ones in order. ONNX
+    has no stable sort, so that no two numbers are left equal."""
+    length = keys.shape[1]
+    return (keys.long() * length + torch.arange(length, device=keys.device)).argsort(1)
+
+
 def _gather_time(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, _broadcast(index, x.ndim).expand(-1, -1, *x.shape[2:]))
 
@@ -150,7 +157,7 @@ def document_by_document(
         for start, stop in itertools.pairwise(cuts):
             here = slice(b, b + 1), slice(start, stop)
             mask = None if layout.mask is None else layout.mask[here]
-            own = SequenceLayout(mask, None, None if mask is None else mask.int().argsort(dim=1, stable=True))
+            own = SequenceLayout(mask, None, None if mask is None else stable_order(mask))
             o, after = op(*(None if x is None else x[here] for x in tensors), None if start else after, own)
             outputs.append(o)
         rows.append(torch.cat(outputs, dim=1))

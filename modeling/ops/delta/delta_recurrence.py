@@ -22,7 +22,15 @@ from typing import Any
 import torch
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import Boundaries, chunk_boundaries, from_chunks, running_sums, scan, to_chunks
+from lalm.modeling.ops.chunks import (
+    Boundaries,
+    chunk_boundaries,
+    from_chunks,
+    running_sums,
+    scan,
+    solve_unit_lower,
+    to_chunks,
+)
 from lalm.modeling.ops.dispatch import must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
@@ -97,13 +105,14 @@ class _Chunks:
         # The solver takes the diagonal for 1 and never reads it.
         self.system = (self.overlap * beta).tril_(-1)
         right = torch.cat([v * beta, self.reading_k * beta], dim=-1)
-        self.solved = torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+        self.solved = solve_unit_lower(self.system, right)
         self.writing_k = _times(k, self.write)
         inside, writes = self.scores @ self.solved, self.writing_k.transpose(-1, -2) @ self.solved
         self.inside, self.writes = inside[..., : self.value_size], writes[..., : self.value_size]
         self.reads = _times(q, self.read) - inside[..., self.value_size :]
-        self.passes = -writes[..., self.value_size :]
-        self.passes.diagonal(dim1=-2, dim2=-1).add_(self.keep)
+        eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        kept = eye if isinstance(self.keep, float) else eye * self.keep[..., None]
+        self.passes = kept - writes[..., self.value_size :]
 
     def _set_decays(self, g: torch.Tensor | None, boundaries: Boundaries | None) -> None:
         """The decays between two tokens, before a token, after it, and over the whole chunk; None without decay."""

@@ -19,7 +19,7 @@ from functools import reduce
 import torch
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import from_chunks, scan, to_chunks
+from lalm.modeling.ops.chunks import from_chunks, scan, solve_unit_lower, to_chunks
 from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
 from lalm.modeling.ops.dispatch import chunks_at_once, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -135,7 +135,7 @@ def _advance(delta, starts, state, q, k, v, g, beta, read, leak) -> tuple[torch.
     through = has_open_length() or chunks > 1 or state is not None  # whether an entering state matters
     if through:
         right = torch.cat([right, _times_each(strong * delta, since)], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True) if delta else right
+    solved = solve_unit_lower(system, right) if delta else right
     inside = scores @ solved
     last = coupling[..., -1, :, :]
     writing = _times_each(key, (last @ between[..., -memories:, :]).transpose(-1, -2))  # [..., C M, M K]

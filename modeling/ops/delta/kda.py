@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import from_chunks, to_chunks
+from lalm.modeling.ops.chunks import from_chunks, scan, solve_unit_lower, to_chunks
 from lalm.modeling.ops.delta.delta_channels_cpp import channels_kernel, cpp_kda
 from lalm.modeling.ops.delta.delta_recurrence import recurrent_delta
 from lalm.modeling.ops.delta.delta_rule import NORM_EPS
@@ -120,10 +120,18 @@ def _in_chunks(scale, size, q, k, v, g, beta, state) -> tuple[torch.Tensor, torc
     read = g.cumsum(-2).exp()
     leave = F.pad(g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1)).exp()
     right = torch.cat([v, read * k], -1) * beta
-    solved = torch.linalg.solve_triangular((overlap * beta).tril(-1), right, upper=False, unitriangular=True)
+    solved = solve_unit_lower((overlap * beta).tril(-1), right)
     written, read_k = solved.split([v.shape[-1], k.shape[-1]], -1)
     reading_q, leaving_k, keep = read * q, leave * k, read[..., -1, :, None]
     state = v.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
+    if has_open_length():
+
+        def step(state, keep, leaving_k, written, read_k):
+            return keep * state + leaving_k.transpose(-1, -2) @ (written - read_k @ state)
+
+        before, state = scan(step, [keep, leaving_k, written, read_k], state)
+        o = scores @ (written - read_k @ before) + reading_q @ before
+        return from_chunks(o, length), state
     outputs = []
     for n in range(q.shape[2]):
         updates = written[:, :, n] - read_k[:, :, n] @ state

@@ -24,7 +24,15 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
-from lalm.modeling.ops.chunks import chunk_boundaries, from_chunks, running_sums, scan, suffix_sums, to_chunks
+from lalm.modeling.ops.chunks import (
+    chunk_boundaries,
+    from_chunks,
+    join_lower,
+    running_sums,
+    scan,
+    suffix_sums,
+    to_chunks,
+)
 from lalm.modeling.ops.dispatch import chunks_of_decays, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
@@ -161,10 +169,21 @@ def _level_blocks(scores: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _bounded_scores(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    if has_open_length():
+        return _bounded_scores_exported(q, k, g)
     scores = torch.diag_embed((q * k).sum(-1))
     for half, q_block, k_block, q_factor, k_factor in _bounded_levels(q, k, g):
         _level_blocks(scores, half).copy_((q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2))
     return scores
+
+
+def _bounded_scores_exported(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The same by joining blocks: ONNX does not write into views."""
+    scores = (q * k).sum(-1)[..., None, None]
+    for _, q_block, k_block, q_factor, k_factor in reversed(list(_bounded_levels(q, k, g))):
+        below = (q_block * q_factor) @ (k_block * k_factor).transpose(-1, -2)
+        scores = join_lower(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
+    return scores[..., 0, :, :]
 
 
 def _bounded_scores_backward(

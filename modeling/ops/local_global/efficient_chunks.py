@@ -30,7 +30,7 @@ from lalm.modeling.ops.local_global.efficient_recurrence import (
     quotient,
     where_rows,
 )
-from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, document_positions
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, document_positions, stable_order
 
 
 def chunk_efficient(
@@ -190,7 +190,7 @@ def _buckets_in_line(q, k, values, state, size, semantics, layout) -> tuple[_Lin
         features, values = torch.cat([early_features, features], 1), torch.cat([early_values, values], 1)
         zeros = torch.zeros_like(keys[:, :1]).expand(-1, q.shape[-1])
         keys, owners = torch.cat([zeros + 1, keys], 1), torch.cat([zeros, owners], 1)
-    order = torch.cat([queries, keys], 1).argsort(dim=1, stable=True)
+    order = stable_order(torch.cat([queries, keys], 1))
     behind, before = (0, 0, 0, 0, 0, keys.shape[1]), (0, 0, 0, 0, q.shape[1], 0)
     line = _Line(
         _take(F.pad(q, behind), order),
