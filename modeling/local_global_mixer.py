@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
-from lalm.modeling.cache import RecurrentLayer, previous_state, record
+from lalm.modeling.cache import RecurrentLayer, may_overwrite, previous_state, record
 from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
 from lalm.modeling.ops.local_global.efficient_attention import efficient_attention
@@ -39,9 +39,9 @@ def rotate_pairs(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> 
 
 
 def _stored(state: LocalState | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is stored of a state: the window `[B, w, H 2 K]` and the number of tokens in it."""
+    """What is stored of a state: the window `[B, 2 w, H 2 K]` and the number of tokens."""
     assert state is not None
-    return state.window.flatten(-2), state.filled
+    return state.window.flatten(-2), state.count
 
 
 class LocalGlobalMixer(nn.Module):
@@ -116,12 +116,12 @@ class LocalGlobalMixer(nn.Module):
             layout,
             lambda inputs, layout: _stored(attend(*inputs, layout=layout)[1]),
         )
-        o, state = attend(q, k, v, layout=layout)
+        o, state = attend(q, k, v, layout=layout, overwrite_state=may_overwrite(cache, index))
         if cache is not None:
-            window, filled = _stored(state)
+            window, count = _stored(state)
             cache.update_conv_state(window, index, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once
-            cache.update_recurrent_state(filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
+            cache.update_recurrent_state(count, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
         return o
 
     def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:

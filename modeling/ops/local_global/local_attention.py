@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import has_open_length
+from lalm.modeling.ops.autograd import has_open_length, hides_values
 from lalm.modeling.ops.chunks import missing_tokens
 from lalm.modeling.ops.dispatch import may_hold, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -29,10 +29,11 @@ _NONE = -4
 
 class LocalState(NamedTuple):
     """What causal local attention remembers: the last tokens of the document, back to the start of the window before
-    the one that the next token falls into."""
+    the one that the next token falls into. A token keeps its place, so that the next one is written, and nothing
+    moved."""
 
-    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], the latest last; 0 where there are fewer
-    filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
+    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], token i in slot i mod 2 w; 0 elsewhere
+    count: torch.Tensor  # tokens of the document so far, [B]; from 4 w on, 2 w are taken off
 
 
 def local_attention(
@@ -47,6 +48,7 @@ def local_attention(
     causal: bool = True,
     dropout: float = 0.0,
     layout: SequenceLayout | None = None,
+    overwrite_state: bool = False,
 ) -> tuple[torch.Tensor, LocalState | None]:
     """Local attention over all tokens at once, or over a piece after a state.
 
@@ -60,6 +62,8 @@ def local_attention(
         causal: False attends both sides, without states.
         dropout: probability, on the attention weights.
         layout: padding and document boundaries of a batch.
+        overwrite_state: a single token may be written into the window of `initial_state`, which the final state then
+            shares. Nobody else may need that window; it records no gradients.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
@@ -73,7 +77,10 @@ def local_attention(
     if plain and initial_state is None and not has_open_length() and q.shape[1] <= window_size:
         return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
     if plain and initial_state is not None and q.shape[1] == 1:
-        return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
+        kept = initial_state.window.requires_grad or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
+        overwrites = overwrite_state and not kept and not hides_values()
+        o, state = _one_token(q, k, v, window_size, initial_state, overwrites, scale, dropout)
+        return o, state if output_final_state else None
     q, k, v = layout.freeze(q, k, v)
     if must_separate(layout, q, k, v):
 
@@ -83,7 +90,7 @@ def local_attention(
 
         return document_by_document(alone, (q, k, v), initial_state, layout)
     documents, positions, totals = document_positions(
-        layout, q, None if initial_state is None else initial_state.filled
+        layout, q, None if initial_state is None else initial_state.count
     )
     # Equal or neighbouring labels: equal or neighbouring windows of one document.
     labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
@@ -92,8 +99,9 @@ def local_attention(
     q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
     key_labels = labels
     if initial_state is not None:
-        past_k, past_v = initial_state.window.to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
-        past_labels = _labels_of_past(initial_state.filled, window_size)
+        past = _rolled(initial_state.window.to(k.dtype), initial_state.count)
+        past_k, past_v = past.split([k.shape[-1], v.shape[-1]], dim=-1)
+        past_labels = _labels_of_past(initial_state.count, window_size)
         k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
     aligned = plain and initial_state is None
@@ -109,28 +117,32 @@ def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout
     if not output_final_state:
         return o, None
     window = k.new_zeros(k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    window[:, -length:, :, : k.shape[3]], window[:, -length:, :, k.shape[3] :] = k, v
+    window[:, :length, :, : k.shape[3]], window[:, :length, :, k.shape[3] :] = k, v
     return o, LocalState(window, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
 
 
-def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
+def _one_token(q, k, v, window_size, state, overwrites, scale, dropout):
     """The next token of every row sees all that the state remembers, and itself."""
-    size = 2 * window_size
-    window = torch.cat([state.window[:, 1:].to(k.dtype), torch.cat([k, v], dim=-1)], dim=1)
-    filled = state.filled + 1
-    visible = torch.arange(size, device=q.device) >= size - filled[:, None]
-    past_k, past_v = window.split([k.shape[-1], v.shape[-1]], dim=-1)
-    blocks = _Blocks(q[:, None], past_k[:, None], past_v[:, None], visible[:, None, None], False)
-    o = _attend(blocks, 1, scale, dropout)
-    if not output_final_state:
-        return o, None
-    # With a window full, the one before it is of no further use.
-    ends = filled == size
+    size, groups, count = 2 * window_size, k.shape[2], state.count.long()
+    window, token, slot = state.window.to(k.dtype), torch.cat([k, v], dim=-1), count % size
+    place = slot[:, None, None, None].expand(-1, 1, *window.shape[2:])
+    window = window.scatter_(1, place, token) if overwrites else window.scatter(1, place, token)
+    slots = torch.arange(size, device=q.device)
+    age = (slot[:, None] - slots) % size
+    visible = age <= _remembered(count, window_size)[:, None]
+    past_k, past_v = (x.transpose(1, 2) for x in window.split([k.shape[-1], v.shape[-1]], dim=-1))
+    # The heads of q that share one of k are the rows of one product.
+    q = q.reshape(q.shape[0], groups, -1, q.shape[-1])
+    options = {"attn_mask": visible[:, None, None], "dropout_p": dropout, "scale": scale}
+    o = F.scaled_dot_product_attention(q, past_k, past_v, **options).flatten(1, 2)[:, None]
+    count = count + 1
+    # With a window full, the one before it is of no further use: its half is the next to be filled.
+    ends = count % window_size == 0
     if may_hold(ends):
-        forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
-        window = window.masked_fill(forgotten[..., None, None], 0)
-        filled = torch.where(ends, window_size, filled)
-    return o, LocalState(window, filled.to(compute_dtype(k)))
+        forgotten = ends[:, None] & (slots // window_size == (count // window_size % 2)[:, None])
+        forget = window.masked_fill_ if overwrites else window.masked_fill
+        window = forget(forgotten[..., None, None], 0)
+    return o, LocalState(window, _bounded(count, window_size).to(compute_dtype(k)))
 
 
 def sliding_attention(
@@ -209,25 +221,46 @@ def _check(q, k, v, window_size, state, output_final_state, causal, layout):
     if not causal and (state is not None or output_final_state):
         raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
     expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    if state is not None and (tuple(state.window.shape) != expected or state.filled.shape != k.shape[:1]):
+    if state is not None and (tuple(state.window.shape) != expected or state.count.shape != k.shape[:1]):
         raise ValueError(
             f"initial_state must hold a window {expected} and a count {tuple(k.shape[:1])}, got "
-            f"{tuple(state.window.shape)} and {tuple(state.filled.shape)}."
+            f"{tuple(state.window.shape)} and {tuple(state.count.shape)}."
         )
 
 
-def _labels_of_past(filled: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`[B, 2 w]`: the last `filled` slots are windows 0 and 1 of the row's first document."""
-    steps = torch.arange(2 * window_size, device=filled.device) - (2 * window_size - filled.long()[:, None])
-    return torch.where(steps >= 0, steps // window_size, _NONE)
+def _remembered(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """How many tokens the next one sees: those of its window, and of the one before."""
+    return torch.where(count >= window_size, window_size + count % window_size, count)
+
+
+def _bounded(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """As small a number that says the same, exact in float32."""
+    size = 2 * window_size
+    return torch.where(count < size, count, size + count % size)
+
+
+def _rolled(window: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`[B, 2 w, ...]`, each row rolled to the front by its `count [B]`: from slots to the order of time, the latest
+    last. By minus the count, from that order to slots."""
+    size = window.shape[1]
+    order = (torch.arange(size, device=window.device) + count.long()[:, None]) % size
+    return window.gather(1, order[..., None, None].expand_as(window))
+
+
+def _labels_of_past(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`[B, 2 w]`, in the order of time: the windows of what is remembered, counted as the row's next token does."""
+    size, count = 2 * window_size, count.long()[:, None]
+    positions = count + torch.arange(-size, 0, device=count.device)
+    known = positions >= count - _remembered(count, window_size)
+    return torch.where(known, positions // window_size, _NONE)
 
 
 def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
-    filled = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
-    size = 2 * window_size
+    size, count = 2 * window_size, _bounded(totals, window_size).expand(k.shape[0])
     window = torch.cat([F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)) for x in (k, v)], dim=-1)
-    old = torch.arange(size, device=k.device) < size - filled[:, None]
-    return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
+    old = torch.arange(size, device=k.device) < size - _remembered(count, window_size)[:, None]
+    window = window.masked_fill(old[..., None, None], 0)
+    return LocalState(_rolled(window, -count), count.to(compute_dtype(k)))
 
 
 def _block_size(window_size: int, length: int) -> int:
