@@ -112,6 +112,7 @@ class LocalGlobalMixer(nn.Module):
         )
         o, state = attend(q, k, v, layout=layout, overwrite_state=may_overwrite(cache, index))
         if cache is not None:
+            assert state is not None
             for (_, number), part in zip(_LOCAL[:2], state[:2], strict=True):
                 cache.update_conv_state(part, index, state_idx=number, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once

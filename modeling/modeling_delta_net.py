@@ -142,7 +142,8 @@ class DeltaNetModel(LalmModel):
         """As the base class; an output gate of low rank is whole in every process, as the decays by channel are."""
         super().init_parallel_plans()
         if self.config.decay == "channel":
-            self._tp_plan |= {name: "lalm_own_outputs" for name in self._tp_plan if name.endswith("g_proj")}
+            plan = self._tp_plan or {}
+            self._tp_plan = plan | {name: "lalm_own_outputs" for name in plan if name.endswith("g_proj")}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
