@@ -18,7 +18,8 @@ class DeltaNetConfig(LalmConfig):
     Args:
         decay: what lets the state decay: "none", or content-dependent factors of each token, one per "head" or one per
             "channel" of its keys.
-        use_output_gate: multiply the normed output by `swish(x W)`; None means exactly when there is a decay.
+        use_output_gate: multiply the normed output by `swish(x W)`, or with a decay per channel by a sigmoid of a
+            projection of low rank with a bias; None means exactly when there is a decay.
         allow_neg_eigval: write strengths up to 2 instead of 1, which lets a state transition have negative eigenvalues
             and so track parity and the like (Grazzi et al., arXiv 2411.12537).
     """

@@ -122,7 +122,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             current = states[index] = value if keeps else value.clone()
             if eager:
                 torch._dynamo.mark_static_address(current)
-        else:
+        elif hides_values() or value.data_ptr() != current.data_ptr():  # else it was written where it stands
             current.copy_(value)
         return current
 
@@ -231,6 +231,12 @@ def previous_state(
         return None
     layer: Any = cache.layers[layer_idx]
     return layer.previous(kind, state_idx, of_slice)
+
+
+def may_overwrite(cache: Cache | None, layer_idx: int) -> bool:
+    """Whether a layer's states may be written where they stand in `cache`: nobody goes back to what they were."""
+    layer: Any = None if cache is None else cache.layers[layer_idx]
+    return layer is not None and not layer.record_past
 
 
 def record(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
-from lalm.modeling.cache import RecurrentLayer, previous_state, record
+from lalm.modeling.cache import RecurrentLayer, may_overwrite, previous_state, record
 from lalm.modeling.layers import make_linear, rotate
 from lalm.modeling.mixers import Tables
 from lalm.modeling.ops.local_global.efficient_attention import efficient_attention
@@ -25,9 +25,10 @@ from lalm.modeling.ops.local_global.efficient_recurrence import EfficientState
 from lalm.modeling.ops.local_global.local_attention import LocalState, local_attention
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
-# Numbers of the recurrent states. The window of the local heads is convolution state 0.
+# Numbers of the recurrent states.
 _GLOBAL = (0, 1, 2)  # published and pending memory, tokens pending
-_LOCAL_COUNT = 3
+# Where the cache keeps each part of a LocalState: (kind, number).
+_LOCAL = (("conv_states", 0), ("conv_states", 1), ("recurrent_states", 3))
 
 
 def rotate_pairs(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -36,12 +37,6 @@ def rotate_pairs(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> 
     Treating q and k alike, nothing downstream depends on the order of their channels.
     """
     return rotate(torch.cat([x[..., ::2], x[..., 1::2]], dim=-1), tables)
-
-
-def _stored(state: LocalState | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is stored of a state: the window `[B, w, H 2 K]` and the number of tokens in it."""
-    assert state is not None
-    return state.window.flatten(-2), state.filled
 
 
 class LocalGlobalMixer(nn.Module):
@@ -96,10 +91,9 @@ class LocalGlobalMixer(nn.Module):
     def _attend_locally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:
         state, index, window_size = None, self.layer_idx, self.config.local_attn_window_size
         assert window_size is not None  # the configuration derives it
-        window = previous_state(cache, index, "conv_states")
-        count = previous_state(cache, index, "recurrent_states", _LOCAL_COUNT)
-        if window is not None and count is not None:
-            state = LocalState(window.unflatten(-1, (-1, 2 * self.head_dim)), count)
+        keys, values, count = (previous_state(cache, index, *place) for place in _LOCAL)
+        if keys is not None and values is not None and count is not None:
+            state = LocalState(keys, values, count)
         attend = partial(
             local_attention,
             window_size=window_size,
@@ -111,17 +105,18 @@ class LocalGlobalMixer(nn.Module):
         record(
             cache,
             index,
-            [("conv_states", 0), ("recurrent_states", _LOCAL_COUNT)],
+            _LOCAL,
             (q, k, v),
             layout,
-            lambda inputs, layout: _stored(attend(*inputs, layout=layout)[1]),
+            lambda inputs, layout: attend(*inputs, layout=layout)[1],
         )
-        o, state = attend(q, k, v, layout=layout)
+        o, state = attend(q, k, v, layout=layout, overwrite_state=may_overwrite(cache, index))
         if cache is not None:
-            window, filled = _stored(state)
-            cache.update_conv_state(window, index, given_away=True)
+            assert state is not None
+            for (_, number), part in zip(_LOCAL[:2], state[:2], strict=True):
+                cache.update_conv_state(part, index, state_idx=number, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once
-            cache.update_recurrent_state(filled, index, state_idx=_LOCAL_COUNT, num_tokens=tokens)
+            cache.update_recurrent_state(state.count, index, state_idx=_LOCAL[2][1], num_tokens=tokens)
         return o
 
     def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:

@@ -38,10 +38,10 @@ class Mixer(nn.Module):
     unit_length_qk: ClassVar[bool] = False  # whether q and k are divided by their length, in float32 or wider
     is_windowed: ClassVar[bool] = False  # whether windows other than the convolution's begin at the first token
     projection_bias: ClassVar[bool] = False  # whether q, k, v and o have a bias
-    output_gate: ClassVar[str] = "silu"  # what opens the output gate
+    output_gate: str = "silu"  # what opens the output gate
     shard: tuple[int, int] | None = None  # rank and number of the processes that share its heads
     o_norm: RMSNorm | None
-    g_proj: nn.Linear | None
+    g_proj: nn.Module | None
 
     def __init__(self, config: LalmConfig, layer_idx: int):
         super().__init__()

@@ -4,7 +4,7 @@
 
 Code symbol -> paper: beta -> beta_t (2406.06484, section 2.2); g -> log alpha_t (2412.06464, section 3.1; by channel,
 2510.26692, eq. 1), made as Mamba-2 makes its decay: g = -exp(A_log) softplus(W_a x + dt_bias), where W_a has a low
-rank for decays by channel (2510.26692, section 4).
+rank for decays by channel (2510.26692, section 4), whose output gate is a sigmoid of low rank as well.
 """
 
 import math
@@ -96,6 +96,12 @@ class DeltaNetMixer(Mixer):
             kernel = channels_kernel(self.key_dim, self.value_dim)
         self.strongest_write = 2 if config.allow_neg_eigval else 1
         self.make_output_gate(bool(config.use_output_gate))
+        if config.decay == "channel" and config.use_output_gate:
+            self.output_gate = "sigmoid"
+            self.g_proj = nn.Sequential(
+                make_linear(config.hidden_size, self.value_dim, bias=False),
+                make_linear(self.value_dim, self.num_heads * self.value_dim),
+            )
         preload_heads(kernel)
 
     def gates_of(self, hidden_states, k, v):
@@ -131,6 +137,13 @@ class DeltaNetModel(LalmModel):
         super().__init__(config)
         if config.decay != "none":
             self._keep_in_fp32_modules_strict = {"gate_bias"}
+
+    def init_parallel_plans(self) -> None:
+        """As the base class; an output gate of low rank is whole in every process, as the decays by channel are."""
+        super().init_parallel_plans()
+        if self.config.decay == "channel":
+            plan = self._tp_plan or {}
+            self._tp_plan = plan | {name: "lalm_own_outputs" for name in plan if name.endswith("g_proj")}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -32,6 +32,8 @@ MODELS = {
     "delta_net_gate": ("DeltaNet", {"use_gate": True, "allow_neg_eigval": True, "use_short_conv": False}),
     "gated_deltanet": ("GatedDeltaNet", {"head_dim": 12}),
     "gated_deltanet_no_gate": ("GatedDeltaNet", {"head_dim": 16, "use_gate": False, "expand_v": 1.0}),
+    "kda": ("KDA", {"head_dim": 12, "use_short_conv": True}),
+    "kda_no_conv": ("KDA", {"head_dim": 16, "expand_v": 0.5, "use_short_conv": False, "allow_neg_eigval": True}),
     "linear_attn": ("LinearAttention", {}),
     "linear_attn_elu": ("LinearAttention", {"feature_map": "elu"}),
 }

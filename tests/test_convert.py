@@ -104,6 +104,7 @@ REFUSED = [
     ("delta_net", {"use_beta": False}, "use_beta = False"),
     ("gated_deltanet", {"num_v_heads": 4}, "num_v_heads = 4"),
     ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "output_gate_activation = 'sigmoid'"),
+    ("kda", {"lower_bound": -5.0}, "lower_bound = -5.0"),
     ("linear_attn", {"feature_map": "hedgehog"}, "feature_map = 'hedgehog'"),
     ("linear_attn", {"norm_q": True}, "norm_q = True"),
     ("gla", {"use_short_conv": True}, "lacks model.layers.0.attn.q_conv1d.weight"),

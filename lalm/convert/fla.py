@@ -93,6 +93,13 @@ FAMILIES = {
         _REQUIRED | {"output_gate_activation": _SWISH},
         _NO_POSITIONS | {"decay": "head"},
     ),
+    "kda": Family(
+        lalm.DeltaNetConfig,
+        _CONVOLUTION | {"allow_neg_eigval": "allow_neg_eigval"},
+        # A gate with a bound has another formula.
+        _REQUIRED | {"safe_gate": (False,), "lower_bound": (None,)},
+        _NO_POSITIONS | {"decay": "channel", "use_output_gate": True},
+    ),
     "linear_attn": Family(
         lalm.LinearAttentionConfig,
         _WIDTHS | {"feature_map": "feature_map"},
@@ -104,6 +111,7 @@ FAMILIES = {
         "norm",
     ),
 }
+_BY_HEAD = ("gated_deltanet", "kda")  # whose configurations give the size of a head
 # Where fla's own defaults differ from "absent" in config.json.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gla": {"expand_k": 0.5, "hidden_size": 2048, "num_heads": 4, "num_hidden_layers": 24},
@@ -112,6 +120,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gated_deltanet": {
         "expand_v": 2.0, "use_gate": True, "use_short_conv": True, "hidden_size": 2048, "head_dim": 256,
         "num_heads": 6, "num_hidden_layers": 21,
+    },
+    "kda": {
+        "use_short_conv": True, "hidden_size": 2048, "head_dim": 128, "num_heads": 16, "num_hidden_layers": 24,
     },
     "linear_attn": {
         "feature_map": "elementwise_product", "hidden_size": 2048, "num_heads": 4, "num_hidden_layers": 24
@@ -152,7 +163,7 @@ def config_from_fla(theirs: dict[str, Any]) -> LalmConfig:
     if fields["intermediate_size"] is None:
         width = int(given["hidden_size"] * (given["hidden_ratio"] or 4) * 2 / 3)
         fields["intermediate_size"] = -(-width // 256) * 256
-    if name == "gated_deltanet":
+    if name in _BY_HEAD:
         fields["expand_k"] = given["num_heads"] * given["head_dim"] / given["hidden_size"]
         fields["expand_v"] = fields["expand_k"] * given["expand_v"]
     return family.config(**fields | family.ours)
@@ -173,10 +184,11 @@ def config_to_fla(config: LalmConfig) -> dict[str, Any]:
     theirs = {field: getattr(config, ours) for field, ours in (_FIELDS | family.fields).items()}
     if theirs.get("feature_map") not in allowed:
         raise ValueError(f"feature_map = {theirs['feature_map']!r} has no counterpart in fla's {name}.")
-    if name == "gated_deltanet":
+    if name in _BY_HEAD:
         theirs["head_dim"] = config.linear_key_dim
         theirs["expand_v"] = config.linear_value_dim / config.linear_key_dim
     class_prefix = {"gla": "GLA", "retnet": "RetNet", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet"}
+    class_prefix["kda"] = "KDA"
     architecture = f"{class_prefix.get(name, 'LinearAttention')}ForCausalLM"
     return {"model_type": name, "hidden_act": "swish", "architectures": [architecture], **theirs}
 
@@ -199,12 +211,13 @@ def _names(config: LalmConfig) -> Iterator[tuple[str, list[str], list[int]]]:
     if norm == "g_norm" and config.use_output_gate:
         norm = "g_norm_swish_gate"
     same = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
-    if getattr(config, "use_output_gate", False):
+    if getattr(config, "use_output_gate", False) and name != "kda":
         same.append("g_proj.weight")
     same += {
         "gla": ["gk_proj.0.weight", "gk_proj.1.weight", "gk_proj.1.bias"],
         "delta_net": ["b_proj.weight"],
         "gated_deltanet": ["a_proj.weight", "b_proj.weight"],
+        "kda": ["b_proj.weight", "g_proj.0.weight", "g_proj.1.weight", "g_proj.1.bias"],
     }.get(name, [])
     key_size, value_size = (config.num_attention_heads * x for x in (config.linear_key_dim, config.linear_value_dim))
     for index in range(config.num_hidden_layers):
@@ -219,7 +232,10 @@ def _names(config: LalmConfig) -> Iterator[tuple[str, list[str], list[int]]]:
         if config.use_short_conv:
             parts = [f"{layer}.attn.{x}_conv1d.weight" for x in "qkv"]
             yield f"{layer}.mixer.conv.weight", parts, [key_size, key_size, value_size]
-        if name == "gated_deltanet":
+        if name == "kda":
+            for part in ("0.weight", "1.weight"):
+                yield f"{layer}.mixer.gk_proj.{part}", [f"{layer}.attn.f_proj.{part}"], []
+        if name in _BY_HEAD:
             for part in ("A_log", "dt_bias"):
                 yield f"{layer}.mixer.gate_bias.{part}", [f"{layer}.attn.{part}"], []
         if getattr(config, "feature_map", None) == "elementwise_product":

@@ -100,7 +100,7 @@ def test_shared_keys_share_their_state():
     mixer(hidden(), PLAIN, {}, cache)
     layer = cache.layers[0]
     assert layer.recurrent_states[0].shape == layer.recurrent_states[1].shape == (2, 1, 6, 8)
-    assert layer.conv_states[0].shape == (2, 8, 12)
+    assert layer.conv_states[0].shape == layer.conv_states[1].shape == (2, 1, 8, 6)
 
 
 def test_dropout_is_for_local_weights_in_training():

@@ -12,12 +12,13 @@ the boundaries of the windows, blocks of w queries meet every key that could mat
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from lalm.modeling.ops.autograd import has_open_length
+from lalm.modeling.ops.autograd import has_open_length, hides_values
 from lalm.modeling.ops.chunks import missing_tokens
 from lalm.modeling.ops.dispatch import may_hold, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -29,10 +30,12 @@ _NONE = -4
 
 class LocalState(NamedTuple):
     """What causal local attention remembers: the last tokens of the document, back to the start of the window before
-    the one that the next token falls into."""
+    the one that the next token falls into. A token keeps its place, so that the next one is written, and nothing
+    moved."""
 
-    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], the latest last; 0 where there are fewer
-    filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
+    keys: torch.Tensor  # [B, H, 2 w, K], token i in slot i mod 2 w; 0 where nothing is remembered
+    values: torch.Tensor  # [B, H, 2 w, V], likewise
+    count: torch.Tensor  # tokens of the document so far, [B]; from 4 w on, 2 w are taken off
 
 
 def local_attention(
@@ -47,6 +50,7 @@ def local_attention(
     causal: bool = True,
     dropout: float = 0.0,
     layout: SequenceLayout | None = None,
+    overwrite_state: bool = False,
 ) -> tuple[torch.Tensor, LocalState | None]:
     """Local attention over all tokens at once, or over a piece after a state.
 
@@ -60,9 +64,11 @@ def local_attention(
         causal: False attends both sides, without states.
         dropout: probability, on the attention weights.
         layout: padding and document boundaries of a batch.
+        overwrite_state: a single token may be written into the tensors of `initial_state`, which the final state then
+            shares. Nobody else may need them; where gradients are recorded they stay as they are.
 
     Returns:
-        o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
+        o `[B, T, H, V]` in the dtype of v, and the final state (keys and values in the dtype of k) or None.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it.
@@ -73,7 +79,10 @@ def local_attention(
     if plain and initial_state is None and not has_open_length() and q.shape[1] <= window_size:
         return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
     if plain and initial_state is not None and q.shape[1] == 1:
-        return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
+        overwrites = overwrite_state and _is_free(k, v, initial_state)
+        step = _aligned_token if overwrites and _is_aligned(initial_state) else partial(_one_token, overwrites)
+        o, state = step(q, k, v, window_size, initial_state, scale, dropout)
+        return o, state if output_final_state else None
     q, k, v = layout.freeze(q, k, v)
     if must_separate(layout, q, k, v):
 
@@ -83,7 +92,7 @@ def local_attention(
 
         return document_by_document(alone, (q, k, v), initial_state, layout)
     documents, positions, totals = document_positions(
-        layout, q, None if initial_state is None else initial_state.filled
+        layout, q, None if initial_state is None else initial_state.count
     )
     # Equal or neighbouring labels: equal or neighbouring windows of one document.
     labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
@@ -92,8 +101,11 @@ def local_attention(
     q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
     key_labels = labels
     if initial_state is not None:
-        past_k, past_v = initial_state.window.to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
-        past_labels = _labels_of_past(initial_state.filled, window_size)
+        past_k, past_v = (
+            _rolled(x.to(k.dtype), initial_state.count).transpose(1, 2)
+            for x in (initial_state.keys, initial_state.values)
+        )
+        past_labels = _labels_of_past(initial_state.count, window_size)
         k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
         key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
     aligned = plain and initial_state is None
@@ -108,29 +120,70 @@ def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout
     o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
     if not output_final_state:
         return o, None
-    window = k.new_zeros(k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    window[:, -length:, :, : k.shape[3]], window[:, -length:, :, k.shape[3] :] = k, v
-    return o, LocalState(window, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
+    slots = (0, 0, 0, 2 * window_size - length)
+    keys, values = (F.pad(x.to(k.dtype).transpose(1, 2), slots) for x in (k, v))
+    return o, LocalState(keys, values, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
 
 
-def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
+def _is_free(k: torch.Tensor, v: torch.Tensor, state: LocalState) -> bool:
+    """Whether a state may be written to: it has the dtype of what is written, and nobody asks for gradients."""
+    is_recorded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    fits = state.keys.dtype == state.values.dtype == k.dtype == v.dtype
+    return fits and not (hides_values() or is_recorded or any(x.requires_grad for x in state))
+
+
+def _is_aligned(state: LocalState) -> bool:
+    """Whether all rows have seen as many tokens."""
+    count = state.count
+    return count.device.type == "cpu" and (len(count) == 1 or bool((count == count[0]).all()))
+
+
+def _aligned_token(q, k, v, window_size, state, scale, dropout):
+    """`_one_token` of rows that have seen as many tokens, written into their state: one slot for all."""
+    keys, values, count = state
+    size, seen = 2 * window_size, int(count[0])
+    slot, shape = seen % size, (q.shape[0], k.shape[2], -1, q.shape[-1])
+    keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
+    if slot < window_size <= seen:  # the window before stands behind
+        slots = torch.arange(size, device=q.device)
+        near, mask = size, ((slots <= slot) | (slots >= window_size))[None]
+    else:
+        near, mask = slot + 1, None
+    options = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
+    o = F.scaled_dot_product_attention(q.reshape(shape), keys[:, :, :near], values[:, :, :near], **options)
+    seen += 1
+    if seen % window_size == 0:  # as in `_one_token`
+        start = seen // window_size % 2 * window_size
+        for x in (keys, values):
+            x[:, :, start : start + window_size] = 0
+    bounded = seen if seen < size else size + seen % size
+    return o.flatten(1, 2)[:, None], LocalState(keys, values, torch.full_like(count, bounded))
+
+
+def _one_token(overwrites, q, k, v, window_size, state, scale, dropout):
     """The next token of every row sees all that the state remembers, and itself."""
-    size = 2 * window_size
-    window = torch.cat([state.window[:, 1:].to(k.dtype), torch.cat([k, v], dim=-1)], dim=1)
-    filled = state.filled + 1
-    visible = torch.arange(size, device=q.device) >= size - filled[:, None]
-    past_k, past_v = window.split([k.shape[-1], v.shape[-1]], dim=-1)
-    blocks = _Blocks(q[:, None], past_k[:, None], past_v[:, None], visible[:, None, None], False)
-    o = _attend(blocks, 1, scale, dropout)
-    if not output_final_state:
-        return o, None
-    # With a window full, the one before it is of no further use.
-    ends = filled == size
+    size, groups, count = 2 * window_size, k.shape[2], state.count.long()
+    slot = count % size
+    places, write = slot[:, None, None, None], torch.Tensor.scatter_ if overwrites else torch.scatter
+    keys, values = (
+        write(past.to(k.dtype), 2, places.expand(-1, groups, -1, x.shape[-1]), x.to(k.dtype).transpose(1, 2))
+        for past, x in ((state.keys, k), (state.values, v))
+    )
+    slots = torch.arange(size, device=q.device)
+    age = (slot[:, None] - slots) % size
+    visible = age <= _remembered(count, window_size)[:, None]
+    # The heads of q that share one of k are the rows of one product.
+    q = q.reshape(q.shape[0], groups, -1, q.shape[-1])
+    options = {"attn_mask": visible[:, None, None], "dropout_p": dropout, "scale": scale}
+    o = F.scaled_dot_product_attention(q, keys, values, **options).flatten(1, 2)[:, None]
+    count = count + 1
+    # With a window full, the one before it is of no further use: its half is the next to be filled.
+    ends = count % window_size == 0
     if may_hold(ends):
-        forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
-        window = window.masked_fill(forgotten[..., None, None], 0)
-        filled = torch.where(ends, window_size, filled)
-    return o, LocalState(window, filled.to(compute_dtype(k)))
+        forgotten = ends[:, None] & (slots // window_size == (count // window_size % 2)[:, None])
+        forget = torch.Tensor.masked_fill_ if overwrites else torch.masked_fill
+        keys, values = (forget(x, forgotten[:, None, :, None], 0) for x in (keys, values))
+    return o, LocalState(keys, values, _bounded(count, window_size).to(compute_dtype(k)))
 
 
 def sliding_attention(
@@ -208,26 +261,47 @@ def _check(q, k, v, window_size, state, output_final_state, causal, layout):
     check_grouped(q, k, v, window_size, layout)
     if not causal and (state is not None or output_final_state):
         raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
-    expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    if state is not None and (tuple(state.window.shape) != expected or state.filled.shape != k.shape[:1]):
-        raise ValueError(
-            f"initial_state must hold a window {expected} and a count {tuple(k.shape[:1])}, got "
-            f"{tuple(state.window.shape)} and {tuple(state.filled.shape)}."
-        )
+    size, rows = 2 * window_size, k.shape[0]
+    expected = [(rows, x.shape[2], size, x.shape[3]) for x in (k, v)] + [(rows,)]
+    found = [tuple(x.shape) for x in state or ()]
+    if state is not None and found != expected:
+        raise ValueError(f"initial_state must hold keys, values and a count of shapes {expected}, got {found}.")
 
 
-def _labels_of_past(filled: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`[B, 2 w]`: the last `filled` slots are windows 0 and 1 of the row's first document."""
-    steps = torch.arange(2 * window_size, device=filled.device) - (2 * window_size - filled.long()[:, None])
-    return torch.where(steps >= 0, steps // window_size, _NONE)
+def _remembered(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """How many tokens the next one sees: those of its window, and of the one before."""
+    return torch.where(count >= window_size, window_size + count % window_size, count)
+
+
+def _bounded(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """As small a number that says the same, exact in float32."""
+    size = 2 * window_size
+    return torch.where(count < size, count, size + count % size)
+
+
+def _rolled(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`[B, H, 2 w, *]`, each row rolled to the front by its `count [B]`: from slots to the order of time, the latest
+    last. By minus the count, from that order to slots."""
+    order = (torch.arange(x.shape[2], device=x.device) + count.long()[:, None]) % x.shape[2]
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _labels_of_past(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`[B, 2 w]`, in the order of time: the windows of what is remembered, counted as the row's next token does."""
+    size, count = 2 * window_size, count.long()[:, None]
+    positions = count + torch.arange(-size, 0, device=count.device)
+    known = positions >= count - _remembered(count, window_size)
+    return torch.where(known, positions // window_size, _NONE)
 
 
 def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
-    filled = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
-    size = 2 * window_size
-    window = torch.cat([F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)) for x in (k, v)], dim=-1)
-    old = torch.arange(size, device=k.device) < size - filled[:, None]
-    return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
+    size, count = 2 * window_size, _bounded(totals, window_size).expand(k.shape[0])
+    old = torch.arange(size, device=k.device) < size - _remembered(count, window_size)[:, None]
+    keys, values = (F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)).to(k.dtype) for x in (k, v))
+    keys, values = (
+        _rolled(x.masked_fill(old[..., None, None], 0).transpose(1, 2), -count).contiguous() for x in (keys, values)
+    )
+    return LocalState(keys, values, count.to(compute_dtype(k)))
 
 
 def _block_size(window_size: int, length: int) -> int:
