@@ -10,6 +10,7 @@ from lalm.modeling.ops import cpp_kernels as cpp
 from lalm.modeling.ops import dispatch
 from lalm.modeling.ops.dense import elementwise
 from lalm.modeling.ops.dense.elementwise import activate, rms_norm
+from lalm.modeling.ops.dispatch import rms_norm_kernel
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="this machine has no C++ compiler")
@@ -149,3 +150,12 @@ def test_transforms_see_plain_torch(dual):
         torch.testing.assert_close(torch.jit.trace(op, x)(2 * x), plain(2 * x))
         expected = torch.func.grad(lambda x, plain=plain: plain(x).sum())(x)
         torch.testing.assert_close(torch.func.grad(lambda x, op=op: op(x).sum())(x), expected)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_a_single_token_is_normed_by_the_kernel(width):
+    """A step of decoding takes a few dozen norms of one token: torch's own is five operations each."""
+    x, weight = torch.randn(1, 1, width), torch.ones(width)
+    with torch.no_grad():
+        assert rms_norm_kernel(x, weight) is not None
+    assert rms_norm_kernel(x, weight) is None
