@@ -3089,6 +3089,9 @@ MAX_LOG_FEATURE = 40.0
 SMALLEST_GRID = 16
 # A token whose numbers exceed the mean of its chunk by this factor is large among them (see `chunks.running_sums`).
 LARGE_TOKEN = 8.0
+# Tokens of a text from which on an encoder's layer runs in segments if nothing keeps its activations, and tokens of a
+# segment. Below, q, k and v of the whole text take little memory; segments project every token twice.
+LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 12
 # Numbers of one set of pairwise matrices of the dual-state rule to work on at once: what a core's cache holds.
 PAIRS_AT_ONCE = 1 << 19
 
@@ -3226,6 +3229,14 @@ def _is_for_fla(v: torch.Tensor) -> bool:
 @cache
 def _announce(rule: str, name: str, implementation: str, device: str) -> None:
     logger_dispatch.info(f"{rule}: the {name} form runs on {device} (linear_attn_implementation={implementation!r}).")
+
+
+def tokens_of_segments(hidden_states: torch.Tensor, layout: SequenceLayout) -> int | None:
+    """Tokens of a segment if a layer that reads in both directions is to take `hidden_states [B, T, D]` in segments,
+    None for all at once: texts are long, nothing records gradients, and there is neither padding nor a boundary."""
+    if torch.is_grad_enabled() or hides_values() or hidden_states.shape[1] < LONG_TEXT:
+        return None
+    return SEGMENT_OF_TEXT if layout.mask is None and layout.segments is None else None
 
 
 # ---- Choices that take one look at the numbers ----
@@ -4204,7 +4215,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_tokens)
         return self._replace(getattr(self, kind), index, value, given_away)
 
-    def previous(self, kind: str, index: int) -> torch.Tensor | None:
+    def previous(self, kind: str, index: int, of_slice: Callable | None = None) -> torch.Tensor | None:
         """`conv_states` or `recurrent_states` number `index`, None where it has seen no token."""
         return getattr(self, kind)[index] if self.is_written[kind][index] else None
 
@@ -4317,13 +4328,19 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[index] = function(state)
 
 
-def previous_state(cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0) -> torch.Tensor | None:
+def previous_state(
+    cache: Cache | None, layer_idx: int, kind: str, state_idx: int = 0, of_slice: Callable | None = None
+) -> torch.Tensor | None:
     """`conv_states` or `recurrent_states` of a layer, None if it has seen no token. (Cache.get_recurrent_state and
-    get_conv_state came with transformers 5.21.)"""
+    get_conv_state came with transformers 5.21.)
+
+    `of_slice()` tells what the current tokens do to that state, without knowing it: their last inputs, or the map of
+    ops/affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
+    """
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
-    return layer.previous(kind, state_idx)
+    return layer.previous(kind, state_idx, of_slice)
 
 
 def record(
@@ -5008,6 +5025,74 @@ _FIXED = {
     "taylor": taylor_features,
     "identity": lambda x: x,
 }
+
+
+# ---- lalm.modeling.ops.affine_maps ----
+"""What a piece of a sequence makes of the state S that enters it: A S + B, for every rule that is linear in its state.
+
+Pieces that different processes hold are joined by these maps (sequence_parallel.py): the map of two pieces is
+(A_2 A_1, A_2 B_1 + B_2), so that a scan over P pieces takes log2(P) steps (Blelloch, CMU-CS-90-190).
+"""
+
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+Map = tuple[torch.Tensor, torch.Tensor]
+
+
+def diagonal_map(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, layout: SequenceLayout) -> Map:
+    """The map of S <- exp(g_t) S + k_t v_t^T: A `[B, H, D, 1]`, one factor per key channel (D = K) or per head
+    (D = 1), and B `[B, H, K, V]`.
+
+    Args:
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        g: log decay `[B, T, H]` or `[B, T, H, K]`; None for none.
+        layout: padding and documents; where a document begins, A is 0.
+    """
+    dtype = compute_dtype(k, v, g)
+    with without_autocast(k.device):
+        k, v, g = layout.freeze(k.to(dtype), v.to(dtype), None if g is None else g.to(dtype))
+        documents, kept = layout.document_ids(), k.new_ones(len(k), 1, 1, 1)
+        if documents is not None:
+            k = k.masked_fill((documents != documents[:, -1:])[..., None, None], 0)
+            kept = (documents[:, -1] == 0).to(dtype).view_as(kept)
+        if g is not None:
+            g = g if g.ndim == 4 else g[..., None]
+            later = g.flip(1).cumsum(1).flip(1)  # from every token to the last
+            k = k * F.pad(later[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
+            kept = kept * later[:, 0, ..., None].exp()
+        return kept, torch.einsum("bthk,bthv->bhkv", k, v)
+
+
+def delta_map(rule: Callable, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, memories: int = 0) -> Map:
+    """The map of a delta rule: A `[B, H, R, R]` on the R rows of all memories, and B of the shape of the state.
+
+    One call of the rule makes both: further columns of the values, which are 0, begin from the identity.
+
+    Args:
+        rule: `rule(q, k, v, state, output_final_state, layout) -> (o, state)`.
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        layout: padding and documents; where a document begins, A is 0.
+        memories: M of a state `[B, H, M, K, V]`; 0 for a state `[B, H, K, V]`.
+    """
+    batch, _, heads, keys = k.shape
+    rows, values = keys * max(memories, 1), v.shape[-1]
+    identity = F.pad(torch.eye(rows, dtype=compute_dtype(k, v), device=k.device), (values, 0))
+    state = identity.expand(batch, heads, -1, -1)
+    after = rule(k, k, F.pad(v, (0, rows)), state.unflatten(2, (memories, keys)) if memories else state, True, layout)
+    added, factor = after[1].split([values, rows], dim=-1)
+    return factor.flatten(2, -2), added
+
+
+def apply_factor(factor: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A S, of a state or of another factor."""
+    if factor.shape[-1] == 1:
+        return factor * state
+    return (factor @ state.flatten(2, -2)).view_as(state)
 
 
 # ---- lalm.modeling.ops.chunks ----

@@ -6,6 +6,7 @@
 """What mixes tokens: the bases of every linear mixer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,10 +17,13 @@ from .configuration_lam import LalmConfig
 from .linear_attention_ops import RecurrentLayer, previous_state, record
 from .linear_attention_ops import FeatureMap
 from .linear_attention_ops import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
+from .linear_attention_ops import Map, delta_map, diagonal_map
 from .linear_attention_ops import preload_heads
 from .linear_attention_ops import activate
 from .linear_attention_ops import diagonal_kernel
 from .linear_attention_ops import linear_attention
+from .linear_attention_ops import taylor_features
+from .linear_attention_ops import compute_dtype
 from .linear_attention_ops import SequenceLayout
 
 Tables = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -74,30 +78,30 @@ class Mixer(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         conv, attend = self.conv, cast(Callable, self.attend)
         if conv is not None:
-            window = previous_state(cache, self.layer_idx, "conv_states")
+            parts, size = (q, k, v), conv.weight.shape[1] - 1
+            window = previous_state(
+                cache, self.layer_idx, "conv_states", of_slice=lambda: layout.last_inputs(parts, size)
+            )
             record(
                 cache,
                 self.layer_idx,
                 [("conv_states", 0)],
-                (q, k, v),
+                parts,
                 layout,
                 lambda parts, layout: [conv(parts, window, layout)[1]],
             )
-            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
+            (q, k, v), state = conv(parts, window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
-        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
-        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary and self.rotates:
-            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
-        if self.unit_length_qk:
-            q = unit_length(q)
-            k = unit_length(k)
-        memory = previous_state(cache, self.layer_idx, "recurrent_states")
+        q, k, v = self.split_heads(q, k, v, rotary)
+        memory = previous_state(
+            cache,
+            self.layer_idx,
+            "recurrent_states",
+            of_slice=lambda k=k, v=v: self.slice_map(hidden_states, k, v, layout),
+        )
         record(
             cache,
             self.layer_idx,
@@ -112,6 +116,21 @@ class Mixer(nn.Module):
             cache.update_recurrent_state(state, self.layer_idx, num_tokens=tokens, given_away=True)
         del q, k, v  # nothing below needs them, and long sequences make them large
         return self.o_proj(self.gate_output(o, hidden_states).flatten(-2)), None
+
+    def split_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Projections `[B, T, H * *]` -> q, k and v `[B, T, H, *]` as the rule takes them: normed, rotated, unit."""
+        sizes = self.key_dim, self.key_dim, self.value_dim  # the heads are fewer under tensor parallelism
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip((q, k, v), sizes, strict=True))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary and self.rotates:
+            q, k = rotate(q, rotary[self.key_dim]), rotate(k, rotary[self.key_dim])
+        if self.unit_length_qk:
+            q = unit_length(q)
+            k = unit_length(k)
+        return q, k, v
 
     def attend(
         self,
@@ -130,6 +149,14 @@ class Mixer(nn.Module):
         """The gates of all tokens, as the op takes them: log decays "g" and write strengths "beta", `[B, T, H]`, or
         `[B, T, H, *]` with one per channel or memory. Empty for a mixer without gates."""
         return {}
+
+    def slice_map(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> Map:
+        """What these tokens make of any state S before them, A S + B: see ops/affine_maps.py."""
+        gates = self.gates_of(hidden_states, k, v)
+        if "beta" not in gates:
+            return diagonal_map(k, v, gates.get("g"), layout)
+        memories = gates["beta"].shape[-1] if gates["beta"].ndim == 4 else 0
+        return delta_map(partial(cast(Any, self).apply_rule, gates), k, v, layout, memories)
 
     def make_output_gate(self, gated: bool) -> None:
         """Add what `gate_output` applies: a norm per head and, if `gated`, the projection of the swish gate."""
@@ -184,6 +211,10 @@ class FeatureMixer(Mixer):
             taylor=self.is_taylor,
             implementation=self.config.linear_attn_implementation,
         )
+
+    def slice_map(self, hidden_states, k, v, layout):
+        features = taylor_features(k.to(compute_dtype(k))) if self.is_taylor else (self.k_map or self.q_map)(k)
+        return diagonal_map(features, nn.functional.pad(v, (0, 1), value=1.0) if self.normalize else v, None, layout)
 
 
 # ---- lalm.modeling.saving ----
@@ -1136,7 +1167,8 @@ its own document only and has no SiLU; the leak cannot make the memories grow (t
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -1150,6 +1182,8 @@ from .linear_attention_ops import preload_heads, preload_kernel
 from .linear_attention_ops import delta_kernel
 from .linear_attention_ops import dual_state_delta
 from .linear_attention_ops import COMPLETE, cpp_lam_gates, plain_lam_gates
+from .linear_attention_ops import tokens_of_segments
+from .linear_attention_ops import SequenceLayout
 from .linear_attention_ops import own_part
 
 # Share of the other memory that a fresh leak takes in, and the most that any takes.
@@ -1237,19 +1271,50 @@ class LamMixer(Mixer):
         return self.gates(hidden_states, k, v)
 
     def attend(self, hidden_states, q, k, v, state, output_final_state, layout):
+        return self.apply_rule(self.gates_of(hidden_states, k, v), q, k, v, state, output_final_state, layout)
+
+    def apply_rule(self, gates, q, k, v, state, output_final_state, layout, causal=None):
         return dual_state_delta(
             q,
             k,
             v,
-            **self.gates_of(hidden_states, k, v),
+            **gates,
             scale=1.0,
             initial_state=state,
             output_final_state=output_final_state,
             layout=layout,
-            causal=self.config.is_causal,
+            causal=self.config.is_causal if causal is None else causal,
             use_delta_rule=self.config.use_delta_rule,
             implementation=self.config.linear_attn_implementation,
         )
+
+    def read_segment(
+        self,
+        hidden_states: torch.Tensor,
+        start: int,
+        stop: int,
+        rotary: Tables,
+        state: torch.Tensor | None,
+        backward: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tokens from `start` to `stop` of a text read in one direction, `[B, stop - start, H, V]`, and the
+        state after them; `state` is that of the segment before, or behind if the text is read `backward`."""
+        reach = 0 if self.conv is None else self.conv.weight.shape[1] - 1
+        first = max(0, start - reach)
+        around = hidden_states[:, first : stop + reach]
+        parts: Sequence[torch.Tensor] = (self.q_proj(around), self.k_proj(around), self.v_proj(around))
+        if self.conv is not None:
+            parts, _ = self.conv(parts, None, SequenceLayout(), keeps_state=False)
+        q, k, v = (part[:, start - first : stop - first] for part in parts)
+        tables = {size: (cos[:, start:stop], sin[:, start:stop]) for size, (cos, sin) in rotary.items()}
+        q, k, v = self.split_heads(q, k, v, tables)
+        gates = self.gates_of(hidden_states[:, start:stop], k, v)
+        gates = {name: None if gate is None else gate[int(backward)] for name, gate in gates.items()}
+        if backward:
+            q, k, v = q.flip(1), k.flip(1), v.flip(1)
+            gates = {name: None if gate is None else gate.flip(1) for name, gate in gates.items()}
+        o, state = self.apply_rule(gates, q, k, v, state, True, SequenceLayout(), causal=True)
+        return o.flip(1) if backward else o, state
 
 
 class LamMLP(MLP):
@@ -1261,10 +1326,38 @@ class LamBlock(Block):
 
     mlp_class = LamMLP
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        mixed, _ = self.mixer(hidden_states, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, rotary: Tables, **kwargs) -> torch.Tensor:
+        is_encoder = isinstance(self.mixer, LamMixer) and not self.mixer.config.is_causal
+        size = tokens_of_segments(hidden_states, layout) if is_encoder else None
+        if size is not None:
+            return self._in_segments(hidden_states, rotary, size)
+        mixed, _ = self.mixer(hidden_states, layout=layout, rotary=rotary, **kwargs)
+        return self._add(hidden_states, mixed)
+
+    def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+    def _in_segments(self, hidden_states: torch.Tensor, rotary: Tables, size: int) -> torch.Tensor:
+        """The block without gradients in segments of `size` tokens: it reads the text forwards, then backwards, and
+        holds its input and its output, but never q, k and v of the whole text."""
+        mixer, length = cast(LamMixer, self.mixer), hidden_states.shape[1]
+        bounds = [(start, min(start + size, length)) for start in range(0, length, size)]
+        result = torch.empty_like(hidden_states)
+        # What is read forwards waits where the output of the same tokens will stand, if it has as many numbers.
+        fits = mixer.o_proj.in_features == hidden_states.shape[2]
+        read = result if fits else result.new_empty(*result.shape[:2], mixer.o_proj.in_features)
+        state: torch.Tensor | None = None
+        for start, stop in bounds:
+            o, state = mixer.read_segment(hidden_states, start, stop, rotary, state, backward=False)
+            read[:, start:stop] = o.flatten(2)
+        state = None
+        for start, stop in reversed(bounds):
+            o, state = mixer.read_segment(hidden_states, start, stop, rotary, state, backward=True)
+            o += read[:, start:stop].view_as(o)
+            own = hidden_states[:, start:stop]
+            result[:, start:stop] = self._add(own, mixer.o_proj(mixer.gate_output(o, own).flatten(2)))
+        return result
 
 
 class LamModel(LalmModel):
