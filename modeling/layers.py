@@ -51,7 +51,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     """`x [..., D]`, `weight [N, D]` -> `x weight^T + bias [..., N]` by the fastest product (dense/matrix_product.py).
     On CPUs without instructions for the 16-bit type asked for, it computes in float32 (ops/dispatch.py)."""
     autocast = torch.is_autocast_enabled("cpu")
-    if x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and not autocast):
+    if not x.is_cpu or (x.dtype in (torch.float32, torch.float64) and not autocast):
         return linear(x, weight, bias)
     asked, kinds = x.dtype, {x.dtype, weight.dtype}
     if autocast and torch.float64 not in kinds:  # which autocast leaves alone

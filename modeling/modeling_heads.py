@@ -243,7 +243,8 @@ class LalmForSequenceClassification(_Head):
     def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """The loss of `config.problem_type`, which the stock function finds out and sets if it is None."""
         if labels.is_floating_point():  # torch 2.11 has no gradient of a mean square of two dtypes
-            logits = logits.to(torch.promote_types(logits.dtype, labels.dtype))
+            wider = torch.promote_types(logits.dtype, labels.dtype)
+            logits, labels = logits.to(wider), labels.to(wider)
         arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
         is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
         is_single = is_single and labels.dtype in (torch.long, torch.int)

@@ -146,9 +146,10 @@ class _CacheWithoutPadding:
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs):
         is_new = not self._cache.has_previous_state(layer_idx)
         full = self._cache.update_conv_state(conv_states, layer_idx, state_idx=state_idx, **kwargs)
-        if self._cache.is_recording_past(layer_idx):
+        layer = self._cache.layers[layer_idx]
+        if getattr(layer, "record_past", False):
             return full
-        kept = self._cache.get_conv_state(layer_idx, state_idx=state_idx)
+        kept = layer.conv_states[state_idx]
         before = full.shape[2] - self._mask.shape[1]
         mask = torch.nn.functional.pad(self._mask, (before, 0), value=not is_new)
         last = mask.int().argsort(dim=1, stable=True)[:, -kept.shape[2] :]

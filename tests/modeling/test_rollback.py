@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tests.modeling.exact import assert_close, assert_same_states, run, run_in_pieces, states, tokens
 from tests.variants import ROWS, TINY, every_row, few_rows
@@ -18,10 +19,21 @@ def recording(model):
     return cache
 
 
+def skip_without_sliding_records(row):
+    """In transformers 5.17 a window that records the past in several forwards has more keys than its mask."""
+    layer, new = DynamicSlidingWindowLayer(sliding_window=3), torch.zeros(1, 1, 4, 2)
+    layer.activate_past_recording()
+    layer.update(new, new)
+    width = layer.get_mask_sizes(4)[0]
+    if layer.update(new, new)[0].shape[2] != width and "sliding_attention" in row.config().layer_types:
+        pytest.skip("this transformers masks a recorded sliding window wrongly, in its own models too")
+
+
 @every_row
 @pytest.mark.parametrize(("sizes", "back"), [([9, 6], 4), ([9, 1, 1, 2, 1], 4), ([9, 1, 3], 4), ([15], 14)], ids=str)
 def test_crop_is_the_shorter_text(row, sizes, back):
     """Inside a forward, between forwards, and through several; the text that follows is then as it would have been."""
+    skip_without_sliding_records(row)
     model, ids = row.build(), tokens(1, 23)
     length = sum(sizes)
     _, cache = run_in_pieces(model, ids[:, :length], sizes, cache=recording(model))
@@ -153,6 +165,7 @@ def test_early_exit_is_greedy(row):
 
 @few_rows
 def test_assisted_with_left_padding_and_another_turn(row):
+    skip_without_sliding_records(row)
     model, ids = build(row), tokens(1, 9)
     mask = torch.ones_like(ids)
     mask[:, :4] = 0

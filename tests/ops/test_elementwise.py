@@ -10,6 +10,7 @@ from lalm.modeling.ops import autograd, dispatch
 from lalm.modeling.ops import cpp_kernels as cpp
 from lalm.modeling.ops.dense import elementwise
 from lalm.modeling.ops.dense.elementwise import activate, rms_norm
+from lalm.modeling.ops.dispatch import rms_norm_kernel
 from tests.ops.cases import relative_error
 
 pytestmark = pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="this machine has no C++ compiler")
@@ -110,7 +111,7 @@ def test_small_inputs_compile_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "EARNS_COMPILING", 1 << 21)
     cpp._plan.cache_clear()
     try:
-        x, weight = torch.randn(7, 64), torch.randn(64)
+        x, weight = torch.randn(1, 64), torch.randn(64)
         with torch.no_grad():
             torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
             torch.testing.assert_close(activate("silu", x, x), F.silu(x) * x)
@@ -149,3 +150,13 @@ def test_transforms_see_plain_torch(dual):
         torch.testing.assert_close(torch.jit.trace(op, x)(2 * x), plain(2 * x))
         expected = torch.func.grad(lambda x, plain=plain: plain(x).sum())(x)
         torch.testing.assert_close(torch.func.grad(lambda x, op=op: op(x).sum())(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (1, 1, 8, 32)], ids=["token", "heads"])
+def test_a_single_token_is_normed_by_the_kernel(shape, monkeypatch):
+    """A step of decoding takes a few dozen norms of one token: torch's own is five operations each."""
+    monkeypatch.undo()
+    x, weight = torch.randn(shape), torch.ones(shape[-1])
+    with torch.no_grad():
+        assert rms_norm_kernel(x, weight) is not None
+    assert rms_norm_kernel(x, weight) is None

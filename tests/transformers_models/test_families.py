@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lalm.transformers_models import use_in_transformers
+from tests.modeling.test_training import enable_checkpointing
 from tests.transformers_models.tiny import CONFIGS, tiny, tokens
 
 LENGTH, CUT = 21, 9
@@ -113,7 +114,7 @@ def test_checkpointed_gradients(model_type):
     model, ids = tiny(model_type), tokens(1, LENGTH)
     with use_in_transformers():
         expected = gradients(model, model(ids, use_cache=False).logits)
-        model.train().activation_checkpointing_enable()
+        enable_checkpointing(model.train())
         assert error(gradients(model, model(ids, use_cache=False).logits), expected) < 1e-6
 
 
