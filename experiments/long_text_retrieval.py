@@ -4,9 +4,10 @@
     python -m experiments.long_text_retrieval checkpoints/lam-minilm-l6 sentence-transformers/all-MiniLM-L6-v2 \\
         --articles data/wikipedia-en/articles.jsonl.gz --split test --tokens 256 4096
 
-Only articles of 1,000 words and more take part. Each model reads as much of an article as --tokens and its own limit
-let it. --split takes the articles that experiments/long_text_articles/ names: `test` (the published figures) or
-`validation`, 600 and 150 of them, none of which recipes/lam_documents.yaml trains on. recall@1 and @10 are the shares of queries whose article is the nearest, or among the ten nearest, by cosine.
+Only articles of 1,000 words and more take part. --split takes those that experiments/long_text_articles/ names: `test`,
+600 articles, for published figures, or `validation`, 150, for choosing; recipes/lam_documents.yaml trains on neither.
+Each model reads as much of an article as --tokens and its own limit let it; recall@1 and @10 are the shares of queries
+whose article is the nearest, or among the ten nearest, by cosine.
 A bar shows the texts that are read, and how long the rest will take.
 """
 
@@ -15,6 +16,7 @@ import gzip
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from lalm.errors import UserError, exit_on_user_error
 from lalm.training.sts.evaluation import encode
 from lalm.training.sts.stages import backbone
 
-FEWEST_WORDS, TEXTS_AT_ONCE = 1000, 32
+FEWEST_WORDS, TEXTS_AT_ONCE, QUERY_TOKENS = 1000, 32, 128
 SPLITS = Path(__file__).with_name("long_text_articles")
 
 
@@ -77,6 +79,20 @@ def readable(model: SentenceTransformer) -> int | None:
     return positions if positions > 0 else None
 
 
+def score(
+    model: SentenceTransformer, articles: list[dict[str, str]], lengths: list[int], name: str
+) -> Iterator[tuple[int, str, float, float]]:
+    """Yield tokens read, kind of query, recall@1 and recall@10 for every length and kind."""
+    limit = readable(model)
+    model.max_seq_length = QUERY_TOKENS
+    queries = {kind: encode(model, [row[kind] for row in articles]) for kind in ("title", "sentence")}
+    for tokens in lengths:
+        model.max_seq_length = min(tokens, limit or tokens)
+        vectors = read(model, [row["body"] for row in articles], f"{name}, {model.max_seq_length:,} tokens")
+        for kind, asked in queries.items():
+            yield model.max_seq_length, kind, *recalls(asked, vectors)
+
+
 def main() -> None:
     """Encode, rank, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,15 +107,8 @@ def main() -> None:
     )
     for name in arguments.models:
         model = SentenceTransformer(name, device="cpu")
-        limit = readable(model)
-        model.max_seq_length = 128
-        queries = {kind: encode(model, [row[kind] for row in articles]) for kind in ("title", "sentence")}
-        for tokens in arguments.tokens:
-            model.max_seq_length = min(tokens, limit or tokens)
-            vectors = read(model, [row["body"] for row in articles], f"{name}, {model.max_seq_length:,} tokens")
-            for kind, asked in queries.items():
-                first, ten = recalls(asked, vectors)
-                print(f"| {name} | {model.max_seq_length:,} | {kind} | {first:.3f} | {ten:.3f} |", flush=True)
+        for tokens, kind, first, ten in score(model, articles, arguments.tokens, name):
+            print(f"| {name} | {tokens:,} | {kind} | {first:.3f} | {ten:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -339,9 +339,7 @@ def text_part(
         raise UserError("--mixture has a share of 'text': give --embedding_weight")
     labelled = with_teacher_vectors(rows, teacher, arguments)[:]
     weights = {"embedding": training.embedding_weight}
-    loss = DistillationLoss(
-        model, weights, None, teacher.get_embedding_dimension(), str(training.embedding_metric)
-    )
+    loss = DistillationLoss(model, weights, None, teacher.get_embedding_dimension(), str(training.embedding_metric))
     return Dataset.from_dict({name: labelled[name] for name in ("text", "label")}), loss
 
 
