@@ -30,9 +30,10 @@ from lalm.training.sts.teacher import load_teacher
 
 RECIPES = Path(run_sts.__file__).with_name("recipes")
 SHORT, LONG = str(RECIPES / "lam_ablations.yaml"), str(RECIPES / "lam_documents.yaml")
-LONG_FLAGS = (
-    "--freeze embed_tokens --max_steps 100 --learning_rate 3e-4 --eval_strategy no --save_strategy no"
-).split()
+LONG_FLAGS = [
+    *("--freeze", "embed_tokens"),
+    *("--max_steps", "100", "--learning_rate", "3e-4", "--eval_strategy", "no", "--save_strategy", "no"),
+]
 ARTICLES, TOKENS = "data/wikipedia-en/articles.jsonl.gz", 4096
 SEEDS = (1, 2, 3)
 FULL = "full"

@@ -20,14 +20,16 @@ def test_every_variation_can_be_made_and_every_recipe_read():
     assert parse_sts_arguments([SHORT])[2].stage == "distill"
     start = ["--model_name_or_path", "runs/start"]
     model, data, training = parse_sts_arguments([LONG, *start, *LONG_FLAGS])
-    assert model.freeze == ["embed_tokens"] and training.max_steps == 100 and "document" in data.shares
+    assert model.freeze == ["embed_tokens"]
+    assert training.max_steps == 100
+    assert "document" in data.shares
 
 
 def test_test_and_validation_articles_are_apart_and_held_out():
     test, validation = (
         set((SPLITS / f"{name}.txt").read_text("utf-8").splitlines()) for name in ("test", "validation")
     )
-    assert len(test) == 600 and len(validation) == 150 and not test & validation
+    assert (len(test), len(validation), len(test & validation)) == (600, 150, 0)
     held_out = parse_sts_arguments([LONG])[1].held_out_file
     assert [name.rpartition("/")[2] for name in held_out] == ["test.txt", "validation.txt"]
 
@@ -41,7 +43,8 @@ def test_a_split_takes_its_articles_with_the_same_sentences(tmp_path):
         handle.write("\n".join(json.dumps(row) for row in rows))
     every, some = read_articles(path), read_articles(path, "validation")
     assert [row["title"] for row in every] == [row["title"] for row in rows]
-    assert some == [every[0], every[2]] and every[1]["body"] == body
+    assert some == [every[0], every[2]]
+    assert every[1]["body"] == body
     assert len({row["sentence"] for row in every}) > 1  # drawn for each
     with pytest.raises(UserError, match="no article of 1000 words of the split test"):
         read_articles(path, "test")

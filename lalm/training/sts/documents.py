@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from lalm.errors import UserError
 from lalm.training.sts.data import normalise
-from lalm.training.sts.record_files import read_records, text_of
+from lalm.training.sts.record_files import lines_of, read_records, text_of
+from lalm.training.text_rows import check_file
 
 # words of the shortest document, and of a sentence that may be a query
 FEWEST_WORDS, SENTENCE_WORDS = 400, (8, 40)
@@ -84,17 +85,15 @@ def titles_in(files: Sequence[str], flag: str = "--held_out_file") -> set[str]:
     Raises:
         UserError: a file cannot be read.
     """
-    found: set[str] = set()
+    lines: list[str] = []
     for path in (Path(name).expanduser() for name in files):
-        try:
-            found.update(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag}: cannot read {path}: {error}") from None
-    return found
+        check_file(path, flag)
+        lines += lines_of(path)
+    return {line.strip() for line in lines if line.strip()}
 
 
 class DocumentLoss(nn.Module):
-    """Cross-entropy of finding a document by each of its queries, among the batch and the documents of earlier batches.
+    """Cross-entropy of finding a document by each of its queries, among this batch and the documents of earlier ones.
 
     Few long documents fit into a batch. The vectors of the last `memory` documents, without gradients, are further
     negatives: the queue of MoCo (He et al. 2020, arXiv 1911.05722), with vectors of the model itself, which changes

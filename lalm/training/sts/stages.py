@@ -329,7 +329,7 @@ def with_negatives(rows: Dataset, teacher: SentenceTransformer, data: StsDataArg
 def text_part(
     model: SentenceTransformer, rows: Dataset, teacher: SentenceTransformer, arguments: Arguments
 ) -> tuple[Dataset, nn.Module]:
-    """The kind text of the stage finetune: the teacher's vectors of plain texts, as the column ``label``, and the loss.
+    """The kind text of the stage finetune: plain texts with the teacher's vectors as ``label``, and its loss.
 
     Raises:
         UserError: no weight says how much they count.
