@@ -5,7 +5,8 @@
         --articles data/wikipedia-en/articles.jsonl.gz --split test --tokens 256 4096
 
 Only articles of 1,000 words and more take part. --split takes those that experiments/long_text_articles/ names:
-`test`, 600 articles, for published figures, or `validation`, 150, for choosing; recipes/lam_documents.yaml trains on neither.
+`test`, 600 articles, for published figures, or `validation`, 150, for choosing. recipes/lam_documents.yaml trains on
+neither.
 Each model reads as much of an article as --tokens and its own limit let it; recall@1 and @10 are the shares of queries
 whose article is the nearest, or among the ten nearest, by cosine.
 A bar shows the texts that are read, and how long the rest will take.
