@@ -34,6 +34,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # kinds of data of the stage finetune and their shares of the batches, LAM's
 MIXTURE = {"sts": 0.35, "nli": 0.20, "qa": 0.15, "paraphrase": 0.20, "triplet": 0.10}
+# kinds that LAM's mixture does not have
+KINDS = (*MIXTURE, "document", "text")
 CHOICES = {
     "stage": tuple(STAGES),
     "embedding_metric": ("cosine", "mse", "l2"),
@@ -116,7 +118,8 @@ class StsDataArguments:
     train_file: list[str] | None = _option(
         None,
         "Training data: texts for --stage distill (txt, csv, tsv, json, jsonl, parquet, gzip too; every text column), "
-        "sources of pairs for --stage relational. Default: data sets of the Hub.",
+        "sources of pairs for --stage relational. Default: data sets of the Hub. --stage finetune with a share of "
+        "'text' keeps the teacher's vectors of these texts.",
     )
     train_weights: list[float] | None = _option(
         None, "For each --train_file: how often it is seen in an epoch; 0.5 takes a random half of it."
@@ -125,6 +128,11 @@ class StsDataArguments:
     qa_file: list[str] | None = _option(None, "--stage finetune: sources of (question, answer).")
     paraphrase_file: list[str] | None = _option(None, "--stage finetune: sources of (text, paraphrase).")
     triplet_file: list[str] | None = _option(None, "--stage finetune: sources of (anchor, positive, negative).")
+    document_file: list[str] | None = _option(
+        None, "--stage finetune: articles with title and text, to be found by their title and sentences."
+    )
+    held_out_file: list[str] | None = _option(None, "Titles of articles, one a line, that --document_file leaves out.")
+    document_tokens: int = _option(4096, "Tokens of the longest document, about; lengths are drawn from 256 on.")
     mixture: list[str] | None = _option(
         None,
         "--stage finetune: shares of the batches as kind=share, a kind left out has none. Default: "
@@ -148,7 +156,7 @@ class StsDataArguments:
     def __post_init__(self):
         _check_choices(self)
         _check_range(self, ("mine_negatives", "mine_range_min"), 0)
-        _check_range(self, ("max_train_samples", "mine_range_max"), 1)
+        _check_range(self, ("max_train_samples", "mine_range_max", "document_tokens"), 1)
         if self.mine_range_max <= self.mine_range_min:
             raise ValueError("--mine_range_max must be above --mine_range_min")
         if not 0 <= self.mine_margin < 1:
@@ -164,8 +172,8 @@ class StsDataArguments:
     def _shares(self) -> dict[str, float]:
         shares = parse_overrides(self.mixture, "--mixture") if self.mixture else dict(MIXTURE)
         for kind, share in shares.items():
-            if kind not in MIXTURE:
-                raise ValueError(f"--mixture: there is no kind '{kind}'; there are {', '.join(MIXTURE)}")
+            if kind not in KINDS:
+                raise ValueError(f"--mixture: there is no kind '{kind}'; there are {', '.join(KINDS)}")
             try:
                 shares[kind] = float(share)
             except (TypeError, ValueError):
@@ -185,6 +193,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
     must_match: ClassVar[tuple[str, ...]] = (
         "stage", "model_name_or_path", "teacher", "teacher_prompt", "overrides", "ridge_texts", "freeze", "data_dir",
         "train_file", "train_weights", "nli_file", "qa_file", "paraphrase_file", "triplet_file", "shares",
+        "document_file", "held_out_file", "document_tokens",
         "mine_negatives", "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples",
         "max_seq_length", "seed",
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, cast
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
-from lalm.training.sts.arguments import MIXTURE, StsDataArguments
+from lalm.training.sts.arguments import KINDS, StsDataArguments
 from lalm.training.sts.data import (
     PAIR_NAMES,
     StsSplits,
@@ -25,6 +25,7 @@ from lalm.training.sts.data import (
     load_texts,
     output_names,
 )
+from lalm.training.sts.documents import load_documents, titles_in
 from lalm.training.sts.record_files import Record, read_records, text_of
 from lalm.training.text_rows import check_file
 
@@ -312,6 +313,15 @@ def collect_kinds(data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mappi
             rows = drop_pairs(stsb["train"], forbidden)
             rows = rows.select(thinned(len(rows), 1.0, data.max_train_samples, seed))
             note = f"{len(rows):,} scored pairs of {len(stsb['train']):,} from {stsb.source}, none in dev or test"
+        elif kind == "text":
+            texts_found = collect_texts(data, stsb, seed, hub)
+            rows, note = Dataset.from_dict({"text": texts_found.texts}), "; ".join(texts_found.notes.values())
+        elif kind == "document":
+            if not names:
+                raise UserError("--mixture has a share of 'document': give --document_file")
+            held_out = titles_in(data.held_out_file or ())
+            rows = load_documents(names, held_out, data.document_tokens, seed)
+            note = f"{len(rows):,} articles from {', '.join(names)}, {len(held_out):,} titles held out"
         elif names or not stsb.is_embedded:
             texts = {"triplet": 3, "nli": 0}.get(kind, 2)
             rows, note = collect_pairs(names or HUB_KINDS[kind], texts, f"--{kind}_file", data, forbidden, seed, hub)
@@ -322,7 +332,7 @@ def collect_kinds(data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mappi
             logger.warning("no data of the kind %s: give --%s_file", kind, kind)
             continue
         found.parts[kind], found.notes[kind] = rows, note
-    for kind in set(MIXTURE) - set(data.shares):
+    for kind in set(KINDS) - set(data.shares):
         if getattr(data, f"{kind}_file", None):
             logger.warning("--%s_file is not used: --mixture has no share for it", kind)
     if not found.parts:

@@ -35,6 +35,7 @@ from lalm.modeling.modeling_lam import LamModel
 from lalm.training.checkpoints import checkpoints_of, read_record
 from lalm.training.divergence import broken_weights
 from lalm.training.sts.arguments import StsDataArguments, StsModelArguments, StsTrainingArguments
+from lalm.training.sts.documents import DocumentLoss
 from lalm.training.sts.losses import (
     DistillationLoss,
     OrthogonalRegulariser,
@@ -293,7 +294,9 @@ def start_projection(loss: DistillationLoss, teacher: SentenceTransformer, texts
 def kind_loss(kind: str, model: SentenceTransformer, training: StsTrainingArguments) -> nn.Module:
     """The loss of one kind of data of the stage finetune."""
     loss: nn.Module
-    if kind == "sts":
+    if kind == "document":
+        loss = DocumentLoss(model)
+    elif kind == "sts":
         loss = ScoreLoss(model, training.sts_mse_weight)
     elif kind == "triplet":
         loss = TripletLoss(model, TripletDistanceMetric.COSINE, training.margin)
@@ -323,6 +326,23 @@ def with_negatives(rows: Dataset, teacher: SentenceTransformer, data: StsDataArg
     return mined
 
 
+def text_part(
+    model: SentenceTransformer, rows: Dataset, teacher: SentenceTransformer, arguments: Arguments
+) -> tuple[Dataset, nn.Module]:
+    """The kind text of the stage finetune: plain texts with the teacher's vectors as ``label``, and its loss.
+
+    Raises:
+        UserError: no weight says how much they count.
+    """
+    training = arguments[2]
+    if not training.embedding_weight:
+        raise UserError("--mixture has a share of 'text': give --embedding_weight")
+    labelled = with_teacher_vectors(rows, teacher, arguments)[:]
+    weights = {"embedding": training.embedding_weight}
+    loss = DistillationLoss(model, weights, None, teacher.get_embedding_dimension(), str(training.embedding_metric))
+    return Dataset.from_dict({name: labelled[name] for name in ("text", "label")}), loss
+
+
 def finetune_stage(
     model: SentenceTransformer, found: TrainingData, teacher: SentenceTransformer | None, arguments: Arguments
 ) -> Stage:
@@ -334,7 +354,10 @@ def finetune_stage(
     for kind, rows in found.parts.items():
         if teacher is not None and data.mine_negatives and set(rows.column_names) == {"anchor", "positive"}:
             rows = with_negatives(rows, teacher, data, kind)
-        loss = kind_loss(kind, model, training)
+        if kind == "text":
+            rows, loss = text_part(model, rows, cast(SentenceTransformer, teacher), arguments)
+        else:
+            loss = kind_loss(kind, model, training)
         parts[kind], losses[kind] = rows, WithPenalties(model, loss, penalties) if penalties else loss
     shares: Mapping[str, float] = data.shares
     return Stage(model, DatasetDict(parts), losses, [shares[kind] for kind in parts])
@@ -349,7 +372,7 @@ def build_stage(arguments: Arguments, found: TrainingData) -> Stage:
     model_arguments, data, training = arguments
     device = "cpu" if training.use_cpu else str(training.device)
     teacher: SentenceTransformer | None = None
-    if training.stage != "finetune" or data.mine_negatives:
+    if training.stage != "finetune" or data.mine_negatives or "text" in data.shares:
         teacher = load_teacher(
             model_arguments.teacher, model_arguments.teacher_bf16, device, model_arguments.trust_remote_code,
             model_arguments.token, model_arguments.cache_dir, model_arguments.teacher_prompt,

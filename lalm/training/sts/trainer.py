@@ -70,7 +70,7 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
         self, dataset: Dataset, batch_size: int, drop_last: bool, valid_label_columns=None, generator=None, seed=0
     ) -> BatchSampler:
         """Texts of similar length together; where a row's batch mates are its negatives, none of its own texts."""
-        if self.shares and "score" not in dataset.column_names:
+        if self.shares and not {"score", "label"} & set(dataset.column_names):
             return NoDuplicatesBatchSampler(
                 dataset, batch_size, drop_last, valid_label_columns, torch.Generator(), seed
             )

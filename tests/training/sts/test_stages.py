@@ -341,6 +341,24 @@ def test_a_static_teacher_and_a_student_that_is_not_ours(chain, sts_world):
     assert sts_world.run("finetune", *bert, output="bert")["steps"] == 2
 
 
+def test_documents_are_found_while_the_vectors_of_texts_stay(chain, sts_world):
+    body = ". ".join(sts_tiny.sentences(120, 8, longest=14)).replace(" a ", " the ")
+    articles = [json.dumps({"title": title, "text": f"{title} {body}."}) for title in ("man", "dog", "held out")]
+    sts_world.write("articles.jsonl", [[line] for line in articles])
+    flags = ["--document_file", sts_world.path("articles.jsonl"), "--train_file", sts_world.path("texts.txt")]
+    flags += ["--held_out_file", sts_world.write("titles.txt", [["Held out"]]), "--max_seq_length", "64"]
+    flags += ["--mixture", "document=1", "text=1", "--per_device_train_batch_size", "2"]
+    with pytest.raises(UserError, match="give --embedding_weight"):
+        sts_world.run("finetune", *flags, output="documents")
+    assert sts_world.run("finetune", *flags, "--embedding_weight", "1", output="documents")["steps"] == STEPS
+    history = json.loads((sts_world.folder / "documents/trainer_state.json").read_text("utf-8"))["log_history"]
+    assert any("embedding" in entry for entry in history)
+    card = (sts_world.folder / "documents/README.md").read_text("utf-8")
+    assert "2 articles" in card
+    with pytest.raises(UserError, match="give --document_file"):
+        sts_world.run("finetune", "--mixture", "document=1", output="no documents")
+
+
 def test_negatives_are_mined(chain, sts_world, caplog):
     flags = ("--mixture", "paraphrase=1", "--mine_negatives", "2", "--mine_range_min", "0", "--mine_margin", "0")
     sts_world.run("finetune", *flags, output="mined")
