@@ -22,7 +22,7 @@ help:
 	@echo "make demo    train a small GLA model, load it in a new process without lalm, generate"
 	@echo "make test    run the tests; make test-fast leaves out the slow ones (3 minutes on 2 cores)"
 	@echo "make install make the environment only; make format applies the formatter"
-	@echo "make check   linter, formatter, type checker, structure linter for model files"
+	@echo "make check   linter, formatter, type checker, structure linter for model files, limits of size"
 	@echo "make bench   run the benchmarks (20 minutes; BENCH='--quick' for less, BENCH='--list' names them)"
 	@echo "make gpu-check  parity, speed and a short training on a GPU (6 minutes; WHEELS=folder installs without a network)"
 	@echo "make audit   list the licences of all packages that lalm needs"
@@ -57,6 +57,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/lint_models.py
+	$(BIN)/python .ci/lint_sizes.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """The limits of size that the code keeps: lines of a file and of a function, parameters, entries of a folder.
 
-A public op may have as many parameters as its rule has inputs, and a Triton kernel takes each pointer by itself.
+A public op may have as many parameters as its rule has inputs, a function that stands in for one of transformers has
+those of that one, and a Triton kernel takes each pointer by itself.
 """
 
 import ast
@@ -10,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ["lalm", "modeling", "configuration", "experiments", "benchmarks", ".ci"]
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 70, 10
+SIGNATURES_OF_OTHERS = "lalm/transformers_models/functions.py"
 ENTRIES = {"modeling/ops": 14, "lalm/training": 20}
 
 
@@ -37,7 +39,8 @@ def findings(path: Path, ops: set[str]) -> list[str]:
             found.append(f"{where}:{node.lineno}: {node.name} has {length} lines, {FUNCTION_LINES} allowed")
         arguments = node.args
         count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
-        if count > PARAMETERS and node.name not in ops and not is_kernel(node):
+        is_given = node.name in ops or is_kernel(node) or str(where) == SIGNATURES_OF_OTHERS
+        if count > PARAMETERS and not is_given:
             found.append(f"{where}:{node.lineno}: {node.name} has {count} parameters, {PARAMETERS} allowed")
     return found
 

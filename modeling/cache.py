@@ -225,7 +225,7 @@ def previous_state(
     get_conv_state came with transformers 5.21.)
 
     `of_slice()` tells what the current tokens do to that state, without knowing it: their last inputs, or the map of
-    ops/affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
+    affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
     """
     if cache is None:
         return None

@@ -6,7 +6,7 @@ context, H heads, K head size, D = hidden_size, which need not be H K.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,7 +108,7 @@ class LocalGlobalMixer(nn.Module):
             _LOCAL,
             (q, k, v),
             layout,
-            lambda inputs, layout: attend(*inputs, layout=layout)[1],
+            lambda inputs, layout: cast(LocalState, attend(*inputs, layout=layout)[1]),
         )
         o, state = attend(q, k, v, layout=layout, overwrite_state=may_overwrite(cache, index))
         if cache is not None:
@@ -116,7 +116,7 @@ class LocalGlobalMixer(nn.Module):
             for (_, number), part in zip(_LOCAL[:2], state[:2], strict=True):
                 cache.update_conv_state(part, index, state_idx=number, given_away=True)
             tokens = 0 if self.num_global else q.shape[1]  # counted once
-            cache.update_recurrent_state(state.count, index, state_idx=_LOCAL[2][1], num_tokens=tokens)
+            cache.update_recurrent_state(state.seen, index, state_idx=_LOCAL[2][1], num_tokens=tokens)
         return o
 
     def _attend_globally(self, q, k, v, cache: Any, layout: SequenceLayout) -> torch.Tensor:

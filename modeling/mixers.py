@@ -10,10 +10,10 @@ from torch import nn
 from transformers import Cache
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.modeling.affine_maps import Map, delta_map, diagonal_map
 from lalm.modeling.cache import RecurrentLayer, previous_state, record
 from lalm.modeling.feature_maps import FeatureMap
 from lalm.modeling.layers import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
-from lalm.modeling.ops.affine_maps import Map, delta_map, diagonal_map
 from lalm.modeling.ops.cpp_kernels import preload_heads
 from lalm.modeling.ops.dense.elementwise import activate
 from lalm.modeling.ops.diagonal.diagonal_cpp import diagonal_kernel
@@ -147,7 +147,7 @@ class Mixer(nn.Module):
         return {}
 
     def slice_map(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> Map:
-        """What these tokens make of any state S before them, A S + B: see ops/affine_maps.py."""
+        """What these tokens make of any state S before them, A S + B: see affine_maps.py."""
         gates = self.gates_of(hidden_states, k, v)
         if "beta" not in gates:
             return diagonal_map(k, v, gates.get("g"), layout)

@@ -174,12 +174,12 @@ class LamBlock(Block):
 
     mlp_class = LamMLP
 
-    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, rotary: Tables, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         is_encoder = isinstance(self.mixer, LamMixer) and not self.mixer.config.is_causal
-        size = tokens_of_segments(hidden_states, layout) if is_encoder else None
+        size = tokens_of_segments(hidden_states, kwargs["layout"]) if is_encoder else None
         if size is not None:
-            return self._in_segments(hidden_states, rotary, size)
-        mixed, _ = self.mixer(hidden_states, layout=layout, rotary=rotary, **kwargs)
+            return self._in_segments(hidden_states, kwargs["rotary"], size)
+        mixed, _ = self.mixer(hidden_states, **kwargs)
         return self._add(hidden_states, mixed)
 
     def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:

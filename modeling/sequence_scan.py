@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from lalm.modeling.ops.affine_maps import Map, apply_factor
+from lalm.modeling.affine_maps import Map, apply_factor
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 _TAG = 1 << 20  # beyond those of states that are handed on
@@ -49,7 +49,7 @@ class Slices:
         4, ... a process knows the map of the d - 1 slices before its own, and sends that map joined with its own.
 
         Args:
-            own: the map of this slice (ops/affine_maps.py).
+            own: the map of this slice (affine_maps.py).
             received: keeps what came, for activation checkpointing.
         """
         factor, added = own

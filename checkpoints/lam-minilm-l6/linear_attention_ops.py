@@ -3122,7 +3122,7 @@ SMALLEST_GRID = 16
 LARGE_TOKEN = 8.0
 # Tokens of a text from which on an encoder's layer runs in segments if nothing keeps its activations, and tokens of a
 # segment. Below, q, k and v of the whole text take little memory; segments project every token twice.
-LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 12
+LONG_TEXT, SEGMENT_OF_TEXT = 1 << 14, 1 << 10
 # Numbers of one set of pairwise matrices of the dual-state rule to work on at once: what a core's cache holds.
 PAIRS_AT_ONCE = 1 << 19
 
@@ -4491,7 +4491,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             current = states[index] = value if keeps else value.clone()
             if eager:
                 torch._dynamo.mark_static_address(current)
-        else:
+        elif hides_values() or value.data_ptr() != current.data_ptr():  # else it was written where it stands
             current.copy_(value)
         return current
 
@@ -4594,12 +4594,18 @@ def previous_state(
     get_conv_state came with transformers 5.21.)
 
     `of_slice()` tells what the current tokens do to that state, without knowing it: their last inputs, or the map of
-    ops/affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
+    affine_maps.py. sequence_parallel.py joins the slices of several processes by it.
     """
     if cache is None:
         return None
     layer: Any = cache.layers[layer_idx]
     return layer.previous(kind, state_idx, of_slice)
+
+
+def may_overwrite(cache: Cache | None, layer_idx: int) -> bool:
+    """Whether a layer's states may be written where they stand in `cache`: nobody goes back to what they were."""
+    layer: Any = None if cache is None else cache.layers[layer_idx]
+    return layer is not None and not layer.record_past
 
 
 def record(
@@ -5138,6 +5144,74 @@ def _copy(to: Any, source: Any) -> None:
 __all__ = ["attention_of", "copy_weights", "fit_output_projections", "mixer_features", "student_config"]
 
 
+# ---- lalm.modeling.affine_maps ----
+"""What a piece of a sequence makes of the state S that enters it: A S + B, for every rule that is linear in its state.
+
+Pieces that different processes hold are joined by these maps (sequence_parallel.py): the map of two pieces is
+(A_2 A_1, A_2 B_1 + B_2), so that a scan over P pieces takes log2(P) steps (Blelloch, CMU-CS-90-190).
+"""
+
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+Map = tuple[torch.Tensor, torch.Tensor]
+
+
+def diagonal_map(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, layout: SequenceLayout) -> Map:
+    """The map of S <- exp(g_t) S + k_t v_t^T: A `[B, H, D, 1]`, one factor per key channel (D = K) or per head
+    (D = 1), and B `[B, H, K, V]`.
+
+    Args:
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        g: log decay `[B, T, H]` or `[B, T, H, K]`; None for none.
+        layout: padding and documents; where a document begins, A is 0.
+    """
+    dtype = compute_dtype(k, v, g)
+    with without_autocast(k.device):
+        k, v, g = layout.freeze(k.to(dtype), v.to(dtype), None if g is None else g.to(dtype))
+        documents, kept = layout.document_ids(), k.new_ones(len(k), 1, 1, 1)
+        if documents is not None:
+            k = k.masked_fill((documents != documents[:, -1:])[..., None, None], 0)
+            kept = (documents[:, -1] == 0).to(dtype).view_as(kept)
+        if g is not None:
+            g = g if g.ndim == 4 else g[..., None]
+            later = g.flip(1).cumsum(1).flip(1)  # from every token to the last
+            k = k * F.pad(later[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
+            kept = kept * later[:, 0, ..., None].exp()
+        return kept, torch.einsum("bthk,bthv->bhkv", k, v)
+
+
+def delta_map(rule: Callable, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, memories: int = 0) -> Map:
+    """The map of a delta rule: A `[B, H, R, R]` on the R rows of all memories, and B of the shape of the state.
+
+    One call of the rule makes both: further columns of the values, which are 0, begin from the identity.
+
+    Args:
+        rule: `rule(q, k, v, state, output_final_state, layout) -> (o, state)`.
+        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
+        layout: padding and documents; where a document begins, A is 0.
+        memories: M of a state `[B, H, M, K, V]`; 0 for a state `[B, H, K, V]`.
+    """
+    batch, _, heads, keys = k.shape
+    rows, values = keys * max(memories, 1), v.shape[-1]
+    identity = F.pad(torch.eye(rows, dtype=compute_dtype(k, v), device=k.device), (values, 0))
+    state = identity.expand(batch, heads, -1, -1)
+    after = rule(k, k, F.pad(v, (0, rows)), state.unflatten(2, (memories, keys)) if memories else state, True, layout)
+    added, factor = after[1].split([values, rows], dim=-1)
+    return factor.flatten(2, -2), added
+
+
+def apply_factor(factor: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A S, of a state or of another factor."""
+    if factor.shape[-1] == 1:
+        return factor * state
+    return (factor @ state.flatten(2, -2)).view_as(state)
+
+
 # ---- lalm.modeling.ops.diagonal.taylor ----
 """The feature map of Based in plain torch; the C++ kernel of diagonal recurrences makes the same features itself."""
 
@@ -5289,74 +5363,6 @@ _FIXED = {
     "taylor": taylor_features,
     "identity": lambda x: x,
 }
-
-
-# ---- lalm.modeling.ops.affine_maps ----
-"""What a piece of a sequence makes of the state S that enters it: A S + B, for every rule that is linear in its state.
-
-Pieces that different processes hold are joined by these maps (sequence_parallel.py): the map of two pieces is
-(A_2 A_1, A_2 B_1 + B_2), so that a scan over P pieces takes log2(P) steps (Blelloch, CMU-CS-90-190).
-"""
-
-
-from collections.abc import Callable
-
-import torch
-from torch.nn import functional as F
-
-
-Map = tuple[torch.Tensor, torch.Tensor]
-
-
-def diagonal_map(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, layout: SequenceLayout) -> Map:
-    """The map of S <- exp(g_t) S + k_t v_t^T: A `[B, H, D, 1]`, one factor per key channel (D = K) or per head
-    (D = 1), and B `[B, H, K, V]`.
-
-    Args:
-        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
-        g: log decay `[B, T, H]` or `[B, T, H, K]`; None for none.
-        layout: padding and documents; where a document begins, A is 0.
-    """
-    dtype = compute_dtype(k, v, g)
-    with without_autocast(k.device):
-        k, v, g = layout.freeze(k.to(dtype), v.to(dtype), None if g is None else g.to(dtype))
-        documents, kept = layout.document_ids(), k.new_ones(len(k), 1, 1, 1)
-        if documents is not None:
-            k = k.masked_fill((documents != documents[:, -1:])[..., None, None], 0)
-            kept = (documents[:, -1] == 0).to(dtype).view_as(kept)
-        if g is not None:
-            g = g if g.ndim == 4 else g[..., None]
-            later = g.flip(1).cumsum(1).flip(1)  # from every token to the last
-            k = k * F.pad(later[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
-            kept = kept * later[:, 0, ..., None].exp()
-        return kept, torch.einsum("bthk,bthv->bhkv", k, v)
-
-
-def delta_map(rule: Callable, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, memories: int = 0) -> Map:
-    """The map of a delta rule: A `[B, H, R, R]` on the R rows of all memories, and B of the shape of the state.
-
-    One call of the rule makes both: further columns of the values, which are 0, begin from the identity.
-
-    Args:
-        rule: `rule(q, k, v, state, output_final_state, layout) -> (o, state)`.
-        k, v: `[B, T, H, K]` and `[B, T, H, V]`.
-        layout: padding and documents; where a document begins, A is 0.
-        memories: M of a state `[B, H, M, K, V]`; 0 for a state `[B, H, K, V]`.
-    """
-    batch, _, heads, keys = k.shape
-    rows, values = keys * max(memories, 1), v.shape[-1]
-    identity = F.pad(torch.eye(rows, dtype=compute_dtype(k, v), device=k.device), (values, 0))
-    state = identity.expand(batch, heads, -1, -1)
-    after = rule(k, k, F.pad(v, (0, rows)), state.unflatten(2, (memories, keys)) if memories else state, True, layout)
-    added, factor = after[1].split([values, rows], dim=-1)
-    return factor.flatten(2, -2), added
-
-
-def apply_factor(factor: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """A S, of a state or of another factor."""
-    if factor.shape[-1] == 1:
-        return factor * state
-    return (factor @ state.flatten(2, -2)).view_as(state)
 
 
 # ---- lalm.modeling.ops.chunks ----
@@ -6326,6 +6332,7 @@ the boundaries of the windows, blocks of w queries meet every key that could mat
 """
 
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -6338,10 +6345,12 @@ _NONE = -4
 
 class LocalState(NamedTuple):
     """What causal local attention remembers: the last tokens of the document, back to the start of the window before
-    the one that the next token falls into."""
+    the one that the next token falls into. A token keeps its place, so that the next one is written, and nothing
+    moved."""
 
-    window: torch.Tensor  # keys and values side by side [B, 2 w, H, K + V], the latest last; 0 where there are fewer
-    filled: torch.Tensor  # how many they are, [B], at most 2 w - 1
+    keys: torch.Tensor  # [B, H, 2 w, K], token i in slot i mod 2 w; 0 where nothing is remembered
+    values: torch.Tensor  # [B, H, 2 w, V], likewise
+    seen: torch.Tensor  # tokens of the document so far, [B]; from 4 w on, 2 w are taken off
 
 
 def local_attention(
@@ -6356,6 +6365,7 @@ def local_attention(
     causal: bool = True,
     dropout: float = 0.0,
     layout: SequenceLayout | None = None,
+    overwrite_state: bool = False,
 ) -> tuple[torch.Tensor, LocalState | None]:
     """Local attention over all tokens at once, or over a piece after a state.
 
@@ -6369,9 +6379,11 @@ def local_attention(
         causal: False attends both sides, without states.
         dropout: probability, on the attention weights.
         layout: padding and document boundaries of a batch.
+        overwrite_state: a single token may be written into the tensors of `initial_state`, which the final state then
+            shares. Nobody else may need them; where gradients are recorded they stay as they are.
 
     Returns:
-        o `[B, T, H, V]` in the dtype of v, and the final state (window in the dtype of k) or None.
+        o `[B, T, H, V]` in the dtype of v, and the final state (keys and values in the dtype of k) or None.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it.
@@ -6382,7 +6394,10 @@ def local_attention(
     if plain and initial_state is None and not has_open_length() and q.shape[1] <= window_size:
         return _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout)
     if plain and initial_state is not None and q.shape[1] == 1:
-        return _one_token(q, k, v, window_size, initial_state, output_final_state, scale, dropout)
+        overwrites = overwrite_state and _is_free(k, v, initial_state)
+        step = _aligned_token if overwrites and _is_aligned(initial_state) else partial(_one_token, overwrites)
+        o, state = step(q, k, v, window_size, initial_state, scale, dropout)
+        return o, state if output_final_state else None
     q, k, v = layout.freeze(q, k, v)
     if must_separate(layout, q, k, v):
 
@@ -6391,9 +6406,7 @@ def local_attention(
             return local_attention(q, k, v, window_size, state, output_final_state, **options)
 
         return document_by_document(alone, (q, k, v), initial_state, layout)
-    documents, positions, totals = document_positions(
-        layout, q, None if initial_state is None else initial_state.filled
-    )
+    documents, positions, totals = document_positions(layout, q, None if initial_state is None else initial_state.seen)
     # Equal or neighbouring labels: equal or neighbouring windows of one document.
     labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
     if layout.mask is not None:
@@ -6401,14 +6414,19 @@ def local_attention(
     q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
     key_labels = labels
     if initial_state is not None:
-        past_k, past_v = initial_state.window.to(k.dtype).split([k.shape[-1], v.shape[-1]], dim=-1)
-        past_labels = _labels_of_past(initial_state.filled, window_size)
-        k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
-        key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
+        past = _past(initial_state, k.dtype, window_size)
+        now = k, v, labels.expand(q.shape[0], -1)
+        k, v, key_labels = (layout.slide_over_padding(*pair) for pair in zip(past, now, strict=True))
     aligned = plain and initial_state is None
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
     o = layout.zero_padding(layout.restore(_attend(blocks, q.shape[1], scale, dropout)))
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
+
+
+def _past(state: LocalState, dtype: torch.dtype, window_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values `[B, 2 w, H, *]` of a state in the order of their tokens, and their labels."""
+    k, v = (_rolled(x.to(dtype), state.seen).transpose(1, 2) for x in (state.keys, state.values))
+    return k, v, _labels_of_past(state.seen, window_size)
 
 
 def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout):
@@ -6417,29 +6435,70 @@ def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout
     o = _attend(_Blocks(q[:, None], k[:, None], v[:, None], None, causal), length, scale, dropout)
     if not output_final_state:
         return o, None
-    window = k.new_zeros(k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    window[:, -length:, :, : k.shape[3]], window[:, -length:, :, k.shape[3] :] = k, v
-    return o, LocalState(window, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
+    slots = (0, 0, 0, 2 * window_size - length)
+    keys, values = (F.pad(x.to(k.dtype).transpose(1, 2), slots) for x in (k, v))
+    return o, LocalState(keys, values, k.new_full(k.shape[:1], length, dtype=compute_dtype(k)))
 
 
-def _one_token(q, k, v, window_size, state, output_final_state, scale, dropout):
+def _is_free(k: torch.Tensor, v: torch.Tensor, state: LocalState) -> bool:
+    """Whether a state may be written to: it has the dtype of what is written, and nobody asks for gradients."""
+    is_recorded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    fits = state.keys.dtype == state.values.dtype == k.dtype == v.dtype
+    return fits and not (hides_values() or is_recorded or any(x.requires_grad for x in state))
+
+
+def _is_aligned(state: LocalState) -> bool:
+    """Whether all rows have seen as many tokens."""
+    count = state.seen
+    return count.device.type == "cpu" and (len(count) == 1 or bool((count == count[0]).all()))
+
+
+def _aligned_token(q, k, v, window_size, state, scale, dropout):
+    """`_one_token` of rows that have seen as many tokens, written into their state: one slot for all."""
+    keys, values, count = state
+    size, seen = 2 * window_size, int(count[0])
+    slot, shape = seen % size, (q.shape[0], k.shape[2], -1, q.shape[-1])
+    keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
+    if slot < window_size <= seen:  # the window before stands behind
+        slots = torch.arange(size, device=q.device)
+        near, mask = size, ((slots <= slot) | (slots >= window_size))[None]
+    else:
+        near, mask = slot + 1, None
+    options = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
+    o = F.scaled_dot_product_attention(q.reshape(shape), keys[:, :, :near], values[:, :, :near], **options)
+    seen += 1
+    if seen % window_size == 0:  # as in `_one_token`
+        start = seen // window_size % 2 * window_size
+        for x in (keys, values):
+            x[:, :, start : start + window_size] = 0
+    bounded = seen if seen < size else size + seen % size
+    return o.flatten(1, 2)[:, None], LocalState(keys, values, torch.full_like(count, bounded))
+
+
+def _one_token(overwrites, q, k, v, window_size, state, scale, dropout):
     """The next token of every row sees all that the state remembers, and itself."""
-    size = 2 * window_size
-    window = torch.cat([state.window[:, 1:].to(k.dtype), torch.cat([k, v], dim=-1)], dim=1)
-    filled = state.filled + 1
-    visible = torch.arange(size, device=q.device) >= size - filled[:, None]
-    past_k, past_v = window.split([k.shape[-1], v.shape[-1]], dim=-1)
-    blocks = _Blocks(q[:, None], past_k[:, None], past_v[:, None], visible[:, None, None], False)
-    o = _attend(blocks, 1, scale, dropout)
-    if not output_final_state:
-        return o, None
-    # With a window full, the one before it is of no further use.
-    ends = filled == size
+    size, groups, count = 2 * window_size, k.shape[2], state.seen.long()
+    slot = count % size
+    places, write = slot[:, None, None, None], torch.Tensor.scatter_ if overwrites else torch.scatter
+    keys, values = (
+        write(past.to(k.dtype), 2, places.expand(-1, groups, -1, x.shape[-1]), x.to(k.dtype).transpose(1, 2))
+        for past, x in ((state.keys, k), (state.values, v))
+    )
+    slots = torch.arange(size, device=q.device)
+    age = (slot[:, None] - slots) % size
+    visible = age <= _remembered(count, window_size)[:, None]
+    # The heads of q that share one of k are the rows of one product.
+    q = q.reshape(q.shape[0], groups, -1, q.shape[-1])
+    options = {"attn_mask": visible[:, None, None], "dropout_p": dropout, "scale": scale}
+    o = F.scaled_dot_product_attention(q, keys, values, **options).flatten(1, 2)[:, None]
+    count = count + 1
+    # With a window full, the one before it is of no further use: its half is the next to be filled.
+    ends = count % window_size == 0
     if may_hold(ends):
-        forgotten = ends[:, None] & (torch.arange(size, device=q.device) < window_size)
-        window = window.masked_fill(forgotten[..., None, None], 0)
-        filled = torch.where(ends, window_size, filled)
-    return o, LocalState(window, filled.to(compute_dtype(k)))
+        forgotten = ends[:, None] & (slots // window_size == (count // window_size % 2)[:, None])
+        forget = torch.Tensor.masked_fill_ if overwrites else torch.masked_fill
+        keys, values = (forget(x, forgotten[:, None, :, None], 0) for x in (keys, values))
+    return o, LocalState(keys, values, _bounded(count, window_size).to(compute_dtype(k)))
 
 
 def sliding_attention(
@@ -6517,26 +6576,47 @@ def _check(q, k, v, window_size, state, output_final_state, causal, layout):
     check_grouped(q, k, v, window_size, layout)
     if not causal and (state is not None or output_final_state):
         raise ValueError("causal=False reads both sides and has no state: drop initial_state and output_final_state.")
-    expected = (k.shape[0], 2 * window_size, k.shape[2], k.shape[3] + v.shape[3])
-    if state is not None and (tuple(state.window.shape) != expected or state.filled.shape != k.shape[:1]):
-        raise ValueError(
-            f"initial_state must hold a window {expected} and a count {tuple(k.shape[:1])}, got "
-            f"{tuple(state.window.shape)} and {tuple(state.filled.shape)}."
-        )
+    size, rows = 2 * window_size, k.shape[0]
+    expected = [(rows, x.shape[2], size, x.shape[3]) for x in (k, v)] + [(rows,)]
+    found = [tuple(x.shape) for x in state or ()]
+    if state is not None and found != expected:
+        raise ValueError(f"initial_state must hold keys, values and a count of shapes {expected}, got {found}.")
 
 
-def _labels_of_past(filled: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`[B, 2 w]`: the last `filled` slots are windows 0 and 1 of the row's first document."""
-    steps = torch.arange(2 * window_size, device=filled.device) - (2 * window_size - filled.long()[:, None])
-    return torch.where(steps >= 0, steps // window_size, _NONE)
+def _remembered(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """How many tokens the next one sees: those of its window, and of the one before."""
+    return torch.where(count >= window_size, window_size + count % window_size, count)
+
+
+def _bounded(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """As small a number that says the same, exact in float32."""
+    size = 2 * window_size
+    return torch.where(count < size, count, size + count % size)
+
+
+def _rolled(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`[B, H, 2 w, *]`, each row rolled to the front by its `count [B]`: from slots to the order of time, the latest
+    last. By minus the count, from that order to slots."""
+    order = (torch.arange(x.shape[2], device=x.device) + count.long()[:, None]) % x.shape[2]
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _labels_of_past(count: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`[B, 2 w]`, in the order of time: the windows of what is remembered, counted as the row's next token does."""
+    size, count = 2 * window_size, count.long()[:, None]
+    positions = count + torch.arange(-size, 0, device=count.device)
+    known = positions >= count - _remembered(count, window_size)
+    return torch.where(known, positions // window_size, _NONE)
 
 
 def _final_state(k, v, totals: torch.Tensor, window_size: int) -> LocalState:
-    filled = torch.where(totals >= window_size, window_size + totals % window_size, totals).expand(k.shape[0])
-    size = 2 * window_size
-    window = torch.cat([F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)) for x in (k, v)], dim=-1)
-    old = torch.arange(size, device=k.device) < size - filled[:, None]
-    return LocalState(window.masked_fill(old[..., None, None], 0), filled.to(compute_dtype(k)))
+    size, count = 2 * window_size, _bounded(totals, window_size).expand(k.shape[0])
+    old = torch.arange(size, device=k.device) < size - _remembered(count, window_size)[:, None]
+    keys, values = (F.pad(x[:, -size:], (0, 0, 0, 0, max(size - x.shape[1], 0), 0)).to(k.dtype) for x in (k, v))
+    keys, values = (
+        _rolled(x.masked_fill(old[..., None, None], 0).transpose(1, 2), -count).contiguous() for x in (keys, values)
+    )
+    return LocalState(keys, values, count.to(compute_dtype(k)))
 
 
 def _block_size(window_size: int, length: int) -> int:
@@ -6725,16 +6805,30 @@ Shape suffixes: B batch, T time, H heads, M memories, K key size, V value size.
 """
 
 
+from typing import NamedTuple
+
 import torch
 
 
 
+class DualInputs(NamedTuple):
+    """What the rule takes of every token; both directions of reading have gates of their own, `[2, B, T, ...]`."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, H, V]
+    g: torch.Tensor  # [B, T, H, M]
+    beta: torch.Tensor  # [B, T, H, M]
+    read: torch.Tensor  # [B, T, H, M]
+    leak: torch.Tensor  # C - I, [B, T, H, M, M]
+
+
 def recurrent_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout: SequenceLayout, use_delta_rule=True
+    x: DualInputs, scale: float, state: torch.Tensor | None, layout: SequenceLayout, use_delta_rule: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, g, beta, read `[B, T, H, M]`, `leak [B, T, H, M, M]` (C - I) -> o and Z
-    `[B, H, M, K, V]`."""
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
+    """o `[B, T, H, V]` and Z `[B, H, M, K, V]`."""
+    q, k, v, g, beta, read, leak = x
+    dtype = compute_dtype(*x)
     coupling = leak.to(dtype) + torch.eye(g.shape[-1], dtype=dtype, device=q.device)
     gates = (g.to(dtype).exp(), beta.to(dtype), read.to(dtype), coupling)
     state = None if state is None else state.to(dtype)
@@ -6771,8 +6865,9 @@ every `SEGMENT` tokens.
 
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -6974,13 +7069,7 @@ _delta_rule = _DeltaRule()
 
 
 def cpp_dual(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor,
-    read: torch.Tensor | None,
-    coupling: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor | None],
     scale: float,
     state: torch.Tensor | None,
     layout: SequenceLayout,
@@ -6989,28 +7078,29 @@ def cpp_dual(
     wants_state: bool = True,
     norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
+    """`recurrent_dual` in C++ of q, k, v, g, beta, read and the coupling; not causal, in both directions at once.
 
     Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
     (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and
     are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
+    q, k, v, g, beta, read, coupling = cast(Any, tensors)
     value_size = v.shape[-1]
-    refuse_float64(q, k, v, g, beta, read, coupling, state)
+    refuse_float64(*tensors, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors: Any = [as_rows(x) for x in (q, k, v)]
-    tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
+    taken: Any = [as_rows(x) for x in (q, k, v)]
+    taken += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     options = DualOptions(scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = _delta_rule(DualTensors._make((*tensors, skip, starts)), options)
+    o, final = _delta_rule(DualTensors._make((*taken, skip, starts)), options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final if options.wants_state else None
@@ -7025,15 +7115,11 @@ def cpp_delta(
     scale: float,
     state: torch.Tensor | None,
     layout: SequenceLayout,
-    wants_state: bool = True,
-    norm_eps: float | None = None,
-    use_delta_rule: bool = True,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
+    """`recurrent_delta` in C++: `cpp_dual` with one memory per head, and the same `options`."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
-    arguments: Any = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    options: Any = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
-    o, final = cpp_dual(*arguments, **options)
+    o, final = cpp_dual((q, k, v, g, beta[..., None], None, None), scale, state, layout, **options)
     return o, None if final is None else final[:, :, 0]
 
 
@@ -7059,23 +7145,29 @@ import torch
 
 
 def chunk_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, chunk_size=32
+    x: DualInputs,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout,
+    use_delta_rule: bool = True,
+    chunk_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if is_transformed():
-        return recurrent_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
-    if must_separate(layout, q, k, v, g, beta, read, leak):
+        return recurrent_dual(x, scale, state, layout, use_delta_rule)
+    if must_separate(layout, *x):
 
-        def alone(q, k, v, g, beta, read, leak, state, layout):
-            return chunk_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule, chunk_size)
+        def alone(*tensors):
+            *own, state, layout = tensors
+            return chunk_dual(DualInputs(*own), scale, state, layout, use_delta_rule, chunk_size)
 
-        return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
-    length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
+        return document_by_document(alone, x, state, layout)
+    (batch, length, heads), memories = x.q.shape[:3], x.g.shape[-1]
     chunk_size = chunk_size if has_open_length() else min(chunk_size, -(-length // 8) * 8)
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
-    inputs = [to_chunks(x, chunk_size, dtype) for x in (q, k, v, g, beta, read, leak.flatten(-2))]
+    dtype = compute_dtype(*x)
+    inputs = [to_chunks(y, chunk_size, dtype) for y in (*x[:-1], x.leak.flatten(-2))]
     inputs[0] = inputs[0] * scale
     starts = layout.starts()
     if starts is not None:
@@ -7244,13 +7336,16 @@ The chunk form is derived in dual_chunks.py.
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 
 
 
-def _inert_padding(core, use_delta_rule, q, k, v, g, beta, read, coupling, scale, state, layout):
-    """`core` with the leak for the coupling, and with gates that let padding neither write, decay nor leak."""
+def _with_leak(core: Callable, use_delta_rule: bool, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The core of a rule (see rules.py) from one that takes `DualInputs`: the leak stands for the coupling, and gates
+    let padding neither write, decay nor leak."""
+    q, k, v, g, beta, read, coupling, scale, state, layout = arguments
     leak = g.new_zeros(*g.shape, g.shape[-1])
     if coupling is not None:
         leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
@@ -7258,19 +7353,25 @@ def _inert_padding(core, use_delta_rule, q, k, v, g, beta, read, coupling, scale
         padding = ~layout.mask[:, :, None, None]
         q, k, v, g, beta, read = (x.masked_fill(padding, 0) for x in (q, k, v, g, beta, read))
         leak = leak.masked_fill(padding[..., None], 0)
-    o, state = core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    o, state = core(DualInputs(q, k, v, g, beta, read, leak), scale, state, layout, use_delta_rule)
     return layout.zero_padding(o), state
 
 
 def _both_ways(
-    core, q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule
-) -> tuple[torch.Tensor, torch.Tensor]:
+    core: Callable, x: DualInputs, scale: float, state: None, layout: SequenceLayout, use_delta_rule: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sum of what a token reads from its left and from its right; each side has its own gates `[2, B, T, ...]` and
     its own write included."""
-    batch = q.shape[0]
-    gates = (torch.cat([x[0], x[1].flip(1)]) for x in (g, beta, read, leak))
-    o, state = core(*(both_ways(x) for x in (q, k, v)), *gates, scale, None, layout_both_ways(layout), use_delta_rule)
+    batch = x.q.shape[0]
+    doubled = DualInputs._make([*(both_ways(y) for y in x[:3]), *(torch.cat([y[0], y[1].flip(1)]) for y in x[3:])])
+    o, state = core(doubled, scale, None, layout_both_ways(layout), use_delta_rule)
     return o[:batch] + o[batch:].flip(1), state
+
+
+def _cpp_core(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`cpp_dual` as a core of a rule."""
+    *tensors, scale, state, layout = arguments
+    return cpp_dual(tensors, scale, state, layout, **options)
 
 
 def _triton_dual(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -7329,27 +7430,32 @@ def dual_state_delta(
         ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v, layout)
-    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
     _check_gates(q, (g, beta, read, coupling), causal)
+    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
     forms: dict[str, Callable] = {
         "recurrent": recurrent_dual,
         "chunk": partial(chunk_dual, chunk_size=chunk_size),
-        "cpp": partial(cpp_dual, causal=causal, wants_state=output_final_state),
+        "cpp": _cpp_core,
         "triton": _triton_dual,
     }
     kernel = delta_kernel(keys, values, memories, use_delta_rule)
     form = choose("dual_state_delta", implementation, q, v, forms, kernel)
     if form == "cpp":  # which passes over padding and reads both ways by itself
-        core = both_directions = partial(forms[form], use_delta_rule=use_delta_rule)
+        options = {"causal": causal, "wants_state": output_final_state}
+        core = both_directions = cast(Callable, partial(_cpp_core, use_delta_rule=use_delta_rule, **options))
     else:
-        core = partial(_inert_padding, forms[form], use_delta_rule)
-        both_directions = partial(_inert_padding, partial(_both_ways, forms[form]), use_delta_rule)
+        core = partial(_with_leak, forms[form], use_delta_rule)
+        both_directions = partial(_with_leak, partial(_both_ways, forms[form]), use_delta_rule)
     if cu_seqlens is not None and layout is None and not causal:  # gates have an axis more, but nothing has a state
-        check_cu_seqlens(cu_seqlens, *q.shape[:2])
-        layout, cu_seqlens = SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1])), None
+        layout, cu_seqlens = _documents_dual_state(cu_seqlens, q), None
     call = Call(keys**-0.5 if scale is None else scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-    tensors = (q, k, v, g, beta, read, coupling)
-    return run_rule(core, tensors, call, (q.shape[2], memories, keys, values), lambda _: both_directions)
+    shape = (q.shape[2], memories, keys, values)
+    return run_rule(core, (q, k, v, g, beta, read, coupling), call, shape, lambda _: both_directions)
+
+
+def _documents_dual_state(cu_seqlens: torch.Tensor, q: torch.Tensor) -> SequenceLayout:
+    check_cu_seqlens(cu_seqlens, *q.shape[:2])
+    return SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1]))
 
 
 def _check_gates(q: torch.Tensor, gates: tuple[torch.Tensor | None, ...], causal: bool) -> None:

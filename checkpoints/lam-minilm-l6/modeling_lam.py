@@ -14,10 +14,10 @@ from torch import nn
 from transformers import Cache
 
 from .configuration_lam import LalmConfig
+from .linear_attention_ops import Map, delta_map, diagonal_map
 from .linear_attention_ops import RecurrentLayer, previous_state, record
 from .linear_attention_ops import FeatureMap
 from .linear_attention_ops import RMSNorm, ShortConvolution, make_linear, rotate, unit_length
-from .linear_attention_ops import Map, delta_map, diagonal_map
 from .linear_attention_ops import preload_heads
 from .linear_attention_ops import activate
 from .linear_attention_ops import diagonal_kernel
@@ -151,7 +151,7 @@ class Mixer(nn.Module):
         return {}
 
     def slice_map(self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> Map:
-        """What these tokens make of any state S before them, A S + B: see ops/affine_maps.py."""
+        """What these tokens make of any state S before them, A S + B: see affine_maps.py."""
         gates = self.gates_of(hidden_states, k, v)
         if "beta" not in gates:
             return diagonal_map(k, v, gates.get("g"), layout)
@@ -1089,7 +1089,8 @@ class LalmForSequenceClassification(_Head):
     def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """The loss of `config.problem_type`, which the stock function finds out and sets if it is None."""
         if labels.is_floating_point():  # torch 2.11 has no gradient of a mean square of two dtypes
-            logits = logits.to(torch.promote_types(logits.dtype, labels.dtype))
+            wider = torch.promote_types(logits.dtype, labels.dtype)
+            logits, labels = logits.to(wider), labels.to(wider)
         arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config, **kwargs}
         is_single = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
         is_single = is_single and labels.dtype in (torch.long, torch.int)
@@ -1325,12 +1326,12 @@ class LamBlock(Block):
 
     mlp_class = LamMLP
 
-    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, rotary: Tables, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         is_encoder = isinstance(self.mixer, LamMixer) and not self.mixer.config.is_causal
-        size = tokens_of_segments(hidden_states, layout) if is_encoder else None
+        size = tokens_of_segments(hidden_states, kwargs["layout"]) if is_encoder else None
         if size is not None:
-            return self._in_segments(hidden_states, rotary, size)
-        mixed, _ = self.mixer(hidden_states, layout=layout, rotary=rotary, **kwargs)
+            return self._in_segments(hidden_states, kwargs["rotary"], size)
+        mixed, _ = self.mixer(hidden_states, **kwargs)
         return self._add(hidden_states, mixed)
 
     def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ every `SEGMENT` tokens.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -217,13 +218,7 @@ _delta_rule = _DeltaRule()
 
 
 def cpp_dual(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor,
-    read: torch.Tensor | None,
-    coupling: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor | None],
     scale: float,
     state: torch.Tensor | None,
     layout: SequenceLayout,
@@ -232,28 +227,29 @@ def cpp_dual(
     wants_state: bool = True,
     norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_dual` in C++, with the coupling for the leak; not causal, in both directions at once.
+    """`recurrent_dual` in C++ of q, k, v, g, beta, read and the coupling; not causal, in both directions at once.
 
     Without g nothing decays, without read every memory counts once, without coupling none leaks. Without `wants_state`
     (always so if not causal) there is no final state, nor the work for it. q and k may have fewer heads than v, and
     are made unit vectors if `norm_eps` is given (see `as_taken`).
     """
+    q, k, v, g, beta, read, coupling = cast(Any, tensors)
     value_size = v.shape[-1]
-    refuse_float64(q, k, v, g, beta, read, coupling, state)
+    refuse_float64(*tensors, state)
     if missing := -value_size % LANES:  # columns of zeros that make whole registers
         v, state = F.pad(v, (0, missing)), None if state is None else F.pad(state, (0, missing))
     if g is not None and layout.mask is not None:  # the gradient of exp is not the kernel's
         g = g.masked_fill(~layout.mask[..., None, None], 0)
     gates = [None if g is None else g.float().exp(), beta, read, coupling]
     gates = [x if x is None or not causal else x[None] for x in gates]
-    tensors: Any = [as_rows(x) for x in (q, k, v)]
-    tensors += [None if x is None else x.float().contiguous() for x in (*gates, state)]
+    taken: Any = [as_rows(x) for x in (q, k, v)]
+    taken += [None if x is None else x.float().contiguous() for x in (*gates, state)]
     skip, starts = boundaries(layout)
     if starts is not None:
         ends = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)  # where the way back begins anew
         starts = torch.stack([starts, ends])
     options = DualOptions(scale, norm_eps, use_delta_rule, wants_state and causal)
-    o, final = _delta_rule(DualTensors._make((*tensors, skip, starts)), options)
+    o, final = _delta_rule(DualTensors._make((*taken, skip, starts)), options)
     if missing:
         o, final = o[..., :value_size], None if final is None else final[..., :value_size]
     return o, final if options.wants_state else None
@@ -268,13 +264,9 @@ def cpp_delta(
     scale: float,
     state: torch.Tensor | None,
     layout: SequenceLayout,
-    wants_state: bool = True,
-    norm_eps: float | None = None,
-    use_delta_rule: bool = True,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`recurrent_delta` in C++, as `cpp_dual` with one memory per head."""
+    """`recurrent_delta` in C++: `cpp_dual` with one memory per head, and the same `options`."""
     g, state = None if g is None else g[..., None], None if state is None else state[:, :, None]
-    arguments: Any = (q, k, v, g, beta[..., None], None, None, scale, state, layout)
-    options: Any = {"use_delta_rule": use_delta_rule, "wants_state": wants_state, "norm_eps": norm_eps}
-    o, final = cpp_dual(*arguments, **options)
+    o, final = cpp_dual((q, k, v, g, beta[..., None], None, None), scale, state, layout, **options)
     return o, None if final is None else final[:, :, 0]

@@ -20,30 +20,36 @@ import torch
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
 from lalm.modeling.ops.chunks import from_chunks, scan, solve_unit_lower, to_chunks
-from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
+from lalm.modeling.ops.delta.dual_recurrence import DualInputs, recurrent_dual
 from lalm.modeling.ops.dispatch import chunks_at_once, must_separate
 from lalm.modeling.ops.dtypes import compute_dtype
-from lalm.modeling.ops.sequence_layout import document_by_document
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document
 
 
 def chunk_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True, chunk_size=32
+    x: DualInputs,
+    scale: float,
+    state: torch.Tensor | None,
+    layout: SequenceLayout,
+    use_delta_rule: bool = True,
+    chunk_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` in matrix products over chunks, with a backward pass that recomputes."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if is_transformed():
-        return recurrent_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
-    if must_separate(layout, q, k, v, g, beta, read, leak):
+        return recurrent_dual(x, scale, state, layout, use_delta_rule)
+    if must_separate(layout, *x):
 
-        def alone(q, k, v, g, beta, read, leak, state, layout):
-            return chunk_dual(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule, chunk_size)
+        def alone(*tensors):
+            *own, state, layout = tensors
+            return chunk_dual(DualInputs(*own), scale, state, layout, use_delta_rule, chunk_size)
 
-        return document_by_document(alone, (q, k, v, g, beta, read, leak), state, layout)
-    length, batch, heads, memories = q.shape[1], q.shape[0], q.shape[2], g.shape[-1]
+        return document_by_document(alone, x, state, layout)
+    (batch, length, heads), memories = x.q.shape[:3], x.g.shape[-1]
     chunk_size = chunk_size if has_open_length() else min(chunk_size, -(-length // 8) * 8)
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
-    inputs = [to_chunks(x, chunk_size, dtype) for x in (q, k, v, g, beta, read, leak.flatten(-2))]
+    dtype = compute_dtype(*x)
+    inputs = [to_chunks(y, chunk_size, dtype) for y in (*x[:-1], x.leak.flatten(-2))]
     inputs[0] = inputs[0] * scale
     starts = layout.starts()
     if starts is not None:

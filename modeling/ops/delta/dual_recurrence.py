@@ -6,18 +6,32 @@ Shape suffixes: B batch, T time, H heads, M memories, K key size, V value size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
 
+class DualInputs(NamedTuple):
+    """What the rule takes of every token; both directions of reading have gates of their own, `[2, B, T, ...]`."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, H, V]
+    g: torch.Tensor  # [B, T, H, M]
+    beta: torch.Tensor  # [B, T, H, M]
+    read: torch.Tensor  # [B, T, H, M]
+    leak: torch.Tensor  # C - I, [B, T, H, M, M]
+
+
 def recurrent_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout: SequenceLayout, use_delta_rule=True
+    x: DualInputs, scale: float, state: torch.Tensor | None, layout: SequenceLayout, use_delta_rule: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, g, beta, read `[B, T, H, M]`, `leak [B, T, H, M, M]` (C - I) -> o and Z
-    `[B, H, M, K, V]`."""
-    dtype = compute_dtype(q, k, v, g, beta, read, leak)
+    """o `[B, T, H, V]` and Z `[B, H, M, K, V]`."""
+    q, k, v, g, beta, read, leak = x
+    dtype = compute_dtype(*x)
     coupling = leak.to(dtype) + torch.eye(g.shape[-1], dtype=dtype, device=q.device)
     gates = (g.to(dtype).exp(), beta.to(dtype), read.to(dtype), coupling)
     state = None if state is None else state.to(dtype)

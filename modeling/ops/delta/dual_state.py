@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 
 from lalm.modeling.ops.delta.delta_rule_cpp import cpp_dual, delta_kernel
 from lalm.modeling.ops.delta.dual_chunks import chunk_dual
-from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
+from lalm.modeling.ops.delta.dual_recurrence import DualInputs, recurrent_dual
 from lalm.modeling.ops.dispatch import choose, in_form
 from lalm.modeling.ops.rules import Call, both_ways, layout_both_ways, run_rule
 from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, check_shapes, segments_of
 
 
-def _inert_padding(core, use_delta_rule, q, k, v, g, beta, read, coupling, scale, state, layout):
-    """`core` with the leak for the coupling, and with gates that let padding neither write, decay nor leak."""
+def _with_leak(core: Callable, use_delta_rule: bool, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The core of a rule (see rules.py) from one that takes `DualInputs`: the leak stands for the coupling, and gates
+    let padding neither write, decay nor leak."""
+    q, k, v, g, beta, read, coupling, scale, state, layout = arguments
     leak = g.new_zeros(*g.shape, g.shape[-1])
     if coupling is not None:
         leak = coupling - torch.eye(g.shape[-1], dtype=coupling.dtype, device=coupling.device)
@@ -36,19 +39,25 @@ def _inert_padding(core, use_delta_rule, q, k, v, g, beta, read, coupling, scale
         padding = ~layout.mask[:, :, None, None]
         q, k, v, g, beta, read = (x.masked_fill(padding, 0) for x in (q, k, v, g, beta, read))
         leak = leak.masked_fill(padding[..., None], 0)
-    o, state = core(q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule)
+    o, state = core(DualInputs(q, k, v, g, beta, read, leak), scale, state, layout, use_delta_rule)
     return layout.zero_padding(o), state
 
 
 def _both_ways(
-    core, q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule
-) -> tuple[torch.Tensor, torch.Tensor]:
+    core: Callable, x: DualInputs, scale: float, state: None, layout: SequenceLayout, use_delta_rule: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sum of what a token reads from its left and from its right; each side has its own gates `[2, B, T, ...]` and
     its own write included."""
-    batch = q.shape[0]
-    gates = (torch.cat([x[0], x[1].flip(1)]) for x in (g, beta, read, leak))
-    o, state = core(*(both_ways(x) for x in (q, k, v)), *gates, scale, None, layout_both_ways(layout), use_delta_rule)
+    batch = x.q.shape[0]
+    doubled = DualInputs._make([*(both_ways(y) for y in x[:3]), *(torch.cat([y[0], y[1].flip(1)]) for y in x[3:])])
+    o, state = core(doubled, scale, None, layout_both_ways(layout), use_delta_rule)
     return o[:batch] + o[batch:].flip(1), state
+
+
+def _cpp_core(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`cpp_dual` as a core of a rule."""
+    *tensors, scale, state, layout = arguments
+    return cpp_dual(tensors, scale, state, layout, **options)
 
 
 def _triton_dual(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,27 +116,32 @@ def dual_state_delta(
         ValueError: a shape does not fit, or the implementation does not exist for this input.
     """
     check_shapes(q, k, v, layout)
-    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
     _check_gates(q, (g, beta, read, coupling), causal)
+    keys, values, memories = q.shape[-1], v.shape[-1], g.shape[-1]
     forms: dict[str, Callable] = {
         "recurrent": recurrent_dual,
         "chunk": partial(chunk_dual, chunk_size=chunk_size),
-        "cpp": partial(cpp_dual, causal=causal, wants_state=output_final_state),
+        "cpp": _cpp_core,
         "triton": _triton_dual,
     }
     kernel = delta_kernel(keys, values, memories, use_delta_rule)
     form = choose("dual_state_delta", implementation, q, v, forms, kernel)
     if form == "cpp":  # which passes over padding and reads both ways by itself
-        core = both_directions = partial(forms[form], use_delta_rule=use_delta_rule)
+        options = {"causal": causal, "wants_state": output_final_state}
+        core = both_directions = cast(Callable, partial(_cpp_core, use_delta_rule=use_delta_rule, **options))
     else:
-        core = partial(_inert_padding, forms[form], use_delta_rule)
-        both_directions = partial(_inert_padding, partial(_both_ways, forms[form]), use_delta_rule)
+        core = partial(_with_leak, forms[form], use_delta_rule)
+        both_directions = partial(_with_leak, partial(_both_ways, forms[form]), use_delta_rule)
     if cu_seqlens is not None and layout is None and not causal:  # gates have an axis more, but nothing has a state
-        check_cu_seqlens(cu_seqlens, *q.shape[:2])
-        layout, cu_seqlens = SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1])), None
+        layout, cu_seqlens = _documents(cu_seqlens, q), None
     call = Call(keys**-0.5 if scale is None else scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-    tensors = (q, k, v, g, beta, read, coupling)
-    return run_rule(core, tensors, call, (q.shape[2], memories, keys, values), lambda _: both_directions)
+    shape = (q.shape[2], memories, keys, values)
+    return run_rule(core, (q, k, v, g, beta, read, coupling), call, shape, lambda _: both_directions)
+
+
+def _documents(cu_seqlens: torch.Tensor, q: torch.Tensor) -> SequenceLayout:
+    check_cu_seqlens(cu_seqlens, *q.shape[:2])
+    return SequenceLayout(segments=segments_of(cu_seqlens.to(q.device), q.shape[1]))
 
 
 def _check_gates(q: torch.Tensor, gates: tuple[torch.Tensor | None, ...], causal: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lalm.modeling.ops.autograd import differentiable_by
-from lalm.modeling.ops.delta.dual_recurrence import recurrent_dual
+from lalm.modeling.ops.delta.dual_recurrence import DualInputs, recurrent_dual
 from lalm.modeling.ops.delta.dual_state_gradients import gate_gradients, pair_gradients, state_gradients
 from lalm.modeling.ops.delta.dual_state_kernels import interpreted, prepare, read_out, scan, scan_back
 from lalm.modeling.ops.dtypes import compute_dtype
@@ -101,18 +101,20 @@ class _Launch:
 
 def _plain(ctx, q, k, v, g, beta, read, leak, state, starts) -> tuple[torch.Tensor, torch.Tensor]:
     layout = SequenceLayout(segments=None if starts is None else starts.cumsum(1))
-    return recurrent_dual(q, k, v, g, beta, read, leak, ctx.launch.scale, state, layout, ctx.launch.delta)
+    x = DualInputs(q, k, v, g, beta, read, leak)
+    return recurrent_dual(x, ctx.launch.scale, state, layout, ctx.launch.delta)
 
 
 class _TritonDual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, delta, chunk_size, q, k, v, g, beta, read, leak, state, starts):
+    def forward(ctx, scale, delta, chunk_size, *tensors):
+        q, k, v, g, beta, read, leak, state, starts = tensors
         ctx.launch = launch = _Launch(q, k, v, g, scale, delta, chunk_size)
         with torch.cuda.device_of(q):
             factors, solve, scores, _ = launch.prepare(q, k, g, beta, read, leak, starts)
             entering, updates, final = launch.scan(k, v, beta, factors, solve, state)
             o = launch.read_out(q, factors, scores, entering, updates)
-        ctx.save_for_backward(q, k, v, g, beta, read, leak, state, starts)
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         return o, final.view(q.shape[0], q.shape[2], *final.shape[1:])
 
@@ -132,7 +134,7 @@ class _TritonDual(torch.autograd.Function):
 
 
 def triton_dual(
-    q, k, v, g, beta, read, leak, scale, state, layout, use_delta_rule=True
+    x: DualInputs, scale: float, state: torch.Tensor | None, layout: SequenceLayout, use_delta_rule: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`recurrent_dual` by Triton kernels; states and sums are float32.
 
@@ -140,15 +142,15 @@ def triton_dual(
         RuntimeError: tensors on the CPU (but for Triton's interpreter, TRITON_INTERPRET=1), float64, keys of more than
             256 channels, or a number of memories that is not 1, 2 or 4.
     """
-    memories = g.shape[-1]
-    fits = memories in (1, 2, 4) and q.shape[-1] <= _LONGEST_KEY
-    fits = fits and compute_dtype(q, k, v, g, beta, read, leak) == torch.float32
-    if not fits or (q.device.type == "cpu" and not interpreted()):
+    memories = x.g.shape[-1]
+    fits = memories in (1, 2, 4) and x.q.shape[-1] <= _LONGEST_KEY
+    fits = fits and compute_dtype(*x) == torch.float32
+    if not fits or (x.q.device.type == "cpu" and not interpreted()):
         raise RuntimeError(
             f"The Triton kernels need a GPU, no float64, 1, 2 or 4 memories per head and keys of at most "
             f"{_LONGEST_KEY} channels. Use linear_attn_implementation='auto'."
         )
-    tensors = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (g, beta, read, leak)]
+    tensors = [y.contiguous() for y in x[:3]] + [y.float().contiguous() for y in x[3:]]
     state = None if state is None else state.float().contiguous()
     starts = layout.starts()
     starts = None if starts is None else starts.to(torch.uint8).contiguous()

@@ -35,7 +35,7 @@ class LocalState(NamedTuple):
 
     keys: torch.Tensor  # [B, H, 2 w, K], token i in slot i mod 2 w; 0 where nothing is remembered
     values: torch.Tensor  # [B, H, 2 w, V], likewise
-    count: torch.Tensor  # tokens of the document so far, [B]; from 4 w on, 2 w are taken off
+    seen: torch.Tensor  # tokens of the document so far, [B]; from 4 w on, 2 w are taken off
 
 
 def local_attention(
@@ -91,9 +91,7 @@ def local_attention(
             return local_attention(q, k, v, window_size, state, output_final_state, **options)
 
         return document_by_document(alone, (q, k, v), initial_state, layout)
-    documents, positions, totals = document_positions(
-        layout, q, None if initial_state is None else initial_state.count
-    )
+    documents, positions, totals = document_positions(layout, q, None if initial_state is None else initial_state.seen)
     # Equal or neighbouring labels: equal or neighbouring windows of one document.
     labels = positions // window_size + documents * (q.shape[1] // window_size + 6)
     if layout.mask is not None:
@@ -101,17 +99,19 @@ def local_attention(
     q, k, v, labels = (layout.pads_first(x) for x in (q, k, v, labels))
     key_labels = labels
     if initial_state is not None:
-        past_k, past_v = (
-            _rolled(x.to(k.dtype), initial_state.count).transpose(1, 2)
-            for x in (initial_state.keys, initial_state.values)
-        )
-        past_labels = _labels_of_past(initial_state.count, window_size)
-        k, v = layout.slide_over_padding(past_k, k), layout.slide_over_padding(past_v, v)
-        key_labels = layout.slide_over_padding(past_labels, labels.expand(q.shape[0], -1))
+        past = _past(initial_state, k.dtype, window_size)
+        now = k, v, labels.expand(q.shape[0], -1)
+        k, v, key_labels = (layout.slide_over_padding(*pair) for pair in zip(past, now, strict=True))
     aligned = plain and initial_state is None
     blocks = _blocks(q, k, v, labels, key_labels, window_size, aligned, causal)
     o = layout.zero_padding(layout.restore(_attend(blocks, q.shape[1], scale, dropout)))
     return o, _final_state(k, v, totals, window_size) if output_final_state else None
+
+
+def _past(state: LocalState, dtype: torch.dtype, window_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values `[B, 2 w, H, *]` of a state in the order of their tokens, and their labels."""
+    k, v = (_rolled(x.to(dtype), state.seen).transpose(1, 2) for x in (state.keys, state.values))
+    return k, v, _labels_of_past(state.seen, window_size)
 
 
 def _one_window(q, k, v, window_size, output_final_state, scale, causal, dropout):
@@ -134,7 +134,7 @@ def _is_free(k: torch.Tensor, v: torch.Tensor, state: LocalState) -> bool:
 
 def _is_aligned(state: LocalState) -> bool:
     """Whether all rows have seen as many tokens."""
-    count = state.count
+    count = state.seen
     return count.device.type == "cpu" and (len(count) == 1 or bool((count == count[0]).all()))
 
 
@@ -162,7 +162,7 @@ def _aligned_token(q, k, v, window_size, state, scale, dropout):
 
 def _one_token(overwrites, q, k, v, window_size, state, scale, dropout):
     """The next token of every row sees all that the state remembers, and itself."""
-    size, groups, count = 2 * window_size, k.shape[2], state.count.long()
+    size, groups, count = 2 * window_size, k.shape[2], state.seen.long()
     slot = count % size
     places, write = slot[:, None, None, None], torch.Tensor.scatter_ if overwrites else torch.scatter
     keys, values = (

@@ -59,6 +59,15 @@ class _Sinks(NamedTuple):
     place: torch.Tensor  # where in the row, [B, M]; -1 for what is cached
 
 
+class _Options(NamedTuple):
+    """Arguments of `window_linear_attention`."""
+
+    window_size: int
+    num_sinks: int
+    scale: float
+    relative: bool
+
+
 def window_linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -106,18 +115,18 @@ def window_linear_attention(
 
         def alone(q, k, v, log_q, state, layout):
             sizes = window_size, num_sinks, state, output_final_state
-            options: dict[str, Any] = {"scale": scale, "relative": relative, "layout": layout}
-            return window_linear_attention(q, k, v, log_q, key_features, *sizes, **options)
+            own: dict[str, Any] = {"scale": scale, "relative": relative, "layout": layout}
+            return window_linear_attention(q, k, v, log_q, key_features, *sizes, **own)
 
         return document_by_document(alone, (q, k, v, log_q_features), initial_state, layout)
+    options = _Options(window_size, num_sinks, scale, relative)
     with without_autocast(q.device):
-        o, state = _attend(
-            q, k, v, log_q_features, key_features, window_size, num_sinks, initial_state, scale, relative, layout
-        )
+        o, state = _attend(q, k, v, log_q_features, key_features, initial_state, options, layout)
     return o.to(v.dtype), state if output_final_state else None
 
 
-def _attend(q, k, v, log_q, key_features, window_size, num_sinks, state, scale, relative, layout):
+def _attend(q, k, v, log_q, key_features, state, options: _Options, layout):
+    window_size, num_sinks, scale, relative = options
     dtype, length = compute_dtype(q, k, v), q.shape[1]
     documents, positions, totals = document_positions(layout, q, None if state is None else state.seen)
     labels, is_sink = documents.expand(q.shape[:2]), (positions < num_sinks).expand(q.shape[:2])
