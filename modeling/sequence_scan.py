@@ -71,9 +71,7 @@ class Slices:
             step *= 2
         return self.first_documents(torch.zeros_like(added) if before is None else before[1])
 
-    def last_inputs(
-        self, own: torch.Tensor, received: dict[Any, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def last_inputs(self, own: torch.Tensor, received: dict[Any, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The last real tokens before this slice, of the document that goes on into it.
 
         Args:
@@ -120,16 +118,17 @@ class Slices:
         self.filled[count] = torch.stack(found[: max(needed)]) if needed else reals[:0, None].expand(0, *reals.shape)
         return self.filled[count]
 
-    def shift(
-        self, tensor: torch.Tensor, distance: int, key: Any, received: dict[Any, torch.Tensor]
-    ) -> torch.Tensor:
+    def shift(self, tensor: torch.Tensor, distance: int, key: Any, received: dict[Any, torch.Tensor]) -> torch.Tensor:
         """The tensor of the process `distance` slices before; 0 where there is none. Its gradient goes back."""
         return _Shift.apply(tensor, self, distance, key, received)
 
     def exchange(self, tensor: torch.Tensor, distance: int) -> torch.Tensor:
         """Send to the process `distance` slices on and receive from the one before; both may be missing."""
         sent, arrived, calls = tensor.detach().contiguous(), torch.zeros_like(tensor).contiguous(), []
-        for call, rank, what in ((dist.isend, self.rank + distance, sent), (dist.irecv, self.rank - distance, arrived)):
+        for call, rank, what in (
+            (dist.isend, self.rank + distance, sent),
+            (dist.irecv, self.rank - distance, arrived),
+        ):
             if 0 <= rank < self.size:
                 peer = rank if self.group is None else dist.get_global_rank(self.group, rank)
                 calls.append(dist.P2POp(call, what, peer, self.group, tag=_TAG))
@@ -140,7 +139,9 @@ class Slices:
 
 class _Shift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, slices: Slices, distance: int, key: Any, received: dict) -> torch.Tensor:
+    def forward(
+        ctx: Any, tensor: torch.Tensor, slices: Slices, distance: int, key: Any, received: dict
+    ) -> torch.Tensor:
         ctx.slices, ctx.distance = slices, distance
         if key not in received:
             received[key] = slices.exchange(tensor, distance)
