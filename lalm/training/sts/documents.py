@@ -112,7 +112,7 @@ class DocumentLoss(nn.Module):
         self.model, self.memory, self.scale = model, memory, scale
         self.remembered: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
         columns = [cast(Tensor, self.model(dict(column))["sentence_embedding"]) for column in sentence_features]
         documents_BE, *queries = (F.normalize(vectors.float(), dim=-1) for vectors in columns)
         all_documents = torch.cat([documents_BE, *(vectors for vectors, _ in self.remembered)])
@@ -126,7 +126,7 @@ class DocumentLoss(nn.Module):
             losses.append(F.cross_entropy(scores.masked_fill(same, -torch.inf), target))
         if self.training:
             self._remember(documents_BE.detach(), labels)
-        return torch.stack(losses).mean()
+        return {"document": torch.stack(losses).mean()}
 
     def _remember(self, documents_BE: Tensor, labels: Tensor) -> None:
         vectors, numbers = (torch.cat(parts) for parts in zip((documents_BE, labels), *self.remembered, strict=True))

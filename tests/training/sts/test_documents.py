@@ -68,10 +68,10 @@ def test_earlier_documents_are_negatives_but_not_the_same_one():
     def expected(query, candidates):
         return F.cross_entropy(2 * unit[query] @ unit[candidates].T, torch.arange(len(query)))
 
-    first = loss(columns([0, 1], [2, 3], [4, 5]), torch.tensor([10, 11]))
+    first = loss(columns([0, 1], [2, 3], [4, 5]), torch.tensor([10, 11]))["document"]
     torch.testing.assert_close(first, (expected([2, 3], [0, 1]) + expected([4, 5], [0, 1])) / 2)
     # document 10 comes again, as row 6 of the table: its remembered vector, row 0, is no negative of it
-    second = loss(columns([6, 7], [2, 3]), torch.tensor([10, 12]))
+    second = loss(columns([6, 7], [2, 3]), torch.tensor([10, 12]))["document"]
     by_row = [expected([2], [6, 7, 1]), F.cross_entropy(2 * unit[[3]] @ unit[[6, 7, 0, 1]].T, torch.tensor([1]))]
     torch.testing.assert_close(second, torch.stack(by_row).mean())
     # the newest three are kept, without gradients
