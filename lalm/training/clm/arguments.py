@@ -197,7 +197,10 @@ class DataArguments:
         if self.curriculum == "grow_p2" and self.train_shares:
             raise ValueError("--curriculum grow_p2 has an order of its own and contradicts --train_shares")
         if self.streaming and (self.curriculum != "none" or self.train_shares):
-            raise ValueError("--streaming knows no lengths ahead; drop it, or --curriculum and --train_shares")
+            raise ValueError(
+                "--streaming makes blocks while training; --curriculum and --train_shares order blocks that are there "
+                "before it: drop --streaming, or take a part of the text by --train_file"
+            )
         if self.max_train_samples and (self.curriculum == "grow_p2" or self.train_shares):
             raise ValueError("--max_train_samples has no meaning with --curriculum grow_p2 or --train_shares; drop it")
 

@@ -14,6 +14,7 @@ from lalm.training.argument_checks import check_training
 from lalm.training.recipe import parse_dataclasses, parse_overrides
 from lalm.training.shared_arguments import RunArguments
 from lalm.training.shared_arguments import option as _option
+from lalm.training.sts.augmentation import AUGMENTATIONS
 from lalm.training.sts.losses import LAYER_MAPS
 from lalm.training.sts.teacher import DEFAULT_TEACHER, PRECISIONS
 
@@ -43,6 +44,7 @@ CHOICES = {
     "teacher_vectors": ("auto", "cached", "live"),
     "teacher_precision": PRECISIONS,
     "curriculum": ("none", "grow_p2", "phases"),
+    "row_order": ("random", "easy_to_hard"),
     "save_dtype": ("auto", "float32", "bfloat16"),
 }
 
@@ -146,6 +148,17 @@ class StsDataArguments:
     mine_range_max: int = _option(60, "Mining looks at this many nearest texts.")
     mine_margin: float = _option(0.05, "A mined negative is at least this share less similar than the positive.")
     max_train_samples: int | None = _option(None, "Use this many training rows of each source at most, random ones.")
+    augmentation: list[str] | None = _option(
+        None,
+        "Altered copies of the training rows, one for each that is named: word_deletion, word_swap. The first text of "
+        "a row is altered; the other texts and the score stay.",
+    )
+    augmentation_rate: float = _option(0.1, "Share of the words that --augmentation deletes or exchanges.")
+    row_order: str = _option(
+        "random",
+        "random, or easy_to_hard: pairs whose words tell how alike they are before those whose words mislead, in ten "
+        "degrees.",
+    )
     teacher_vectors: str = _option(
         "auto",
         "Teacher's vectors: cached (all texts once, kept on disk), live (in every step), auto: live where the teacher "
@@ -161,6 +174,10 @@ class StsDataArguments:
             raise ValueError("--mine_range_max must be above --mine_range_min")
         if not 0 <= self.mine_margin < 1:
             raise ValueError(f"--mine_margin is {self.mine_margin:g}; it must lie in [0, 1)")
+        if unknown := [name for name in self.augmentation or [] if name not in AUGMENTATIONS]:
+            raise ValueError(f"--augmentation is '{unknown[0]}'; choose among {', '.join(AUGMENTATIONS)}")
+        if not 0 < self.augmentation_rate < 1:
+            raise ValueError(f"--augmentation_rate is {self.augmentation_rate:g}; it must lie between 0 and 1")
         if self.train_weights is not None:
             files = len(self.train_file or [])
             if len(self.train_weights) != files:
@@ -195,6 +212,7 @@ class StsTrainingArguments(RunArguments, SentenceTransformerTrainingArguments):
         "train_file", "train_weights", "nli_file", "qa_file", "paraphrase_file", "triplet_file", "shares",
         "document_file", "held_out_file", "document_tokens",
         "mine_negatives", "mine_range_min", "mine_range_max", "mine_margin", "matryoshka_dims", "max_train_samples",
+        "augmentation", "augmentation_rate", "row_order",
         "max_seq_length", "seed",
     )  # fmt: skip
     changes_training: ClassVar[tuple[str, ...]] = (
@@ -357,6 +375,14 @@ def parse_sts_arguments(argv: list[str]) -> tuple[StsModelArguments, StsDataArgu
         raise UserError(
             f"--stage {training.stage} continues a model: give --model_name_or_path, the --output_dir of a run of "
             f"--stage {before}"
+        )
+    if data.row_order != "random" and training.curriculum != "none":
+        raise UserError(
+            f"--row_order {data.row_order} contradicts --curriculum {training.curriculum}; give one of them"
+        )
+    if data.row_order != "random" and training.stage == "distill":
+        raise UserError(
+            "--row_order easy_to_hard compares the texts of a pair; --stage distill has none: --curriculum"
         )
     if model.overrides and (model.model_name_or_path or training.stage != "distill"):
         raise UserError("--config_overrides shapes a new student: --stage distill without --model_name_or_path")

@@ -38,7 +38,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[3] / "checkpoints" / "lam-minil
 
 def build_trainer(stage: Stage, found: TrainingData, splits: StsSplits, arguments: Arguments, argv, results):
     """Return the Trainer of a stage."""
-    training = arguments[2]
+    _, data, training = arguments
     describe(stage.model, arguments, found.notes)
 
     def write_card(trainer: StsTrainer) -> None:
@@ -52,6 +52,7 @@ def build_trainer(stage: Stage, found: TrainingData, splits: StsSplits, argument
         train_dataset=stage.train_dataset,
         loss=stage.loss,
         shares=stage.shares,
+        row_order=data.row_order,
         evaluator=dev_evaluator(splits["validation"], training),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
         write_card=write_card,

@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.sts.arguments import KINDS, StsDataArguments
+from lalm.training.sts.augmentation import augment_rows, augment_texts
 from lalm.training.sts.data import (
     PAIR_NAMES,
     StsSplits,
@@ -340,6 +341,19 @@ def collect_kinds(data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mappi
     return found
 
 
+def augment(found: TrainingData, names: Sequence[str], rate: float, seed: int) -> None:
+    """Add altered copies of all texts and rows, but of articles, and say in the notes how many."""
+    added, parts = {}, {kind: rows for kind, rows in found.parts.items() if kind != "document"}
+    if found.texts:
+        copies = augment_texts(found.texts, names, rate, seed)
+        found.texts, added["texts"] = found.texts + copies, len(copies)
+    for kind, rows in parts.items():
+        found.parts[kind] = augment_rows(rows, names, rate, seed)
+        added[kind] = len(found.parts[kind]) - len(rows)
+    counts = ", ".join(f"{count:,} of {kind}" for kind, count in added.items())
+    found.notes["augmentation"] = f"altered copies by {', '.join(names)}, {rate:g} of the words: {counts}"
+
+
 def collect(stage: str, data: StsDataArguments, stsb: StsSplits, seed: int, hub: Mapping[str, Any]) -> TrainingData:
     """Return what a stage is trained on.
 
@@ -350,4 +364,7 @@ def collect(stage: str, data: StsDataArguments, stsb: StsSplits, seed: int, hub:
         UserError: data that cannot be read (names file, row and column), or of which nothing is left.
     """
     collectors = {"distill": collect_texts, "relational": collect_relational, "finetune": collect_kinds}
-    return collectors[stage](data, stsb, seed, hub)
+    found = collectors[stage](data, stsb, seed, hub)
+    if data.augmentation:
+        augment(found, data.augmentation, data.augmentation_rate, seed)
+    return found

@@ -20,6 +20,7 @@ from lalm.errors import UserError
 from lalm.training.checkpoints import worse_evaluations
 from lalm.training.sts.arguments import StsTrainingArguments
 from lalm.training.sts.batches import LengthSampler, MixtureSampler, token_estimates
+from lalm.training.sts.difficulty import EasyToHardSampler, pair_of
 from lalm.training.sts.encoding import encode_by_length
 from lalm.training.trainer import RunTrainer
 
@@ -53,12 +54,13 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
 
     Args:
         shares: with several data sets, the share of the batches that each has, in their order.
+        row_order: random, or easy_to_hard for the data sets that are pairs.
     """
 
     args: StsTrainingArguments
 
-    def __init__(self, shares: Sequence[float] = (), **kwargs):
-        self.shares = list(shares)
+    def __init__(self, shares: Sequence[float] = (), row_order: str = "random", **kwargs):
+        self.shares, self.row_order = list(shares), row_order
         super().__init__(**kwargs)
         if self.is_fsdp_enabled:
             raise UserError(
@@ -70,26 +72,37 @@ class StsTrainer(RunTrainer, SentenceTransformerTrainer):
         self, dataset: Dataset, batch_size: int, drop_last: bool, valid_label_columns=None, generator=None, seed=0
     ) -> BatchSampler:
         """Texts of similar length together; where a row's batch mates are its negatives, none of its own texts."""
-        if self.shares and not {"score", "label"} & set(dataset.column_names):
-            return NoDuplicatesBatchSampler(
-                dataset, batch_size, drop_last, valid_label_columns, torch.Generator(), seed
-            )
+        steps = self.steps_asked
+
+        def make(rows: Dataset) -> BatchSampler:
+            if self.shares and not {"score", "label"} & set(rows.column_names):
+                options = (batch_size, drop_last, valid_label_columns, torch.Generator(), seed)
+                return NoDuplicatesBatchSampler(rows, *options)
+            lengths = token_estimates(rows, self.args.max_seq_length)
+            order = (self.args.curriculum, self.args.curriculum_cycles, steps)
+            return LengthSampler(lengths, batch_size, drop_last, self.args.max_batch_tokens, *order, seed=seed)
+
+        pair = pair_of(dataset) if self.row_order == "easy_to_hard" else None
+        if pair is None:
+            return make(dataset)
+        sampler = EasyToHardSampler(dataset, pair, make, batch_size, seed)
+        if steps is not None and not self.shares:
+            sampler.limit(steps)
+        return sampler
+
+    @property
+    def steps_asked(self) -> int | None:
+        """Batches of all processes that `max_steps` asks for; None without it."""
         steps = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler(
-            token_estimates(dataset, self.args.max_seq_length),
-            batch_size,
-            drop_last,
-            self.args.max_batch_tokens,
-            self.args.curriculum,
-            self.args.curriculum_cycles,
-            most=steps if steps > 0 else None,
-            seed=seed,
-        )
+        return steps if steps > 0 else None
 
     def get_multi_dataset_batch_sampler(
         self, dataset: ConcatDataset, batch_samplers: list[BatchSampler], generator=None, seed=0
     ) -> BatchSampler:
         """Draw every batch from one data set, by the shares."""
+        for sampler, share in zip(batch_samplers, self.shares, strict=True):
+            if self.steps_asked is not None and isinstance(sampler, EasyToHardSampler):
+                sampler.limit(round(self.steps_asked * share / sum(self.shares)))
         return MixtureSampler(dataset, batch_samplers, self.shares, seed or 0, generator)
 
     def loss_weights(self) -> dict[str, torch.Tensor]:

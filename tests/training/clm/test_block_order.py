@@ -148,7 +148,8 @@ def test_tokens_of_an_update():
         (["--train_file", "a", "b", "--train_shares", "0.5", "0.6"], "must be above 0 and sum to 1; their sum is 1.1"),
         (["--train_shares", "1"], "--train_shares has 1 numbers for 0 --train_file"),
         (["--curriculum", "grow_p2", "--packing", "concat"], "cuts documents and needs --packing documents"),
-        (["--curriculum", "grow_p2", "--streaming"], "--streaming knows no lengths ahead"),
+        (["--curriculum", "grow_p2", "--streaming"], "--streaming makes blocks while training"),
+        (["--curriculum", "phases", "--streaming"], "--streaming makes blocks while training"),
         (["--curriculum", "grow_p2", "--max_train_samples", "3"], "--max_train_samples has no meaning with"),
     ],
 )

@@ -369,6 +369,16 @@ def test_negatives_are_mined(chain, sts_world, caplog):
     assert "--nli_file is not used: --mixture has no share for it" in caplog.text
 
 
+def test_augmented_rows_in_an_order_of_difficulty(chain, sts_world, caplog):
+    flags = ("--augmentation", "word_swap", "word_deletion", "--augmentation_rate", "0.2", "--row_order", "easy_to_hard")
+    for stage in ("relational", "finetune"):
+        results = sts_world.run(stage, *flags, output=f"augmented {stage}")
+        assert results["steps"] == STEPS
+        assert losses(sts_world.folder / f"augmented {stage}") != losses(sts_world.folder / stage)
+    card = (sts_world.folder / "augmented finetune" / "README.md").read_text(encoding="utf-8")
+    assert "altered copies by word_swap, word_deletion, 0.2 of the words" in card
+
+
 def distance(one: Path, other: Path) -> float:
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
     return sum((ours[name].float() - theirs[name].float()).square().sum().item() for name in ours)
