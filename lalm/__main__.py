@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from lalm.errors import exit_on_user_error, exit_with, nearest_hint
+from lalm.network import go_offline_without_network
 
 COMMANDS = {
     "clm": ("lalm.training.clm.run", "train and evaluate causal language models"),
@@ -27,7 +28,13 @@ def usage() -> str:
 
 def run(command: str) -> None:
     """Run a command with the rest of the command line."""
-    exit_on_user_error(lambda: import_module(COMMANDS[command][0]).main(sys.argv[1:]))
+
+    def call() -> None:
+        program = import_module(COMMANDS[command][0])
+        go_offline_without_network()
+        program.main(sys.argv[1:])
+
+    exit_on_user_error(call)
 
 
 def clm() -> None:

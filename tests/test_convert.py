@@ -143,3 +143,8 @@ def test_ours_without_a_counterpart_is_refused(fields, message, tmp_path):
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="from_fla"):
         command_line.main(["from_fla", str(tmp_path / "nothing"), str(tmp_path / "ours")])
+
+
+def test_a_name_that_gives_no_checkpoint_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="from_fla: there is no folder no/such, and the Hub gives no such checkpoint"):
+        command_line.main(["from_fla", "no/such", str(tmp_path / "out")])

@@ -21,7 +21,7 @@ from lalm.convert.linear_attention_transformer import (
     to_linear_attention_transformer,
 )
 from lalm.convert.softmax import STUDENTS, from_softmax
-from lalm.errors import UserError, one_line
+from lalm.errors import UserError, one_line, refusal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _convert(arguments)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UserError(f"{arguments.command}: {one_line(error)}") from error
+        is_missing = isinstance(error, OSError) and error.errno is None  # of a name that gives nothing
+        reason = refusal(arguments.source, "checkpoint", error) if is_missing else one_line(error)
+        raise UserError(f"{arguments.command}: {reason}") from error
     print(f"{arguments.command}: {arguments.target} is written")
 
 

@@ -5,18 +5,14 @@ import gzip
 import logging
 import os
 import re
-import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from huggingface_hub import constants
 
 from lalm.errors import UserError, is_disk_full, nearest_hint, one_line
 from lalm.training.clm.arguments import DataArguments, ModelArguments
@@ -306,21 +302,6 @@ def load_splits(data: DataArguments, model: ModelArguments, needed: set[str]) ->
             flag = {"train": "do_train", "validation": "do_eval", "test": "do_test"}[split]
             raise UserError(f"the run needs a {split} split and there is none; give --{split}_file or drop --{flag}")
     return {split: rows for split, rows in splits.items() if split in needed}
-
-
-def go_offline_without_network() -> None:
-    """Set the libraries of the Hub to offline mode if its address is unknown here; they would retry for half a minute.
-
-    What is cached is found all the same. Behind a proxy an unknown address says nothing.
-    """
-    host = urlsplit(constants.ENDPOINT).hostname
-    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
-        return
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        logger.info("%s cannot be reached: only what is local or cached can be used", host)
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
 def quiet_progress_bars() -> None:

@@ -13,13 +13,13 @@ import pytest
 from huggingface_hub import constants
 
 from lalm.errors import UserError
+from lalm.network import go_offline_without_network
 from lalm.training.clm.arguments import DataArguments, ModelArguments
 from lalm.training.clm.tokenizer import make_tokenizer
 from lalm.training.text_rows import (
     LONGEST_TRAINED_WORD,
     LONGEST_WORD,
     check_words,
-    go_offline_without_network,
     load_splits,
 )
 
@@ -178,7 +178,7 @@ def test_a_word_that_no_tokenizer_ends_on(tmp_path, streaming):
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, caplog):
     monkeypatch.setattr(constants, "ENDPOINT", "https://no-such-host.invalid")
-    monkeypatch.setattr("lalm.training.text_rows.getproxies", dict)
+    monkeypatch.setattr("lalm.network.getproxies", dict)
     for module, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
         monkeypatch.setattr(module, name, False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModelForCausalLM
 from lalm.errors import UserError, one_line
+from lalm.network import go_offline_without_network
 from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
 from lalm.training.clm.arguments import parse_arguments
 from lalm.training.clm.comparison import bits_per_byte, cost_figures, write_comparison
@@ -27,7 +28,6 @@ from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.results import EVALUATION_KEYS, read_json, save_results, summary_lines, training_figures
-from lalm.training.text_rows import go_offline_without_network
 from lalm.training.tracking import check_trackers
 
 logger = logging.getLogger("lalm.training")

@@ -12,12 +12,12 @@ from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
 from lalm.errors import extra_needed
+from lalm.network import go_offline_without_network
 from lalm.training.checkpoints import check_output_dir, check_results_dir, check_text, claim_output_dir, run_record
 from lalm.training.hub_push import check_hub
 from lalm.training.logs import set_up_logging
 from lalm.training.loss_curve import write_loss_curve
 from lalm.training.results import read_json, save_results
-from lalm.training.text_rows import go_offline_without_network
 from lalm.training.tracking import check_trackers
 
 with extra_needed("run_sts.py", "sts"):

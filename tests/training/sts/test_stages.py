@@ -370,7 +370,15 @@ def test_negatives_are_mined(chain, sts_world, caplog):
 
 
 def test_augmented_rows_in_an_order_of_difficulty(chain, sts_world, caplog):
-    flags = ("--augmentation", "word_swap", "word_deletion", "--augmentation_rate", "0.2", "--row_order", "easy_to_hard")
+    flags = (
+        "--augmentation",
+        "word_swap",
+        "word_deletion",
+        "--augmentation_rate",
+        "0.2",
+        "--row_order",
+        "easy_to_hard",
+    )
     for stage in ("relational", "finetune"):
         results = sts_world.run(stage, *flags, output=f"augmented {stage}")
         assert results["steps"] == STEPS
