@@ -38,9 +38,9 @@ UPSTREAM_NAMES = {
     "use_axial_pos_emb": 'position_embedding_type="axial" (the default) or "learned"',
     "use_rotary_emb": 'position_embedding_type="rope"',
     "return_embeddings": "the class LocalGlobalModel",
-    "attend_axially": "not available",
-    "linformer_settings": "not available",
-    "context_linformer_settings": "not available",
+    "attend_axially": "not available (lalm.modeling.fixed_length_attention.FoldAxially is a module)",
+    "linformer_settings": "not available (lalm.modeling.fixed_length_attention has LinformerAttention)",
+    "context_linformer_settings": "not available (lalm.modeling.fixed_length_attention has LinformerAttention)",
 }
 
 
