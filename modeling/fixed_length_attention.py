@@ -1,9 +1,9 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
 """Attention for encoders of sequences of one length: Linformer, and attention along one axis of a folded sequence.
 
-As `LinformerSelfAttention` of lucidrains' linformer 0.2.1 and `FoldAxially` of linear-attention-transformer 0.19.1, whose
-weights they load. They are modules, and no layers of `LocalGlobalConfig`: a weight per position can be neither causal
-nor padded, and the states of a folded sequence would be those of every place of a row.
+As `LinformerSelfAttention` of linformer 0.2.1 and `FoldAxially` of linear-attention-transformer 0.19.1 (lucidrains);
+the weights of both load. They are modules, and no layers of `LocalGlobalConfig`: a weight per position can be neither
+causal nor padded, and the states of a folded sequence would be those of every place of a row.
 """
 
 import torch
