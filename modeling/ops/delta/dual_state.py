@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 
@@ -126,9 +125,10 @@ def dual_state_delta(
     }
     kernel = delta_kernel(keys, values, memories, use_delta_rule)
     form = choose("dual_state_delta", implementation, q, v, forms, kernel)
+    core: Callable
     if form == "cpp":  # which passes over padding and reads both ways by itself
         options = {"causal": causal, "wants_state": output_final_state}
-        core = both_directions = cast(Callable, partial(_cpp_core, use_delta_rule=use_delta_rule, **options))
+        core = both_directions = partial(_cpp_core, use_delta_rule=use_delta_rule, **options)
     else:
         core = partial(_with_leak, forms[form], use_delta_rule)
         both_directions = partial(_with_leak, partial(_both_ways, forms[form]), use_delta_rule)
