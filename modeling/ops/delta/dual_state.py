@@ -27,7 +27,7 @@ from lalm.modeling.ops.rules import Call, both_ways, layout_both_ways, run_rule
 from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, check_shapes, segments_of
 
 
-def _with_leak(core: Callable, use_delta_rule: bool, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_leak(core: Callable, use_delta_rule: bool, *arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The core of a rule (see rules.py) from one that takes `DualInputs`: the leak stands for the coupling, and gates
     let padding neither write, decay nor leak."""
     q, k, v, g, beta, read, coupling, scale, state, layout = arguments
@@ -125,7 +125,6 @@ def dual_state_delta(
     }
     kernel = delta_kernel(keys, values, memories, use_delta_rule)
     form = choose("dual_state_delta", implementation, q, v, forms, kernel)
-    core: Callable
     if form == "cpp":  # which passes over padding and reads both ways by itself
         options = {"causal": causal, "wants_state": output_final_state}
         core = both_directions = partial(_cpp_core, use_delta_rule=use_delta_rule, **options)
