@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -184,6 +185,14 @@ def test_stale_repository_references_are_replaced_and_a_users_own_head_stays(tmp
 def test_copies_of_the_code_in_one_process_have_ops_of_their_own(tmp_path, monkeypatch):
     """lalm and two checkpoints: each registers its kernels with torch, all run, and none disturbs another."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if not (Path(x) / "transformers_modules").is_dir()])
+    with mock.patch.dict(sys.modules):  # the package of other tests lies in another folder
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+        check_copies(tmp_path)
+
+
+def check_copies(tmp_path):
     model = tiny_model({"linear_attn_implementation": "cpp", "expand_k": 8, "expand_v": 8})
     expected, spaces = expected_output(model), {kernel_op._library.ns}
     for name in ("one", "two"):
