@@ -7,7 +7,6 @@ import sys
 from importlib import import_module
 
 from lalm.errors import exit_on_user_error, exit_with, nearest_hint
-from lalm.network import go_offline_without_network
 
 COMMANDS = {
     "clm": ("lalm.training.clm.run", "train and evaluate causal language models"),
@@ -28,13 +27,7 @@ def usage() -> str:
 
 def run(command: str) -> None:
     """Run a command with the rest of the command line."""
-
-    def call() -> None:
-        program = import_module(COMMANDS[command][0])
-        go_offline_without_network()
-        program.main(sys.argv[1:])
-
-    exit_on_user_error(call)
+    exit_on_user_error(lambda: import_module(COMMANDS[command][0]).main(sys.argv[1:]))
 
 
 def clm() -> None:

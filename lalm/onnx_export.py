@@ -12,6 +12,8 @@ of a step have T real tokens. Batch and length are dynamic.
 import argparse
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.errors import UserError, one_line, refusal
+from lalm.errors import UserError, extra_needed, one_line, refusal
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.modeling_base import LalmPreTrainedModel
+from lalm.network import go_offline_without_network
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -131,6 +134,18 @@ class _Step(nn.Module):
         return masks
 
 
+@contextmanager
+def _errors_only(logger: str | None) -> Iterator[None]:
+    """Silence the advice and warnings of a logger, None for the root."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
+
+
 def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     """Write `model` as an ONNX file; the module's docstring names inputs and outputs.
 
@@ -172,7 +187,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
         is_headless = not hasattr(model, model.base_model_prefix)
         outputs = ["last_hidden_state" if is_headless else "logits"]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _errors_only("torch.onnx"):  # it names what torchvision would add
             program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
     except RuntimeError as error:
@@ -189,10 +204,10 @@ def quantize_int8(source: str | Path, target: str | Path) -> Path:
     quantised as they come (onnxruntime's dynamic quantiser)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-untyped]
 
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))  # it advises another preprocessing
-    quantize_dynamic(
-        source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
-    )
+    with _errors_only(None):  # it advises another preprocessing
+        quantize_dynamic(
+            source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+        )
     return Path(target)
 
 
@@ -252,6 +267,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{given.model} is no folder: name the .onnx file to write as second argument.")
     if output.suffix != ".onnx":
         raise UserError(f"output must be a file that ends in .onnx, got {output}.")
+    with extra_needed("export-onnx", "onnx"):  # before the minutes that a graph takes
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    go_offline_without_network()
     try:
         model = _load(given.model)
     except (OSError, ValueError) as error:
@@ -264,5 +284,5 @@ def main(arguments: list[str] | None = None) -> None:
             for path in [made, *([small] if small else [])]:
                 path.replace(output.parent / path.name)
                 print(f"{output.parent / path.name}: {(output.parent / path.name).stat().st_size / 1e6:.1f} MB")
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error

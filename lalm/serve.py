@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from lalm import VARIANTS
 from lalm.errors import UserError, exit_on_user_error, one_line
+from lalm.network import go_offline_without_network
 
 logger = logging.get_logger("transformers.lalm")
 
@@ -106,6 +107,7 @@ def main(arguments: list[str]) -> None:
     import typer
     from transformers.cli.serve import Serve
 
+    go_offline_without_network()
     for name, served in served_classes().items():
         setattr(transformers, name, served)
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.model_inputs import build_layout, current_mask, positions
-from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout, stable_order
 from lalm.modeling.sequence_scan import Slices
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
@@ -179,7 +179,7 @@ class _SliceWindow:
         mask, segments = torch.cat([slots, real], dim=1), layout.document_ids()
         if segments is not None:
             segments = torch.cat([segments[:, :1].expand(-1, count), segments], dim=1)
-        layout = SequenceLayout(mask, segments, mask.int().argsort(dim=1, stable=True))
+        layout = SequenceLayout(mask, segments, stable_order(mask))
         k, v = torch.cat([before, own], dim=1).unflatten(2, (2 * heads, -1)).split(heads, dim=2)
         return nn.functional.pad(q, (0, 0, 0, 0, count, 0)), k, v, layout
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from lalm.modeling.affine_maps import Map, apply_factor
-from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout, stable_order
 
 _TAG = 1 << 20  # beyond those of states that are handed on
 
@@ -91,7 +91,7 @@ class Slices:
         filled = valid[:, self.rank].flip(0)  # [reach, B], the farthest slice first
         slots = torch.arange(count, device=own.device) >= count - filled.T[:, :, None]
         kept = slots.flatten(1)
-        order = kept.int().argsort(dim=1, stable=True)[:, -count:]
+        order = stable_order(kept)[:, -count:]
         last = torch.cat(parts, dim=1).gather(1, order[..., None].expand(-1, -1, own.shape[2]))
         return last.masked_fill(~kept.gather(1, order)[..., None], 0), filled.sum(0).clamp(max=count)
 

@@ -4,13 +4,18 @@ import gzip
 import json
 
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
+from experiments import lam_documents
 from experiments.lam_ablations import FULL, LONG, LONG_FLAGS, SHORT, VARIATIONS, table
 from experiments.long_text_retrieval import SPLITS, read_articles
 from lalm import LamConfig
 from lalm.errors import UserError
 from lalm.training.recipe import parse_overrides
 from lalm.training.sts.arguments import parse_sts_arguments
+from tests.training.sts import tiny_models as sts_tiny
 
 
 def test_every_variation_can_be_made_and_every_recipe_read():
@@ -48,6 +53,23 @@ def test_a_split_takes_its_articles_with_the_same_sentences(tmp_path):
     assert len({row["sentence"] for row in every}) > 1  # drawn for each
     with pytest.raises(UserError, match="no article of 1000 words of the split test"):
         read_articles(path, "test")
+
+
+def test_the_average_with_the_start_is_evaluated(tmp_path, monkeypatch):
+    folders, calls = (tmp_path / "start", tmp_path / "out" / "trained"), []
+    for value, folder in zip((1.0, 3.0), folders, strict=True):
+        model = SentenceTransformer(modules=[StaticEmbedding(sts_tiny.tokenizer().backend_tokenizer, embedding_dim=4)])
+        torch.nn.init.constant_(model[0].embedding.weight, value)
+        model.save(str(folder))
+    (folders[1] / "eval_results.json").write_text("{}", encoding="utf-8")  # as of a run that is complete
+    monkeypatch.setattr(lam_documents.run_sts, "main", calls.append)
+    flags = ["--start", str(folders[0]), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["lam_documents", *flags])
+    lam_documents.main()
+    ((model_flag, averaged, *_),) = calls
+    assert model_flag == "--model_name_or_path"
+    assert "--eval_only" in calls[0]
+    assert SentenceTransformer(averaged, device="cpu")[0].embedding.weight.float().unique().tolist() == [2.0]
 
 
 def test_the_table_of_variations_shows_means_and_paired_differences():

@@ -3971,7 +3971,7 @@ def plain_short_conv(
 
 def _plain(ctx, weight, bias, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
     mask = None if skip is None else ~skip
-    order = None if mask is None else mask.int().argsort(dim=1, stable=True)
+    order = None if mask is None else stable_order(mask)
     where = SequenceLayout(mask, documents, order)
     y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where, bias=bias)
     return y.split([x.shape[-1] for x in parts], dim=-1)

@@ -93,6 +93,7 @@ class Mixer(nn.Module):
             (q, k, v), state = conv(parts, window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
+            del parts  # as q, k and v below
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
         q, k, v = self.split_heads(q, k, v, rotary)

@@ -22,6 +22,7 @@ from lalm.convert.linear_attention_transformer import (
 )
 from lalm.convert.softmax import STUDENTS, from_softmax
 from lalm.errors import UserError, one_line, refusal
+from lalm.network import go_offline_without_network
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             required = name == "to_adapter"
             command.add_argument("--teacher", required=required, help="the student's softmax teacher, folder or name")
     arguments = parser.parse_args(argv)
+    go_offline_without_network()
     try:
         _convert(arguments)
     except (ValueError, OSError, KeyError, ImportError) as error:

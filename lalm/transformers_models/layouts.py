@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 
-from lalm.modeling.ops.sequence_layout import check_cu_seqlens, segments_of
+from lalm.modeling.ops.sequence_layout import check_cu_seqlens, segments_of, stable_order
 
 _FORMS = ("seq_idx", "cu_seq_lens_q", "position_ids")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -152,7 +152,7 @@ class _CacheWithoutPadding:
         kept = layer.conv_states[state_idx]
         before = full.shape[2] - self._mask.shape[1]
         mask = torch.nn.functional.pad(self._mask, (before, 0), value=not is_new)
-        last = mask.int().argsort(dim=1, stable=True)[:, -kept.shape[2] :]
+        last = stable_order(mask)[:, -kept.shape[2] :]
         found = full.gather(2, last[:, None].expand(-1, full.shape[1], -1))
         kept.copy_(found.masked_fill(~mask.gather(1, last)[:, None], 0))
         return full

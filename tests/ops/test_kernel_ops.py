@@ -74,7 +74,9 @@ CASES = pytest.mark.parametrize(
 @CASES
 @pytest.mark.slow
 def test_opcheck(op, x, options):
-    opcheck(op.registered, (*x, *options, True))
+    found = opcheck(op.registered, (*x, *options, True))
+    assert len(found) == 4
+    assert set(found.values()) == {"SUCCESS"}
 
 
 @CASES
@@ -83,7 +85,8 @@ def test_opcheck_of_the_backward_pass(op, x, options):
         made = op.registered(*x, *options, True)
         gradients = [torch.rand_like(y) for y in made[: op.outputs]]
         arguments = (*gradients, *op.saved(made, options), *x, *options)
-        opcheck(op.registered_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+        found = opcheck(op.registered_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert found == {"test_schema": "SUCCESS", "test_faketensor": "SUCCESS"}
 
 
 @CASES

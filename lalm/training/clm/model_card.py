@@ -169,23 +169,18 @@ def _measured(data: DataArguments, run: RunData, results: Mapping[str, float]) -
         for metric in ("perplexity", "accuracy")
         if f"{prefix}_{metric}" in results
     ]
-    context = results.get("context")
-    names = (
-        {
-            "cache_bytes": f"bytes of cache per sequence after {context:,} tokens",
-            "prefill_tokens_per_second": f"prefill of {context:,} tokens, tokens/s",
-            "decode_tokens_per_second": f"decoding after {context:,} tokens, tokens/s",
-            "peak_memory_bytes": f"peak memory of a prefill of {context:,} tokens, bytes",
-        }
-        if scored and context
-        else {}
-    )
-    split = scored[-1][1] if scored else ""
-    return found + [
-        entry(split, key, f"{name} ({hardware()})", results[key])
-        for key, name in names.items()
-        if results.get(key) is not None
-    ]
+    if not (scored and results.get("context")):
+        return found
+    tokens = f"{results['context']:,} tokens"
+    names = {
+        "cache_bytes": f"bytes of cache per sequence after {tokens}",
+        "prefill_tokens_per_second": f"prefill of {tokens}, tokens/s",
+        "decode_tokens_per_second": f"decoding after {tokens}, tokens/s",
+        "peak_memory_bytes": f"peak memory of a prefill of {tokens}, bytes",
+    }
+    measured = {key: name for key, name in names.items() if results.get(key) is not None}
+    split = scored[-1][1]
+    return found + [entry(split, key, f"{name} ({hardware()})", results[key]) for key, name in measured.items()]
 
 
 def front_matter(network, run: RunData, arguments, results: Mapping[str, float]) -> str:

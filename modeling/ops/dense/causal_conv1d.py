@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.dense.short_conv import cpp_short_conv, plain_short_conv
-from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout, stable_order
 
 _SILU = ("silu", "swish")
 
@@ -59,7 +59,7 @@ def causal_conv1d_fn(
         tokens = torch.cat([initial_states.transpose(1, 2).to(x.dtype), tokens], dim=1)
         mask = None if mask is None else F.pad(mask, (before, 0), value=True)
         seq_idx = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, before), seq_idx], dim=1)
-    order = None if mask is None else mask.int().argsort(dim=1, stable=True)
+    order = None if mask is None else stable_order(mask)
     layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long(), order)
     found = cpp_short_conv([tokens], weight, before, activation is not None, layout, bias)
     y = (

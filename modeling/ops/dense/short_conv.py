@@ -15,7 +15,7 @@ from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import short_conv_kernel
 from lalm.modeling.ops.dtypes import without_autocast
 from lalm.modeling.ops.kernels.kernel_op import address, fresh, pack
-from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout, stable_order
 
 
 def plain_short_conv(
@@ -54,7 +54,7 @@ def plain_short_conv(
 
 def _plain(ctx, weight, bias, skip, documents, *parts) -> tuple[torch.Tensor, ...]:
     mask = None if skip is None else ~skip
-    order = None if mask is None else mask.int().argsort(dim=1, stable=True)
+    order = None if mask is None else stable_order(mask)
     where = SequenceLayout(mask, documents, order)
     y, _ = plain_short_conv(torch.cat(parts, dim=-1), weight, ctx.before, ctx.activation, where, bias=bias)
     return y.split([x.shape[-1] for x in parts], dim=-1)

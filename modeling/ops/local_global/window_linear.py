@@ -25,7 +25,7 @@ from lalm.modeling.ops.chunks import missing_tokens
 from lalm.modeling.ops.dispatch import must_separate
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 from lalm.modeling.ops.local_global.local_attention import check_grouped
-from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, document_positions
+from lalm.modeling.ops.sequence_layout import SequenceLayout, document_by_document, document_positions, stable_order
 
 # Label of what is no token.
 _NONE = -4
@@ -204,7 +204,7 @@ def _find_sinks(kv, labels, is_sink, num_sinks: int, state: WindowLinearState | 
     if layout.mask is None and layout.segments is None and state is None:
         index = torch.arange(most, device=kv.device).expand(kv.shape[0], -1)
     else:
-        index = (~is_sink).int().argsort(dim=1, stable=True)[:, :most]
+        index = stable_order(~is_sink)[:, :most]
     found = kv.gather(1, index[..., None, None].expand(-1, -1, *kv.shape[2:]))
     own = torch.where(is_sink.gather(1, index), labels.gather(1, index), _NONE)
     if state is None:
@@ -289,7 +289,7 @@ def _attend_blocks(q, log_q, labels, index, spans: _Keys, features, sinks: _Sink
 def _final_state(memory, window, sinks: _Sinks, last, totals, num_sinks: int) -> WindowLinearState:
     size, count = window.shape[1], totals.expand(window.shape[0])
     forgotten = torch.arange(size, device=window.device) < size - count[:, None]
-    order = (sinks.labels != last).int().argsort(dim=1, stable=True)[:, :num_sinks]
+    order = stable_order(sinks.labels != last)[:, :num_sinks]
     kept = sinks.joined.gather(1, order[..., None, None].expand(-1, -1, *window.shape[2:]))
     kept = kept.masked_fill((sinks.labels.gather(1, order) != last)[..., None, None], 0)
     kept = F.pad(kept, (0, 0, 0, 0, 0, num_sinks - kept.shape[1]))

@@ -20,7 +20,7 @@ from lalm.training.sts import evaluation as sts_evaluation
 from lalm.training.sts.data import load_stsb
 from lalm.training.sts.evaluation import evaluate_split
 from tests.training.sts import tiny_models as sts_tiny
-from tests.training.sts.tiny_world import STEPS
+from tests.training.sts.tiny_world import STEPS, assert_same_weights, losses, scores
 
 pytestmark = pytest.mark.slow
 
@@ -44,23 +44,6 @@ def no_plots(chain, monkeypatch):
     """The runs of `chain` draw theirs; others would spend a third of their time on it."""
     monkeypatch.setattr("lalm.training.sts.run.write_loss_curve", lambda *_: None)
     monkeypatch.setattr(sts_evaluation, "scatter_plot", lambda *_: None)
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def scores(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry["eval_sts-dev_pearson_cosine"] for entry in history if "eval_sts-dev_pearson_cosine" in entry]
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
 
 
 def interrupted(straight: Path, target: Path, step: int) -> None:
@@ -370,15 +353,8 @@ def test_negatives_are_mined(chain, sts_world, caplog):
 
 
 def test_augmented_rows_in_an_order_of_difficulty(chain, sts_world, caplog):
-    flags = (
-        "--augmentation",
-        "word_swap",
-        "word_deletion",
-        "--augmentation_rate",
-        "0.2",
-        "--row_order",
-        "easy_to_hard",
-    )
+    flags = ("--augmentation", "word_swap", "word_deletion", "--augmentation_rate", "0.2")
+    flags += ("--row_order", "easy_to_hard")
     for stage in ("relational", "finetune"):
         results = sts_world.run(stage, *flags, output=f"augmented {stage}")
         assert results["steps"] == STEPS

@@ -1,14 +1,39 @@
 """Tiny files and models for whole runs of run_sts.py, which go through `run_sts.main` as the command line does."""
 
 import csv
+import json
 import random
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 import run_sts
 from tests.training.sts import tiny_models as sts_tiny
 
 RECIPES = Path(run_sts.__file__).parent / "recipes"
 STEPS = 8
+
+
+def history(folder: Path, key: str) -> list[float]:
+    """What a run has logged under a name, in order."""
+    entries = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [entry[key] for entry in entries if key in entry]
+
+
+def losses(folder: Path) -> list[float]:
+    return history(folder, "loss")
+
+
+def scores(folder: Path) -> list[float]:
+    return history(folder, "eval_sts-dev_pearson_cosine")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
 
 
 def reworded(text: str, kept: int, source: random.Random) -> str:
