@@ -7,13 +7,12 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, dynamic_module_utils
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_imports
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import lalm
 from lalm import bundle, hub
@@ -21,7 +20,6 @@ from lalm.configuration.configuration_gla import GLAConfig
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.modeling_gla import GLAForCausalLM
 from lalm.modeling.ops import cpp_kernels as cpp
-from lalm.modeling.ops.kernels import kernel_op
 
 KERNELS = Path(cpp.__file__).with_name("kernels")
 SCRIPT = Path(__file__).with_name("load_without_lalm.py")
@@ -181,31 +179,39 @@ def test_stale_repository_references_are_replaced_and_a_users_own_head_stays(tmp
     assert not [reference for reference in auto_map.values() if "--" in reference]
 
 
+COPIES = """
+import sys
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from lalm import GLAConfig, GLAForCausalLM
+from lalm.modeling.ops.kernels import kernel_op
+
+sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = GLAForCausalLM(GLAConfig(**sizes, expand_k=8, expand_v=8, linear_attn_implementation="cpp")).eval()
+ids, spaces = torch.arange(6)[None], {kernel_op._library.ns}
+for folder in sys.argv[1:]:
+    model.save_pretrained(folder)
+    copy = get_class_from_dynamic_module("modeling_gla.GLAForCausalLM", folder)
+    ops = sys.modules[copy.__module__.rpartition(".")[0] + ".linear_attention_ops"]
+    assert copy is not GLAForCausalLM
+    torch.testing.assert_close(copy.from_pretrained(folder).eval()(ids).logits, model(ids).logits)
+    inputs = [-torch.rand(1, 3, 1, 32) for _ in range(4)]
+    found = ops._diagonal.registered(*inputs, None, None, None, 1.0, None, False, False)
+    assert torch.equal(found[0], ops.gla(*inputs, 1.0, implementation="cpp")[0])
+    spaces.add(ops._library.ns)
+assert len(spaces) == 3, spaces
+"""
+
+
 @pytest.mark.skipif(cpp.load_kernel("rms_norm") is None, reason="no C++ compiler on this machine")
-def test_copies_of_the_code_in_one_process_have_ops_of_their_own(tmp_path, monkeypatch):
-    """lalm and two checkpoints: each registers its kernels with torch, all run, and none disturbs another."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [x for x in sys.path if not (Path(x) / "transformers_modules").is_dir()])
-    with mock.patch.dict(sys.modules):  # the package of other tests lies in another folder
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-            del sys.modules[name]
-        check_copies(tmp_path)
-
-
-def check_copies(tmp_path):
-    model = tiny_model({"linear_attn_implementation": "cpp", "expand_k": 8, "expand_v": 8})
-    expected, spaces = expected_output(model), {kernel_op._library.ns}
-    for name in ("one", "two"):
-        model.save_pretrained(tmp_path / name)
-        copy = get_class_from_dynamic_module("modeling_gla.GLAForCausalLM", str(tmp_path / name))
-        ops = sys.modules[f"{copy.__module__.rpartition('.')[0]}.linear_attention_ops"]
-        assert copy is not GLAForCausalLM
-        torch.testing.assert_close(expected_output(copy.from_pretrained(tmp_path / name).eval()), expected)
-        inputs = [-torch.rand(1, 3, 1, 32) for _ in range(4)]
-        found = ops._diagonal.registered(*inputs, None, None, None, 1.0, None, False, False)
-        assert torch.equal(found[0], ops.gla(*inputs, 1.0, implementation="cpp")[0])
-        spaces.add(ops._library.ns)
-    assert len(spaces) == 3
+def test_copies_of_the_code_in_one_process_have_ops_of_their_own(tmp_path):
+    """lalm and two checkpoints: each registers its kernels with torch, all run, and none disturbs another. In a
+    process of its own: what a copy registers with transformers stays."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("LALM_CPP", None)  # which other tests set
+    command = [sys.executable, "-c", COPIES, str(tmp_path / "one"), str(tmp_path / "two")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_a_class_that_is_not_ours_gets_no_code(tmp_path):
