@@ -74,7 +74,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         with torch.no_grad():
-            cache = model(torch.zeros(2, 2, dtype=torch.int64)).past_key_values
+            cache = model(torch.zeros(2, 2, dtype=torch.int64), use_cache=True).past_key_values
         self.names, self.example = [], []  # type: tuple[list, list]
         for index, layer in enumerate(cache.layers):
             for place, state in self._states(layer):
