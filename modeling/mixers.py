@@ -74,22 +74,24 @@ class Mixer(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         conv, attend = self.conv, cast(Callable, self.attend)
         if conv is not None:
-            parts, size = (q, k, v), conv.weight.shape[1] - 1
+            size = conv.weight.shape[1] - 1
             window = previous_state(
-                cache, self.layer_idx, "conv_states", of_slice=lambda: layout.last_inputs(parts, size)
+                cache,
+                self.layer_idx,
+                "conv_states",
+                of_slice=lambda parts=(q, k, v): layout.last_inputs(parts, size),
             )
             record(
                 cache,
                 self.layer_idx,
                 [("conv_states", 0)],
-                parts,
+                (q, k, v),
                 layout,
                 lambda parts, layout: [conv(parts, window, layout)[1]],
             )
-            (q, k, v), state = conv(parts, window, layout, keeps_state=cache is not None)
+            (q, k, v), state = conv((q, k, v), window, layout, keeps_state=cache is not None)
             if cache is not None:
                 cache.update_conv_state(state, self.layer_idx, given_away=True)
-            del parts  # as q, k and v below
         elif self.silu_without_conv:
             q, k, v = (nn.functional.silu(x) for x in (q, k, v))
         q, k, v = self.split_heads(q, k, v, rotary)
