@@ -134,6 +134,13 @@ class _Step(nn.Module):
         return masks
 
 
+def _log_sigmoid(x):
+    """In the place of the exporter's Log(Sigmoid(x)): onnxruntime's Sigmoid is 0 below -18, and its logarithm -inf."""
+    from onnxscript import opset18
+
+    return opset18.Neg(opset18.Softplus(opset18.Neg(x)))
+
+
 @contextmanager
 def _errors_only(logger: str | None) -> Iterator[None]:
     """Silence the advice and warnings of a logger, None for the root."""
@@ -189,7 +196,14 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     try:
         with torch.no_grad(), _errors_only("torch.onnx"):  # it names what torchvision would add
             program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
-            made = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=inputs,
+                output_names=outputs,
+                verbose=False,
+                custom_translation_table={torch.ops.aten.log_sigmoid.default: _log_sigmoid},
+            )
     except RuntimeError as error:
         raise ValueError(f"{type(model).__name__} has no ONNX graph: {one_line(error)}") from error
     finally:

@@ -26,6 +26,16 @@ def assert_near(found, expected):
     assert np.abs(found - expected.numpy()).max() <= 1e-5 * expected.abs().max()
 
 
+def large_weights(model):
+    """Weights that make gates as wide open and as shut as training does; the initial ones leave all near 1/2."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.mul_(1 / weight.std() / weight.shape[-1] ** 0.5)
+            elif name.endswith("bias"):
+                weight[::2] -= 30
+
+
 def test_encoder_with_padding(tmp_path):
     model = row_of("linear_encoder_hybrid").build("AutoModel", torch.float32)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
@@ -40,9 +50,11 @@ def test_encoder_with_padding(tmp_path):
         assert_near(found[real.numpy()], expected[real])
 
 
-def test_steps_of_decoding(tmp_path):
-    """Linear, sliding and full softmax layers; steps below and above the window and a chunk."""
-    model = row_of("linear_hybrid_both").build(dtype=torch.float32, use_cache=False)  # as training leaves it
+@pytest.mark.parametrize("name", ["linear_hybrid_both", "gla_plain", "delta_net_gated"])
+def test_steps_of_decoding(name, tmp_path):
+    """Linear, sliding and full softmax layers; steps below and above the window and a chunk; gates that are shut."""
+    model = row_of(name).build(dtype=torch.float32, use_cache=False)  # as training leaves it
+    large_weights(model)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
     for batch, cuts in ((3, (1, 5, 1, 1, 20)), (1, (70, 1, 2))):
         ids, at = tokens(batch, sum(cuts)), 0
