@@ -156,11 +156,11 @@ def in_form(op: Callable, form: str) -> Callable:
 def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`, in a graph that is compiled too; not in a
     program that is exported, which is to run where there is none."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_exporting() or is_looked_into():
+    if kernel.state_size < SMALLEST_STATE or not q.is_cpu or q.dtype == torch.float64:
+        return False
+    if torch.compiler.is_exporting() or is_looked_into():
         return False
     batch, length, heads = q.shape[:3]
-    if kernel.state_size < SMALLEST_STATE:
-        return False
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
@@ -298,23 +298,21 @@ def mkl_is_slow() -> bool:
     return bool(idle and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-def product_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
-    """By what to multiply `x [..., D]` and `weight [N, D]`: "onednn", "few_rows" (our kernel), or "torch"."""
+def product_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.CDLL | str | None:
+    """By what to multiply `x [..., D]` and `weight [N, D]`: "onednn", our kernel for few rows, or None for what torch
+    takes. Decoding asks this for every matrix."""
     if torch.compiler.is_compiling():
-        return "torch"
-    numbers, work = x.numel(), x.numel() * weight.shape[0]
-    if work >= EARNS_ONEDNN and numbers >= FEW_ROWS * x.shape[-1] and mkl_is_slow():
+        return None
+    numbers, size = x.numel(), x.shape[-1]
+    if numbers >= FEW_ROWS * size and numbers * weight.shape[0] >= EARNS_ONEDNN and mkl_is_slow():
         switched_off = not torch._C._get_mkldnn_enabled()  # by torch.backends.mkldnn.flags
-        return "torch" if switched_off or is_looked_into() or not _are_plain(x, weight, bias) else "onednn"
-    if weight.numel() < WORTH_STREAMING:
-        return "torch"
-    if numbers >= (SHORT_SEQUENCE if mkl_is_slow() else FEW_ROWS) * x.shape[-1]:
-        return "torch"
-    wants_gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
-    fits = weight.ndim == 2 and weight.is_contiguous() and x.shape[-1] == weight.shape[1]
-    if wants_gradient or not fits or is_looked_into() or not _are_plain(x, weight, bias):
-        return "torch"
-    return "torch" if load_kernel("few_rows") is None else "few_rows"
+        return None if switched_off or is_looked_into() or not _are_plain(x, weight, bias) else "onednn"
+    if weight.numel() < WORTH_STREAMING or numbers >= (SHORT_SEQUENCE if mkl_is_slow() else FEW_ROWS) * size:
+        return None
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+        return None
+    fits = weight.ndim == 2 and size == weight.shape[1] and weight.is_contiguous()
+    return load_kernel("few_rows") if fits and not is_looked_into() and _are_plain(x, weight, bias) else None
 
 
 def _are_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -348,10 +346,8 @@ def _elementwise(name: str, *tensors: torch.Tensor | None, **sizes: int) -> ctyp
     if torch.compiler.is_compiling() or is_looked_into():
         return None
     for x in tensors:  # decoding calls this some 30 times a token: no generator
-        if x is not None and not x.is_cpu:
+        if x is not None and not (x.is_cpu and x.dtype != torch.float64):
             return None
-    if compute_dtype(*tensors) != torch.float32:
-        return None
     return load_kernel(name, **sizes)
 
 

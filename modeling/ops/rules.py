@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
-from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes, check_state, per_document
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_layout, check_state, per_document
 
 
 class Call(NamedTuple):
@@ -37,16 +37,14 @@ def run_rule(
     call: Call,
     state_shape: tuple[int, ...],
     both_directions: Callable,
-    shares_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op of a rule.
 
     Args:
         core: see above.
-        tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates.
+        tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates, whose shapes the op has checked.
         state_shape: of the state of one batch element.
         both_directions: what makes of the core one that reads both ways, for `causal=False`.
-        shares_heads: whether the core takes q and k with fewer heads than v.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state or None.
@@ -54,15 +52,15 @@ def run_rule(
     Raises:
         ValueError: a shape does not fit; the message names the argument.
     """
-    q, k, v = tensors[:3]
-    check_shapes(q, k, v, call.layout, shares_heads)
+    q, v = tensors[0], tensors[2]
+    check_layout(call.layout, q)
     if call.cu_seqlens is not None:
         if call.layout is not None:
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the boundaries.")
 
         def one_batch(*tensors, initial_state=None, output_final_state=False, layout=None):
             own = Call(call.scale, initial_state, output_final_state, None, layout, call.causal)
-            return run_rule(core, tensors, own, state_shape, both_directions, shares_heads)
+            return run_rule(core, tensors, own, state_shape, both_directions)
 
         return per_document(one_batch, tensors, call.cu_seqlens, call.initial_state, call.output_final_state)
     if not call.causal:

@@ -197,11 +197,18 @@ def check_shapes(
         raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {tuple(q.shape[:3])}, got {tuple(v.shape)}.")
     if q.shape[1] == 0:
         raise ValueError("q, k and v hold no token (T = 0); pass at least one.")
+    check_layout(layout, q)
+
+
+def check_layout(layout: SequenceLayout | None, q: torch.Tensor) -> None:
+    """Raise ValueError unless the layout is one of the tokens of `q [B, T, ...]`."""
+    if layout is None or (layout.mask is None and layout.segments is None):
+        return
     for name in ("mask", "segments"):
-        value = getattr(layout, name, None)
+        value = getattr(layout, name)
         if value is not None and value.shape != q.shape[:2]:
             raise ValueError(f"layout.{name} must be [B, T] = {tuple(q.shape[:2])}, got {tuple(value.shape)}.")
-    if layout is not None and layout.mask is not None and layout.mask.dtype != torch.bool:
+    if layout.mask is not None and layout.mask.dtype != torch.bool:
         raise ValueError(f"layout.mask must be bool, got {layout.mask.dtype}; pass attention_mask.bool().")
 
 

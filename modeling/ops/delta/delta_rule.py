@@ -123,7 +123,7 @@ def _run(
         call._replace(scale=keys**-0.5 if call.scale is None else call.scale),
         (v.shape[2], keys, values),
     )
-    return run_rule(forms[form], tensors, call, state_shape, bidirectional_delta, shares_heads)
+    return run_rule(forms[form], tensors, call, state_shape, bidirectional_delta)
 
 
 recurrent_delta_rule, chunk_delta_rule = in_form(delta_rule, "recurrent"), in_form(delta_rule, "chunk")

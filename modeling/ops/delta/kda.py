@@ -65,7 +65,7 @@ def kda(
     if form != "cpp":
         q, k = as_taken(q, k, v, norm_eps)
     call = Call(keys**-0.5 if scale is None else scale, initial_state, output_final_state, cu_seqlens, layout, causal)
-    return run_rule(forms[form], (q, k, v, g, beta), call, (v.shape[2], keys, values), bidirectional_delta, True)
+    return run_rule(forms[form], (q, k, v, g, beta), call, (v.shape[2], keys, values), bidirectional_delta)
 
 
 def chunk_channels(q, k, v, g, beta, scale, state, layout, chunk_size=16) -> tuple[torch.Tensor, torch.Tensor]:

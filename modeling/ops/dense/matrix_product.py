@@ -9,12 +9,13 @@ bound by memory: a kernel that streams the weights takes half of MKL's time.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import apply_function
-from lalm.modeling.ops.cpp_kernels import load_kernel, pointer, preload_kernel
+from lalm.modeling.ops.cpp_kernels import pointer, preload_kernel
 from lalm.modeling.ops.dispatch import TALL, mkl_is_slow, product_library, threads
 from lalm.modeling.ops.kernels.kernel_op import address, pack
 
@@ -57,16 +58,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if library == "onednn":
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         return apply_function(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
-    if library == "few_rows":
-        return _few_rows(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if library is None else _few_rows(library, x, weight, bias)
 
 
-def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _few_rows(kernel: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` by the kernel that streams the weights; it has no backward pass."""
-    kernel, (outputs, size) = load_kernel("few_rows"), weight.shape
-    assert kernel is not None
-    x = x.contiguous()
+    (outputs, size), x = weight.shape, x.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
     places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "bias": address(bias)}
     sizes = {"rows": x.numel() // size, "size": size, "outputs": outputs, "threads": threads(weight.numel())}

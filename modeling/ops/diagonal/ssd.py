@@ -22,7 +22,7 @@ from lalm.modeling.ops.diagonal.diagonal_recurrence import chunk_diagonal, recur
 from lalm.modeling.ops.dispatch import choose
 from lalm.modeling.ops.dtypes import compute_dtype, without_autocast
 from lalm.modeling.ops.rules import Call, check_gate, refuse_states, run_rule
-from lalm.modeling.ops.sequence_layout import SequenceLayout
+from lalm.modeling.ops.sequence_layout import SequenceLayout, check_shapes
 
 
 def mamba_chunk_scan_combined(
@@ -71,6 +71,7 @@ def mamba_chunk_scan_combined(
     Raises:
         ValueError: a shape does not fit; the message names the argument.
     """
+    check_shapes(C, B, x, shares_heads=True)
     check_gate("dt", dt, x.shape[:3], "one time step per token and head")
     for name, given in (("A", A), ("dt_bias", dt_bias), ("D", D)):
         if given is not None and given.shape != x.shape[2:3] and not (name == "D" and given.shape == x.shape[2:]):
@@ -91,7 +92,7 @@ def mamba_chunk_scan_combined(
     }
     kernel = delta_kernel(B.shape[-1], x.shape[-1], use_delta_rule=False)
     core = forms[choose("mamba_chunk_scan_combined", implementation, C, x, forms, kernel)]
-    y, final = run_rule(core, (C, B, x, g, steps), call, (x.shape[2], B.shape[-1], x.shape[-1]), refuse_states, True)
+    y, final = run_rule(core, (C, B, x, g, steps), call, (x.shape[2], B.shape[-1], x.shape[-1]), refuse_states)
     y = y if D is None else torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
     y = y if z is None else y * F.silu(z)
     return (y, final.transpose(2, 3).contiguous()) if final is not None else y

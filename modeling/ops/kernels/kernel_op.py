@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from lalm.modeling.ops.autograd import apply_function, differentiable_by, plain_gradients
+from lalm.modeling.ops.autograd import differentiable_by, plain_gradients
 from lalm.modeling.ops.cpp_kernels import KERNEL_SOURCES, HeadKernel, kernel_files, require_kernel
 
 _C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64}
@@ -134,10 +134,14 @@ class KernelOp:
         Raises:
             RuntimeError: there is no kernel for these tensors.
         """
+        keeps = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x)
         if not torch.compiler.is_compiling():
             library = require_kernel(self.kernel(x, options), *x)
-            return apply_function(self.function, library, options, *x)
-        keeps = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x)
+            if keeps:
+                return self.function.apply(library, options, *x)  # type: ignore[attr-defined]
+            made = self.allocate(x, options, False)  # with few tokens, recording takes longer than the kernel
+            self.forward(library, x, options, made)
+            return made[: self.outputs]
         made = self.registered(*x, *options, keeps)
         return (made,) if isinstance(made, torch.Tensor) else made[: self.outputs]
 
