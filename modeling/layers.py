@@ -76,6 +76,13 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, cast(float, self.eps))
 
 
+class Dropout(nn.Dropout):
+    """torch's Dropout, without an operation where nothing is dropped."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.training and self.p else x
+
+
 class Activation(nn.Module):
     """`act(x)`, or gated `act(x) * factor`, of the activation that transformers calls `name`."""
 

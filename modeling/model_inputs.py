@@ -24,9 +24,10 @@ from lalm.modeling.ops.autograd import has_open_length, hides_values, is_transfo
 from lalm.modeling.ops.sequence_layout import SequenceLayout, check_cu_seqlens, segments_of, stable_order
 
 
-def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
-    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model. A cache
-    that is to wait in the memory of the CPU stays as it is where the model runs there too, or keeps nothing to move.
+def adopt_cache(cache: Cache, config: PreTrainedConfig, layer_types: list[str], device: torch.device) -> None:
+    """Give the layers of `config`, of these types, to a cache made without a configuration; refuse one made for
+    another model. A cache that is to wait in the memory of the CPU stays as it is where the model runs there too, or
+    keeps nothing to move.
 
     Raises:
         ValueError: the cache has other layers than the model.
@@ -39,14 +40,14 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) ->
         if foreign and not isinstance(layer, RecurrentLayer) and not any(layer.has_previous_state.values()):
             cache.layers[i] = RecurrentLayer()
     kinds = [isinstance(layer, RecurrentLayer) for layer in cache.layers]
-    if kinds != [kind == RecurrentLayer._layer_type for kind in config.layer_types]:
+    if kinds != [kind == RecurrentLayer._layer_type for kind in layer_types]:
         raise ValueError(
             "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
             "StaticCache(config=model.config, max_cache_len=...)."
         )
     if cache.offloading:  # the stock cache would ask for a CUDA stream, and for a layer that it moves
         kept = {RecurrentLayer._layer_type} | ({"sliding_attention"} if cache.only_non_sliding else set())
-        cache.offloading = device.type != "cpu" and not kept.issuperset(config.layer_types)
+        cache.offloading = device.type != "cpu" and not kept.issuperset(layer_types)
 
 
 def refuse_sharded_tokens() -> None:

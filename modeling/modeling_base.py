@@ -21,7 +21,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from lalm.configuration.configuration_base import LalmConfig
-from lalm.modeling.layers import MLP, NORMS, PositionEmbedding, ShortConvolution, look_up, rotary_tables, speed_up
+from lalm.modeling.layers import (
+    MLP,
+    NORMS,
+    Dropout,
+    PositionEmbedding,
+    ShortConvolution,
+    look_up,
+    rotary_tables,
+    speed_up,
+)
 from lalm.modeling.mixers import Mixer, Tables
 from lalm.modeling.model_inputs import (
     adopt_cache,
@@ -66,7 +75,7 @@ class Block(_Checkpointed, GradientCheckpointingLayer):
         self.mixer = mixer
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = self.mlp_class(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **kwargs)
@@ -189,7 +198,7 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         added = config.position_embedding_type in ("learned", "sinusoidal")
         self.embed_positions = PositionEmbedding(config) if added else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(
             self.block_class(config, self.make_mixer(config, i)) for i in range(config.num_hidden_layers)
         )
@@ -247,14 +256,15 @@ class LalmModel(_Checkpointed, LalmPreTrainedModel):
             hidden_states = look_up(self.embed_tokens, input_ids, "token", "vocab_size")
         if hidden_states.shape[1] == 0:
             raise ValueError("input_ids (or inputs_embeds) hold no token (T = 0): pass at least one.")
-        is_causal, kinds = self.config.is_causal, set(self.config.layer_types)
+        is_causal, layer_types = self.config.is_causal, self.config.layer_types
+        kinds = set(layer_types)
         if kinds != {"full_attention"}:
             refuse_sharded_tokens()
         fresh, seen = True, 0
         if past_key_values is not None:
             if not is_causal:
                 raise ValueError("past_key_values needs is_causal=True: an encoder reads the whole sequence at once.")
-            adopt_cache(past_key_values, self.config, hidden_states.device)
+            adopt_cache(past_key_values, self.config, layer_types, hidden_states.device)
             fresh, seen = is_fresh(past_key_values), past_key_values.get_seq_length()
         elif use_cache and is_causal and not (self.training and torch.is_grad_enabled()):
             # Nobody reads it in training, and what torch.utils.checkpoint runs again would read what it wrote itself.

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.modeling.cache import previous_state, record
-from lalm.modeling.layers import NORMS, Activation, make_linear, sinusoidal_positions
+from lalm.modeling.layers import NORMS, Activation, Dropout, make_linear, sinusoidal_positions
 from lalm.modeling.local_global_mixer import CrossMixer, LocalGlobalMixer
 from lalm.modeling.modeling_base import Block, LalmModel
 from lalm.modeling.modeling_heads import (
@@ -46,7 +46,7 @@ class LocalGlobalMLP(nn.Module):
         self.gated, self.chunks = config.ff_glu, config.ff_chunks
         self.up_proj = make_linear(config.hidden_size, 2 * width if self.gated else width, bias=bias)
         self.act_fn = Activation(cast(str, config.hidden_act), self.gated)
-        self.dropout = nn.Dropout(config.ff_dropout)
+        self.dropout = Dropout(config.ff_dropout)
         self.down_proj = make_linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -332,11 +332,18 @@ def check_shapes(
         raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {tuple(q.shape[:3])}, got {tuple(v.shape)}.")
     if q.shape[1] == 0:
         raise ValueError("q, k and v hold no token (T = 0); pass at least one.")
+    check_layout(layout, q)
+
+
+def check_layout(layout: SequenceLayout | None, q: torch.Tensor) -> None:
+    """Raise ValueError unless the layout is one of the tokens of `q [B, T, ...]`."""
+    if layout is None or (layout.mask is None and layout.segments is None):
+        return
     for name in ("mask", "segments"):
-        value = getattr(layout, name, None)
+        value = getattr(layout, name)
         if value is not None and value.shape != q.shape[:2]:
             raise ValueError(f"layout.{name} must be [B, T] = {tuple(q.shape[:2])}, got {tuple(value.shape)}.")
-    if layout is not None and layout.mask is not None and layout.mask.dtype != torch.bool:
+    if layout.mask is not None and layout.mask.dtype != torch.bool:
         raise ValueError(f"layout.mask must be bool, got {layout.mask.dtype}; pass attention_mask.bool().")
 
 
@@ -3229,11 +3236,11 @@ def in_form(op: Callable, form: str) -> Callable:
 def _runs_kernel(kernel: HeadKernel, q: torch.Tensor, must_pay: bool) -> bool:
     """Whether the C++ kernel runs for heads like those of `q [B, T, H, K]`, in a graph that is compiled too; not in a
     program that is exported, which is to run where there is none."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or torch.compiler.is_exporting() or is_looked_into():
+    if kernel.state_size < SMALLEST_STATE or not q.is_cpu or q.dtype == torch.float64:
+        return False
+    if torch.compiler.is_exporting() or is_looked_into():
         return False
     batch, length, heads = q.shape[:3]
-    if kernel.state_size < SMALLEST_STATE:
-        return False
     work = batch * max(length, TOKENS_TO_COME) * heads * kernel.state_size
     if must_pay and work < EARNS_COMPILING:
         return False
@@ -3371,23 +3378,21 @@ def mkl_is_slow() -> bool:
     return bool(idle and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-def product_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
-    """By what to multiply `x [..., D]` and `weight [N, D]`: "onednn", "few_rows" (our kernel), or "torch"."""
+def product_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.CDLL | str | None:
+    """By what to multiply `x [..., D]` and `weight [N, D]`: "onednn", our kernel for few rows, or None for what torch
+    takes. Decoding asks this for every matrix."""
     if torch.compiler.is_compiling():
-        return "torch"
-    numbers, work = x.numel(), x.numel() * weight.shape[0]
-    if work >= EARNS_ONEDNN and numbers >= FEW_ROWS * x.shape[-1] and mkl_is_slow():
+        return None
+    numbers, size = x.numel(), x.shape[-1]
+    if numbers >= FEW_ROWS * size and numbers * weight.shape[0] >= EARNS_ONEDNN and mkl_is_slow():
         switched_off = not torch._C._get_mkldnn_enabled()  # by torch.backends.mkldnn.flags
-        return "torch" if switched_off or is_looked_into() or not _are_plain(x, weight, bias) else "onednn"
-    if weight.numel() < WORTH_STREAMING:
-        return "torch"
-    if numbers >= (SHORT_SEQUENCE if mkl_is_slow() else FEW_ROWS) * x.shape[-1]:
-        return "torch"
-    wants_gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
-    fits = weight.ndim == 2 and weight.is_contiguous() and x.shape[-1] == weight.shape[1]
-    if wants_gradient or not fits or is_looked_into() or not _are_plain(x, weight, bias):
-        return "torch"
-    return "torch" if load_kernel("few_rows") is None else "few_rows"
+        return None if switched_off or is_looked_into() or not _are_plain(x, weight, bias) else "onednn"
+    if weight.numel() < WORTH_STREAMING or numbers >= (SHORT_SEQUENCE if mkl_is_slow() else FEW_ROWS) * size:
+        return None
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+        return None
+    fits = weight.ndim == 2 and size == weight.shape[1] and weight.is_contiguous()
+    return load_kernel("few_rows") if fits and not is_looked_into() and _are_plain(x, weight, bias) else None
 
 
 def _are_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -3417,26 +3422,21 @@ def rows_of_logits(vocab_size: int) -> int:
 
 
 def _elementwise(name: str, *tensors: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel `name`, if it can compute with these tensors."""
-    if torch.compiler.is_compiling() or is_looked_into():
+    """The kernel `name`, if it can compute with these tensors, which are of no graph that is compiled."""
+    if is_looked_into():
         return None
     for x in tensors:  # decoding calls this some 30 times a token: no generator
-        if x is not None and not x.is_cpu:
+        if x is not None and not (x.is_cpu and x.dtype != torch.float64):
             return None
-    if compute_dtype(*tensors) != torch.float32:
-        return None
     return load_kernel(name, **sizes)
-
-
-def _is_fewer(numbers: int, threshold: int) -> bool:
-    """Whether there are fewer numbers; yes while compiling, where their count may be open."""
-    return torch.compiler.is_compiling() or numbers < threshold
 
 
 def rms_norm_kernel(x: torch.Tensor, weight: torch.Tensor) -> ctypes.CDLL | None:
     """The kernel for the RMS norm of `x`, None for plain torch."""
+    if torch.compiler.is_compiling():
+        return None
     fewest = WORTH_A_KERNEL if torch.is_grad_enabled() else WORTH_A_KERNEL_WITHOUT_GRADIENTS
-    return None if _is_fewer(x.numel(), fewest) else _elementwise("rms_norm", x, weight)
+    return None if x.numel() < fewest else _elementwise("rms_norm", x, weight)
 
 
 def activation_kernel(
@@ -3455,8 +3455,10 @@ def activation_kernel(
 
 def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
     """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`; None, plain torch."""
+    if torch.compiler.is_compiling():
+        return None
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
-    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
+    return None if work < WORTH_A_CONV_KERNEL else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
 def runs_lam_gates(x: torch.Tensor, *tensors: torch.Tensor) -> bool:
@@ -3605,10 +3607,14 @@ class KernelOp:
         Raises:
             RuntimeError: there is no kernel for these tensors.
         """
+        keeps = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x)
         if not torch.compiler.is_compiling():
             library = require_kernel(self.kernel(x, options), *x)
-            return apply_function(self.function, library, options, *x)
-        keeps = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x)
+            if keeps:
+                return self.function.apply(library, options, *x)
+            made = self.allocate(x, options, False)  # with few tokens, recording takes longer than the kernel
+            self.forward(library, x, options, made)
+            return made[: self.outputs]
         made = self.registered(*x, *options, keeps)
         return (made,) if isinstance(made, torch.Tensor) else made[: self.outputs]
 
@@ -3856,6 +3862,7 @@ bound by memory: a kernel that streams the weights takes half of MKL's time.
 
 
 import ctypes
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -3900,16 +3907,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if library == "onednn":
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         return apply_function(_OneDnnLinear, _dense(rows), _dense(weight), bias).view(*x.shape[:-1], weight.shape[0])
-    if library == "few_rows":
-        return _few_rows(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if library is None else _few_rows(library, x, weight, bias)
 
 
-def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _few_rows(kernel: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` by the kernel that streams the weights; it has no backward pass."""
-    kernel, (outputs, size) = load_kernel("few_rows"), weight.shape
-    assert kernel is not None
-    x = x.contiguous()
+    (outputs, size), x = weight.shape, x.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
     places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "bias": address(bias)}
     sizes = {"rows": x.numel() // size, "size": size, "outputs": outputs, "threads": threads(weight.numel())}
@@ -4199,6 +4202,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, cast(float, self.eps))
+
+
+class Dropout(nn.Dropout):
+    """torch's Dropout, without an operation where nothing is dropped."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.training and self.p else x
 
 
 class Activation(nn.Module):
@@ -4670,9 +4680,10 @@ from transformers.masking_utils import (
 
 
 
-def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) -> None:
-    """Give the layers of `config` to a cache made without a configuration; refuse one made for another model. A cache
-    that is to wait in the memory of the CPU stays as it is where the model runs there too, or keeps nothing to move.
+def adopt_cache(cache: Cache, config: PreTrainedConfig, layer_types: list[str], device: torch.device) -> None:
+    """Give the layers of `config`, of these types, to a cache made without a configuration; refuse one made for
+    another model. A cache that is to wait in the memory of the CPU stays as it is where the model runs there too, or
+    keeps nothing to move.
 
     Raises:
         ValueError: the cache has other layers than the model.
@@ -4685,14 +4696,14 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig, device: torch.device) ->
         if foreign and not isinstance(layer, RecurrentLayer) and not any(layer.has_previous_state.values()):
             cache.layers[i] = RecurrentLayer()
     kinds = [isinstance(layer, RecurrentLayer) for layer in cache.layers]
-    if kinds != [kind == RecurrentLayer._layer_type for kind in config.layer_types]:
+    if kinds != [kind == RecurrentLayer._layer_type for kind in layer_types]:
         raise ValueError(
             "past_key_values was made for another model: make it by DynamicCache(config=model.config) or "
             "StaticCache(config=model.config, max_cache_len=...)."
         )
     if cache.offloading:  # the stock cache would ask for a CUDA stream, and for a layer that it moves
         kept = {RecurrentLayer._layer_type} | ({"sliding_attention"} if cache.only_non_sliding else set())
-        cache.offloading = device.type != "cpu" and not kept.issuperset(config.layer_types)
+        cache.offloading = device.type != "cpu" and not kept.issuperset(layer_types)
 
 
 def refuse_sharded_tokens() -> None:
@@ -6133,16 +6144,14 @@ def run_rule(
     call: Call,
     state_shape: tuple[int, ...],
     both_directions: Callable,
-    shares_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op of a rule.
 
     Args:
         core: see above.
-        tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates.
+        tensors: q, k `[B, T, H, K]`, v `[B, T, H, V]` and the gates, whose shapes the op has checked.
         state_shape: of the state of one batch element.
         both_directions: what makes of the core one that reads both ways, for `causal=False`.
-        shares_heads: whether the core takes q and k with fewer heads than v.
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state or None.
@@ -6150,15 +6159,15 @@ def run_rule(
     Raises:
         ValueError: a shape does not fit; the message names the argument.
     """
-    q, k, v = tensors[:3]
-    check_shapes(q, k, v, call.layout, shares_heads)
+    q, v = tensors[0], tensors[2]
+    check_layout(call.layout, q)
     if call.cu_seqlens is not None:
         if call.layout is not None:
             raise ValueError("Pass cu_seqlens or layout, not both: a layout's segments already hold the boundaries.")
 
         def one_batch(*tensors, initial_state=None, output_final_state=False, layout=None):
             own = Call(call.scale, initial_state, output_final_state, None, layout, call.causal)
-            return run_rule(core, tensors, own, state_shape, both_directions, shares_heads)
+            return run_rule(core, tensors, own, state_shape, both_directions)
 
         return per_document(one_batch, tensors, call.cu_seqlens, call.initial_state, call.output_final_state)
     if not call.causal:

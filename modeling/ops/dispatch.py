@@ -342,8 +342,8 @@ def rows_of_logits(vocab_size: int) -> int:
 
 
 def _elementwise(name: str, *tensors: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
-    """The kernel `name`, if it can compute with these tensors."""
-    if torch.compiler.is_compiling() or is_looked_into():
+    """The kernel `name`, if it can compute with these tensors, which are of no graph that is compiled."""
+    if is_looked_into():
         return None
     for x in tensors:  # decoding calls this some 30 times a token: no generator
         if x is not None and not (x.is_cpu and x.dtype != torch.float64):
@@ -351,15 +351,12 @@ def _elementwise(name: str, *tensors: torch.Tensor | None, **sizes: int) -> ctyp
     return load_kernel(name, **sizes)
 
 
-def _is_fewer(numbers: int, threshold: int) -> bool:
-    """Whether there are fewer numbers; yes while compiling, where their count may be open."""
-    return torch.compiler.is_compiling() or numbers < threshold
-
-
 def rms_norm_kernel(x: torch.Tensor, weight: torch.Tensor) -> ctypes.CDLL | None:
     """The kernel for the RMS norm of `x`, None for plain torch."""
+    if torch.compiler.is_compiling():
+        return None
     fewest = WORTH_A_KERNEL if torch.is_grad_enabled() else WORTH_A_KERNEL_WITHOUT_GRADIENTS
-    return None if _is_fewer(x.numel(), fewest) else _elementwise("rms_norm", x, weight)
+    return None if x.numel() < fewest else _elementwise("rms_norm", x, weight)
 
 
 def activation_kernel(
@@ -378,8 +375,10 @@ def activation_kernel(
 
 def short_conv_kernel(parts, weight: torch.Tensor, bias: torch.Tensor | None, **sizes: int) -> ctypes.CDLL | None:
     """The kernel for the short convolution of `parts [B, T, D_i]` by `weight [D, W]` and `bias`; None, plain torch."""
+    if torch.compiler.is_compiling():
+        return None
     work = parts[0].shape[0] * parts[0].shape[1] * weight.numel()
-    return None if _is_fewer(work, WORTH_A_CONV_KERNEL) else _elementwise("short_conv", weight, bias, *parts, **sizes)
+    return None if work < WORTH_A_CONV_KERNEL else _elementwise("short_conv", weight, bias, *parts, **sizes)
 
 
 def runs_lam_gates(x: torch.Tensor, *tensors: torch.Tensor) -> bool:

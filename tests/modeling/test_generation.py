@@ -167,7 +167,7 @@ def test_offloaded_cache_on_the_cpu(row, kind):
 def test_an_offloaded_cache_elsewhere_has_something_to_move(fields, offloads):
     config = GLAConfig(**TINY, **fields)
     cache = StaticCache(config=config, max_cache_len=9, offloading=True)
-    adopt_cache(cache, config, torch.device("meta"))
+    adopt_cache(cache, config, config.layer_types, torch.device("meta"))
     assert cache.offloading == offloads
 
 

@@ -138,7 +138,7 @@ class KernelOp:
         if not torch.compiler.is_compiling():
             library = require_kernel(self.kernel(x, options), *x)
             if keeps:
-                return self.function.apply(library, options, *x)  # type: ignore[attr-defined]
+                return self.function.apply(library, options, *x)
             made = self.allocate(x, options, False)  # with few tokens, recording takes longer than the kernel
             self.forward(library, x, options, made)
             return made[: self.outputs]
