@@ -16,6 +16,7 @@ from lalm.training.shared_arguments import RunArguments
 from lalm.training.shared_arguments import option as _option
 from lalm.training.sts.augmentation import AUGMENTATIONS
 from lalm.training.sts.losses import LAYER_MAPS
+from lalm.training.sts.tasks import TASKS
 from lalm.training.sts.teacher import DEFAULT_TEACHER, PRECISIONS
 
 # what a stage uses where an argument is not given; the weights of `relational` and the learning rates are LAM's
@@ -117,6 +118,10 @@ class StsDataArguments:
     data_dir: str | None = _option(
         None, "Folder with STS-B (stsb-en-train.csv ...). Default: sentence-transformers/stsb, else built-in pairs."
     )
+    tasks: list[str] | None = _option(
+        None, f"Further test sets to score: {', '.join(TASKS)}. From the Hub (mteb/sts12-sts ...) or --tasks_dir."
+    )
+    tasks_dir: str | None = _option(None, "Folder with SentEval's data for --tasks: STS/STS12-en-test ..., SICK.")
     train_file: list[str] | None = _option(
         None,
         "Training data: texts for --stage distill (txt, csv, tsv, json, jsonl, parquet, gzip too; every text column), "
@@ -170,6 +175,10 @@ class StsDataArguments:
         _check_choices(self)
         _check_range(self, ("mine_negatives", "mine_range_min"), 0)
         _check_range(self, ("max_train_samples", "mine_range_max", "document_tokens"), 1)
+        if unknown := [name for name in self.tasks or [] if name not in TASKS]:
+            raise ValueError(f"--tasks is '{unknown[0]}'; choose among {', '.join(TASKS)}")
+        if self.tasks_dir and not self.tasks:
+            raise ValueError(f"--tasks_dir holds data for --tasks; give --tasks {' '.join(TASKS)}")
         if self.mine_range_max <= self.mine_range_min:
             raise ValueError("--mine_range_max must be above --mine_range_min")
         if not 0 <= self.mine_margin < 1:

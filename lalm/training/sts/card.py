@@ -11,18 +11,20 @@ from sentence_transformers.base.model_card import generate_model_card
 
 from lalm.training.run_facts import command_line, hardware
 from lalm.training.sts.arguments import StsTrainingArguments
+from lalm.training.sts.data import HUB_NAME
 from lalm.training.sts.losses import backbone
 from lalm.training.sts.stages import Arguments
+from lalm.training.sts.tasks import CAVEAT, TASKS
 
 EXAMPLES = ["A child feeds ducks at the pond.", "A girl gives bread to the ducks.", "The train was late again."]
 METRIC = "eval_sts-dev_pearson_cosine"
-PREFIXES = {"validation": "eval", "test": "test"}
+PREFIXES = {"validation": "eval", "test": "test"} | {name: name for name in TASKS}
 OURS = """## Figures
 
 {figures}
 
 Cosine of the vectors against {source}; percentile bootstrap over the pairs, which does not cover the training seed. \
-{choice}{test}.
+{choice}{test}.{caveat}
 
 ## Data
 
@@ -186,6 +188,7 @@ def sts_card(
         source=source,
         choice="The best checkpoint is chosen on validation" if best else "The last step's weights are kept",
         test=", test is scored once at the end" if training.do_test else "",
+        caveat=f"\n\n{CAVEAT}." if arguments[1].tasks else "",
         data="\n".join(f"- {name}: {note}" for name, note in notes.items()),
         command=command_line(argv, training.script),
         training=training_facts(arguments, notes, results),
@@ -199,9 +202,9 @@ def sts_card(
         EvalResult(
             task_type="semantic-similarity",
             task_name="Semantic Similarity",
-            dataset_type="sentence-transformers/stsb" if "sentence-transformers/stsb" in source else "sts",
-            dataset_name=source,
-            dataset_split=split,
+            dataset_type=TASKS.get(split) or (HUB_NAME if HUB_NAME in source else "sts"),
+            dataset_name=split if split in TASKS else source,
+            dataset_split="test" if split in TASKS else split,
             metric_type=f"{metric}_cosine",
             metric_value=results[f"{prefix}_{metric}"],
         )

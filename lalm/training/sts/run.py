@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, set_seed
 
 import lalm  # noqa: F401  registers our models with AutoConfig and AutoModel
@@ -21,12 +22,13 @@ from lalm.training.results import read_json, save_results
 from lalm.training.tracking import check_trackers
 
 with extra_needed("run_sts.py", "sts"):
-    from lalm.training.sts.arguments import parse_sts_arguments
+    from lalm.training.sts.arguments import StsDataArguments, parse_sts_arguments
     from lalm.training.sts.card import describe, flat_figures, sts_card, sts_training_figures
     from lalm.training.sts.data import StsSplits, load_stsb
-    from lalm.training.sts.evaluation import check_defined, check_scores, evaluate_model
+    from lalm.training.sts.evaluation import STATISTICS, check_defined, check_scores, evaluate_model
     from lalm.training.sts.sources import TrainingData, collect
     from lalm.training.sts.stages import Arguments, Stage, build_stage, load_model
+    from lalm.training.sts.tasks import CAVEAT, TASKS, load_tasks
     from lalm.training.sts.teacher import load_teacher
     from lalm.training.sts.trainer import StsTrainer, dev_evaluator
 
@@ -79,15 +81,30 @@ def train(trainer: StsTrainer, checkpoint: str | None, dtype: str, results: dict
         save_results(trainer.args.folder, "train", results)
 
 
-def evaluate(model, title: str, splits: StsSplits, names: Sequence[str], arguments: Arguments, results: dict) -> None:
-    """Score splits, print the table, draw the plots and keep the figures."""
+def sets_to_score(splits: StsSplits, names: Sequence[str], data: StsDataArguments) -> dict[str, Dataset]:
+    """Return the splits `names` of STS-B, and the test sets of --tasks."""
+    check_scores(splits, names, splits.source)
+    tasks = load_tasks(data.tasks or (), data.tasks_dir)
+    check_scores(tasks, list(tasks), "--tasks")
+    return {name: splits[name] for name in names} | tasks
+
+
+def evaluate(model, title: str, scored: dict[str, Dataset], arguments: Arguments, results: dict) -> None:
+    """Score sets of pairs, print the table, draw the plots and keep the figures."""
     model_arguments, _, training = arguments
     baseline = model_arguments.baseline
     second = load_model(baseline, model_arguments, str(model.device), "--baseline") if baseline else None
-    rows, shown = {name: splits[name] for name in names}, (training.folder, title, baseline or "")
-    found = evaluate_model(model.eval(), rows, second, *shown, training.per_device_eval_batch_size, seed=training.seed)
+    shown = training.folder, title, baseline or ""
+    found = evaluate_model(
+        model.eval(), scored, second, *shown, training.per_device_eval_batch_size, seed=training.seed
+    )
     check_defined(found, was_trained=bool(training.stage))
     results |= flat_figures(found)
+    if tasks := [figures for name, figures in found.items() if name in TASKS]:
+        means = {statistic: sum(figures[statistic] for figures in tasks) / len(tasks) for statistic in STATISTICS}
+        print(f"mean of {len(tasks)} tasks: " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+        results |= {f"tasks_{name}": mean for name, mean in means.items()}
+        logger.warning("%s.", CAVEAT)
     for name, figures in found.items():
         save_results(training.folder, {"validation": "eval"}.get(name, name), flat_figures({name: figures}))
 
@@ -99,7 +116,7 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     check_hub(training)
     set_seed(training.seed)
     splits, hub = load_stsb(data.data_dir), {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
-    check_scores(splits, names := ["validation", "test"][: 1 + training.do_test], splits.source)
+    scored = sets_to_score(splits, ["validation", "test"][: 1 + training.do_test], data)
     found = collect(str(training.stage), data, splits, training.seed, hub)
     for name, note in found.notes.items():
         logger.info("%s: %s", name, note)
@@ -111,7 +128,7 @@ def run_stage(arguments: Arguments, argv: list[str], results: dict) -> None:
     trainer.accelerator.wait_for_everyone()
     train(trainer, checkpoint, model_arguments.save_dtype, results)
     if trainer.is_world_process_zero():
-        evaluate(stage.model, training.folder.name, splits, names, arguments, results)
+        evaluate(stage.model, training.folder.name, scored, arguments, results)
         write_loss_curve(trainer.state.log_history, training.folder / "loss_curve.png", training.folder.name, "")
         trainer.create_model_card()
         print(f"results are in {training.folder}", flush=True)
@@ -131,8 +148,8 @@ def main(argv: list[str] | None = None) -> dict:
         run_stage(arguments, argv, results)
     else:
         check_results_dir(training.folder, model_arguments.model_name_or_path)
-        splits = load_stsb(data.data_dir, names := ("validation", "test"))
-        check_scores(splits, names, splits.source)
+        splits = load_stsb(data.data_dir, ("validation", "test"))
+        scored = sets_to_score(splits, ["validation", "test"], data)
         name = model_arguments.model_name_or_path or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
         device = "cpu" if training.use_cpu else None
         if name:
@@ -140,6 +157,6 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             model = load_teacher(model_arguments.teacher, device=device, cache_dir=model_arguments.cache_dir)
         logger.info("%s on %s", name or model_arguments.teacher, splits.source)
-        evaluate(model, Path(name or model_arguments.teacher).name, splits, names, arguments, results)
+        evaluate(model, Path(name or model_arguments.teacher).name, scored, arguments, results)
         print(f"results are in {training.folder}")
     return results

@@ -81,9 +81,8 @@ def mamba_chunk_scan_combined(
         steps = _time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         g = steps * A.to(dtype)
     state = None if initial_states is None else initial_states.transpose(2, 3)
-    layout = None  # of which cu_seqlens makes its own
-    if mask is not None or seq_idx is not None:
-        layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long())
+    is_given = mask is not None or seq_idx is not None  # cu_seqlens makes its own
+    layout = SequenceLayout(mask, None if seq_idx is None else seq_idx.long()) if is_given else None
     call = Call(1.0, state, return_final_states, cu_seqlens, layout, True)
     forms: dict[str, Callable] = {
         "recurrent": partial(_by_keys, recurrent_diagonal),
