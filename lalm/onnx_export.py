@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from lalm.configuration.configuration_base import LalmConfig
+from lalm.configuration.configuration_local_global import LocalGlobalConfig
 from lalm.errors import UserError, extra_needed, one_line, refusal
 from lalm.modeling.cache import RecurrentLayer
 from lalm.modeling.modeling_base import LalmPreTrainedModel
@@ -134,11 +135,24 @@ class _Step(nn.Module):
         return masks
 
 
-def _log_sigmoid(x):
+def _log_sigmoid(x: Any) -> Any:
     """In the place of the exporter's Log(Sigmoid(x)): onnxruntime's Sigmoid is 0 below -18, and its logarithm -inf."""
     from onnxscript import opset18
 
     return opset18.Neg(opset18.Softplus(opset18.Neg(x)))
+
+
+@contextmanager
+def _by_tokens(config: Any) -> Iterator[None]:
+    """Let the recurrences run token by token, which is one loop in the graph: chunks have the size of those of long
+    texts, for a single token too. Local-global models, whose recurrence counts tokens in Python, keep them."""
+    before = config.linear_attn_implementation
+    if not isinstance(config, LocalGlobalConfig):
+        config.linear_attn_implementation = "recurrent"
+    try:
+        yield
+    finally:
+        config.linear_attn_implementation = before
 
 
 @contextmanager
@@ -194,7 +208,11 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
         is_headless = not hasattr(model, model.base_model_prefix)
         outputs = ["last_hidden_state" if is_headless else "logits"]
     try:
-        with torch.no_grad(), _errors_only("torch.onnx"):  # it names what torchvision would add
+        with (
+            torch.no_grad(),
+            _by_tokens(model.config),
+            _errors_only("torch.onnx"),
+        ):  # it names what torchvision would add
             program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(
                 program,

@@ -36,8 +36,10 @@ def large_weights(model):
                 weight[::2] -= 30
 
 
-def test_encoder_with_padding(tmp_path):
-    model = row_of("linear_encoder_hybrid").build("AutoModel", torch.float32)
+@pytest.mark.parametrize("name", ["linear_encoder_hybrid", "gla_encoder", "lam_encoder"])
+def test_encoder_with_padding(name, tmp_path):
+    model = row_of(name).build("AutoModel", torch.float32)
+    large_weights(model)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
     assert [x.name for x in session.get_outputs()] == ["last_hidden_state"]
     for batch, length in ((1, 1), (3, 21), (2, 100)):

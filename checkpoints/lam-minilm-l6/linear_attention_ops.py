@@ -5523,11 +5523,37 @@ def scan_exported(
     step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, dim: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`scan` along the axis `dim` as one operation, whose loop has no length until it runs."""
+    return _loop(lambda state, xs: (step(state, *xs), state.clone()), xs, state, dim)
+
+
+def by_tokens(
+    step: Callable, xs: Sequence[torch.Tensor | None], state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S, o_t <- step(S, x_t, ...) over the tokens of all x `[B, T, ...]`, of which some may be None; returns
+    o `[B, T, ...]` and the last S. A program that is exported has one loop for every length."""
+    if has_open_length():
+        given = [x for x in xs if x is not None]
+
+        def step_of_given(state, tokens):
+            tokens = iter(tokens)
+            return step(state, *(None if x is None else next(tokens) for x in xs))
+
+        return _loop(step_of_given, given, state, 1)
+    outputs = []
+    length = next(x.shape[1] for x in xs if x is not None)
+    for t in range(length):
+        state, o = step(state, *(None if x is None else x[:, t] for x in xs))
+        outputs.append(o)
+    return torch.stack(outputs, dim=1), state
+
+
+def _loop(
+    step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     from torch._higher_order_ops.scan import scan as loop  # it has no public name, and no other loop is exported
 
-    xs = [x.movedim(dim, 0).contiguous() for x in xs]
-    state, before = loop(lambda state, xs: (step(state, *xs), state.clone()), state.contiguous(), xs)
-    return before.movedim(0, dim), state
+    state, found = loop(step, state.contiguous(), [x.movedim(dim, 0).contiguous() for x in xs])
+    return found.movedim(0, dim), state
 
 
 # ---- lalm.modeling.ops.diagonal.diagonal_recurrence ----
@@ -5570,19 +5596,19 @@ def recurrent_diagonal(
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     q, k, v, g = layout.freeze(q, k, v, None if g is None else g.to(dtype))
-    starts_BT = layout.starts()
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    state_BHKV = state.to(dtype)
-    outputs = []
-    for t in range(q.shape[1]):
-        if starts_BT is not None:
-            state_BHKV = state_BHKV.masked_fill(starts_BT[:, t, None, None, None], 0)
-        if g is not None:
-            state_BHKV = state_BHKV * g[:, t, :, :, None].exp()
-        state_BHKV = state_BHKV + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
-    return layout.zero_padding(torch.stack(outputs, dim=1)), state_BHKV
+
+    def step(state_BHKV, q_BHK, k_BHK, v_BHV, g_BHD, starts_B):
+        if starts_B is not None:
+            state_BHKV = state_BHKV.masked_fill(starts_B[:, None, None, None], 0)
+        if g_BHD is not None:
+            state_BHKV = state_BHKV * g_BHD[..., None].exp()
+        state_BHKV = state_BHKV + k_BHK[..., None] * v_BHV[:, :, None, :]
+        return state_BHKV, (q_BHK[:, :, None, :] @ state_BHKV).squeeze(-2)
+
+    o, state = by_tokens(step, (q, k, v, g, layout.starts()), state.to(dtype))
+    return layout.zero_padding(o), state
 
 
 def chunk_diagonal(
@@ -6850,18 +6876,21 @@ def run_dual(
     """`recurrent_dual` of tensors of one type, after the scale, with exp(g) and C in the place of g and `leak`."""
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], beta.shape[-1], q.shape[3], v.shape[3])
-    state_BHMKV = state
-    outputs = []
-    for t in range(q.shape[1]):
-        k_BH1K1 = k[:, t, :, None, :, None]
-        if starts_BT is not None:
-            state_BHMKV = state_BHMKV.masked_fill(starts_BT[:, t, None, None, None, None], 0)
-        state_BHMKV = state_BHMKV * decay[:, t, :, :, None, None]
-        error_BHMV = v[:, t, :, None] - (state_BHMKV * k_BH1K1).sum(-2) * use_delta_rule
-        state_BHMKV = state_BHMKV + k_BH1K1 * (beta[:, t, :, :, None] * error_BHMV)[..., None, :]
-        state_BHMKV = torch.einsum("bhac,bhckv->bhakv", coupling[:, t], state_BHMKV)
-        outputs.append(torch.einsum("bhk,bha,bhakv->bhv", q[:, t], read[:, t], state_BHMKV))
-    return torch.stack(outputs, dim=1), state_BHMKV
+
+    def step(state_BHMKV, q_BHK, k_BHK, v_BHV, decay_BHM, beta_BHM, read_BHM, coupling_BHMM, starts_B):
+        k_BH1K = k_BHK[:, :, None, :]
+        if starts_B is not None:
+            state_BHMKV = state_BHMKV.masked_fill(starts_B[:, None, None, None, None], 0)
+        state_BHMKV = state_BHMKV * decay_BHM[..., None, None]
+        error_BHMV = v_BHV[:, :, None]
+        if use_delta_rule:
+            error_BHMV = error_BHMV - (k_BH1K[..., None, :] @ state_BHMKV).squeeze(-2)
+        state_BHMKV = state_BHMKV + k_BH1K[..., None] * (beta_BHM[..., None] * error_BHMV)[..., None, :]
+        state_BHMKV = (coupling_BHMM @ state_BHMKV.flatten(-2)).view_as(state_BHMKV)
+        weights_BHMK = read_BHM[..., None] * q_BHK[:, :, None]
+        return state_BHMKV, (weights_BHMK.flatten(2)[:, :, None] @ state_BHMKV.flatten(2, 3)).squeeze(-2)
+
+    return by_tokens(step, (q, k, v, decay, beta, read, coupling, starts_BT), state)
 
 
 # ---- lalm.modeling.ops.delta.delta_rule_cpp ----

@@ -148,8 +148,34 @@ def scan_exported(
     step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, dim: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`scan` along the axis `dim` as one operation, whose loop has no length until it runs."""
+    return _loop(lambda state, xs: (step(state, *xs), state.clone()), xs, state, dim)
+
+
+def by_tokens(
+    step: Callable, xs: Sequence[torch.Tensor | None], state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S, o_t <- step(S, x_t, ...) over the tokens of all x `[B, T, ...]`, of which some may be None; returns
+    o `[B, T, ...]` and the last S. A program that is exported has one loop for every length."""
+    if has_open_length():
+        given = [x for x in xs if x is not None]
+
+        def step_of_given(state, tokens):
+            tokens = iter(tokens)
+            return step(state, *(None if x is None else next(tokens) for x in xs))
+
+        return _loop(step_of_given, given, state, 1)
+    outputs = []
+    length = next(x.shape[1] for x in xs if x is not None)
+    for t in range(length):
+        state, o = step(state, *(None if x is None else x[:, t] for x in xs))
+        outputs.append(o)
+    return torch.stack(outputs, dim=1), state
+
+
+def _loop(
+    step: Callable, xs: Sequence[torch.Tensor], state: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     from torch._higher_order_ops.scan import scan as loop  # it has no public name, and no other loop is exported
 
-    xs = [x.movedim(dim, 0).contiguous() for x in xs]
-    state, before = loop(lambda state, xs: (step(state, *xs), state.clone()), state.contiguous(), xs)
-    return before.movedim(0, dim), state
+    state, found = loop(step, state.contiguous(), [x.movedim(dim, 0).contiguous() for x in xs])
+    return found.movedim(0, dim), state

@@ -24,6 +24,7 @@ import torch
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
 from lalm.modeling.ops.chunks import (
     Boundaries,
+    by_tokens,
     chunk_boundaries,
     from_chunks,
     running_sums,
@@ -42,22 +43,21 @@ def recurrent_delta(q, k, v, g, beta, scale, state, layout) -> tuple[torch.Tenso
     dtype = compute_dtype(q, k, v, g, beta)
     q, k, v, g, beta = layout.freeze(q, k, v, g, beta)
     q, k, v, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
-    starts_BT = layout.starts()
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    state_BHKV = state.to(dtype)
-    outputs = []
-    for t in range(q.shape[1]):
-        k_BHK1 = k[:, t, :, :, None]
-        if starts_BT is not None:
-            state_BHKV = state_BHKV.masked_fill(starts_BT[:, t, None, None, None], 0)
+
+    def step(state_BHKV, q_BHK, k_BHK, v_BHV, g, beta_BH, starts_B):
+        if starts_B is not None:
+            state_BHKV = state_BHKV.masked_fill(starts_B[:, None, None, None], 0)
         if g is not None:
-            decay = g[:, t, :, None, None] if g.ndim == 3 else g[:, t, ..., None]
+            decay = g[..., None, None] if g.ndim == 2 else g[..., None]
             state_BHKV = state_BHKV * decay.to(dtype).exp()
-        correction_BHV = beta[:, t, :, None] * (v[:, t] - (state_BHKV * k_BHK1).sum(-2))
-        state_BHKV = state_BHKV + k_BHK1 * correction_BHV[:, :, None, :]
-        outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
-    return layout.zero_padding(torch.stack(outputs, dim=1)), state_BHKV
+        correction_BHV = beta_BH[..., None] * (v_BHV - (k_BHK[:, :, None, :] @ state_BHKV).squeeze(-2))
+        state_BHKV = state_BHKV + k_BHK[..., None] * correction_BHV[:, :, None, :]
+        return state_BHKV, (q_BHK[:, :, None, :] @ state_BHKV).squeeze(-2)
+
+    o, state = by_tokens(step, (q, k, v, g, beta, layout.starts()), state.to(dtype))
+    return layout.zero_padding(o), state
 
 
 def chunk_delta(q, k, v, g, beta, scale, state, layout, chunk_size=64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from lalm.modeling.ops.chunks import by_tokens
 from lalm.modeling.ops.dtypes import compute_dtype
 from lalm.modeling.ops.sequence_layout import SequenceLayout
 
@@ -44,15 +45,18 @@ def run_dual(
     """`recurrent_dual` of tensors of one type, after the scale, with exp(g) and C in the place of g and `leak`."""
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], beta.shape[-1], q.shape[3], v.shape[3])
-    state_BHMKV = state
-    outputs = []
-    for t in range(q.shape[1]):
-        k_BH1K1 = k[:, t, :, None, :, None]
-        if starts_BT is not None:
-            state_BHMKV = state_BHMKV.masked_fill(starts_BT[:, t, None, None, None, None], 0)
-        state_BHMKV = state_BHMKV * decay[:, t, :, :, None, None]
-        error_BHMV = v[:, t, :, None] - (state_BHMKV * k_BH1K1).sum(-2) * use_delta_rule
-        state_BHMKV = state_BHMKV + k_BH1K1 * (beta[:, t, :, :, None] * error_BHMV)[..., None, :]
-        state_BHMKV = torch.einsum("bhac,bhckv->bhakv", coupling[:, t], state_BHMKV)
-        outputs.append(torch.einsum("bhk,bha,bhakv->bhv", q[:, t], read[:, t], state_BHMKV))
-    return torch.stack(outputs, dim=1), state_BHMKV
+
+    def step(state_BHMKV, q_BHK, k_BHK, v_BHV, decay_BHM, beta_BHM, read_BHM, coupling_BHMM, starts_B):
+        k_BH1K = k_BHK[:, :, None, :]
+        if starts_B is not None:
+            state_BHMKV = state_BHMKV.masked_fill(starts_B[:, None, None, None, None], 0)
+        state_BHMKV = state_BHMKV * decay_BHM[..., None, None]
+        error_BHMV = v_BHV[:, :, None]
+        if use_delta_rule:
+            error_BHMV = error_BHMV - (k_BH1K[..., None, :] @ state_BHMKV).squeeze(-2)
+        state_BHMKV = state_BHMKV + k_BH1K[..., None] * (beta_BHM[..., None] * error_BHMV)[..., None, :]
+        state_BHMKV = (coupling_BHMM @ state_BHMKV.flatten(-2)).view_as(state_BHMKV)
+        weights_BHMK = read_BHM[..., None] * q_BHK[:, :, None]
+        return state_BHMKV, (weights_BHMK.flatten(2)[:, :, None] @ state_BHMKV.flatten(2, 3)).squeeze(-2)
+
+    return by_tokens(step, (q, k, v, decay, beta, read, coupling, starts_BT), state)

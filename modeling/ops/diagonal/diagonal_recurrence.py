@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from lalm.modeling.ops.autograd import differentiable_by, has_open_length, is_transformed
 from lalm.modeling.ops.chunks import (
+    by_tokens,
     chunk_boundaries,
     from_chunks,
     join_lower,
@@ -52,19 +53,19 @@ def recurrent_diagonal(
     dtype = compute_dtype(q, k, v, g)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     q, k, v, g = layout.freeze(q, k, v, None if g is None else g.to(dtype))
-    starts_BT = layout.starts()
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    state_BHKV = state.to(dtype)
-    outputs = []
-    for t in range(q.shape[1]):
-        if starts_BT is not None:
-            state_BHKV = state_BHKV.masked_fill(starts_BT[:, t, None, None, None], 0)
-        if g is not None:
-            state_BHKV = state_BHKV * g[:, t, :, :, None].exp()
-        state_BHKV = state_BHKV + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append((q[:, t, :, None, :] @ state_BHKV).squeeze(-2))
-    return layout.zero_padding(torch.stack(outputs, dim=1)), state_BHKV
+
+    def step(state_BHKV, q_BHK, k_BHK, v_BHV, g_BHD, starts_B):
+        if starts_B is not None:
+            state_BHKV = state_BHKV.masked_fill(starts_B[:, None, None, None], 0)
+        if g_BHD is not None:
+            state_BHKV = state_BHKV * g_BHD[..., None].exp()
+        state_BHKV = state_BHKV + k_BHK[..., None] * v_BHV[:, :, None, :]
+        return state_BHKV, (q_BHK[:, :, None, :] @ state_BHKV).squeeze(-2)
+
+    o, state = by_tokens(step, (q, k, v, g, layout.starts()), state.to(dtype))
+    return layout.zero_padding(o), state
 
 
 def chunk_diagonal(

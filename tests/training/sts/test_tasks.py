@@ -66,7 +66,9 @@ def test_what_is_wrong_is_named(senteval, monkeypatch):
     write(senteval / "SICK/SICK_test_annotated.txt", SICK)
     assert "no scored pair of SICK-R" in fails("SICK-R")
     monkeypatch.setattr(tasks, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match=r"mteb/sickr-sts cannot be loaded \(no network\); name a folder .*--tasks_dir"):
+    with pytest.raises(
+        UserError, match=r"mteb/sickr-sts cannot be loaded \(no network\); name a folder .*--tasks_dir"
+    ):
         load_tasks(["SICK-R"])
 
 
