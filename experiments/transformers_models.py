@@ -7,19 +7,23 @@ but there are few of them, and few words; weights are random. Logits must agree 
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import lalm
+from lalm.training.clm.peak_memory import PeakMemory
 
 _FEW = {"vocab_size": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     # Qwen3.5-0.8B
     "qwen3_5_text": {
         "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -31,6 +35,13 @@ SIZES = {
         "hidden_size": 768, "num_hidden_layers": 3, "num_heads": 24, "head_dim": 64, "state_size": 128, "n_groups": 1,
         "expand": 2, "chunk_size": 256,
     },
+    # Kimi-Linear 48B-A3B at half its width, with 8 of its 256 experts
+    "kimi_linear": {
+        "hidden_size": 1152, "intermediate_size": 4608, "moe_intermediate_size": 512, "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_attention_heads": 16,
+        "num_key_value_heads": 16, "linear_num_heads": 16, "linear_head_dim": 128, "num_experts": 8,
+        "num_experts_per_token": 2,
+    },
     # Falcon-H1 0.5B
     "falcon_h1": {
         "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -38,8 +49,16 @@ SIZES = {
         "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_chunk_size": 128,
     },
 }  # fmt: skip
+WORK = ["prefill", "train", "decode"]
 STEPS = 16  # of decoding
 TOLERANCE = 1e-5
+
+
+def make(model_type: str, length: int) -> tuple[Any, torch.Tensor]:
+    """A model with random weights, and a text."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **_FEW, **SIZES[model_type])
+    return AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 1024, (1, length))
 
 
 def work(model, ids: torch.Tensor) -> dict[str, Callable[[], float]]:
@@ -69,26 +88,51 @@ def work(model, ids: torch.Tensor) -> dict[str, Callable[[], float]]:
     return {"prefill": prefill, "train": train, "decode": decode}
 
 
+def train_memory(sizes: tuple[str, int], opens: bool, found: Any) -> None:
+    """Put into `found` by how much a train step raises the memory of this process, in bytes; the second step, after
+    what the first has compiled and loaded."""
+    torch.set_num_threads(1)
+    model, ids = make(*sizes)
+    with lalm.use_in_transformers() if opens else nullcontext():
+        run = work(model, ids)["train"]
+        run()
+        with PeakMemory(ids.device) as peak:
+            run()
+    found.put(peak.rise)
+
+
+def compare_memory(model_type: str, length: int) -> None:
+    """Print the memory of a train step without and with lalm's kernels, each in a process of its own."""
+    context, peaks = multiprocessing.get_context("spawn"), []
+    for opens in (False, True):
+        found = context.Queue()
+        process = context.Process(target=train_memory, args=((model_type, length), opens, found))
+        process.start()
+        peaks.append(found.get())
+        process.join()
+    theirs, ours = (peak / 1e6 for peak in peaks)
+    print(f"{model_type} {length} memory: transformers {theirs:.0f} MB, lalm {ours:.0f} MB, {ours / theirs:.2f} of it")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.transformers_models")
     parser.add_argument("model_type", choices=SIZES)
     parser.add_argument("length", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", nargs="*", default=["prefill", "train", "decode"])
+    parser.add_argument("--work", nargs="*", default=WORK, choices=[*WORK, "memory"])
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(options.model_type, **_FEW, **SIZES[options.model_type])
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.randint(3, 1024, (1, options.length))
+    model, ids = make(options.model_type, options.length)
     with torch.no_grad():
         stock = model(ids).logits
         with lalm.use_in_transformers():
             distance = ((model(ids).logits - stock).norm() / stock.norm()).item()
     if distance > TOLERANCE:
         raise SystemExit(f"logits differ by {distance:.1e} of their size: nothing is timed")
-    for name in options.work:
+    if "memory" in options.work:
+        compare_memory(options.model_type, options.length)
+    for name in (name for name in options.work if name != "memory"):
         times: tuple[list[float], list[float]] = ([], [])
         run = work(model, ids)[name]
         for _ in range(options.rounds):

@@ -2139,7 +2139,8 @@ typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
 #define SHUFFLE(a, b, f) __builtin_shuffle(a, b, (lanes){EACH_LANE(f)})
 #endif
 
-// Of the lanes with bit D set those of b, each from D lanes below; and those of a without it, from D lanes above.
+// `lower` is a, but lanes whose number has the bit D take the lane of b that is D below. `upper` is b, but the other
+// lanes take the lane of a that is D above.
 #define FROM_BELOW(j) ((j) & D ? LANES + (j) - D : (j))
 #define FROM_ABOVE(j) ((j) & D ? LANES + (j) : (j) + D)
 template <int D>
@@ -2218,7 +2219,7 @@ inline void add_to(float* x, int first, vec values, float scale = 1) {
   }
 }
 
-// The tokens of a row that are no padding, in the order in which they are read.
+// The tokens of a batch element that are not padding, in the order in which they are read.
 struct Tokens {
   std::vector<int64_t> at;
   std::vector<char> begins;  // from an empty state
@@ -2238,8 +2239,8 @@ struct Tokens {
   int64_t count() const { return at.size(); }
 };
 
-// Heads of a row that a core reads side by side, as they lie in memory: as many as leave every core some, and as have
-// room for their states in a second-level cache.
+// The heads of a batch element in groups, each of which one thread processes together: there is a group for every
+// thread, and the states of a group fit into a second-level cache.
 struct Groups {
   int64_t heads, size, count, total;  // heads of a group, groups of a row, groups
 

@@ -934,8 +934,8 @@ class LalmForCausalLM(_Head, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As `LalmModel.forward`; `labels [B, T]` (-100 is ignored) are shifted by one and give the mean
         cross-entropy in nats, over `num_items_in_batch` tokens if that is passed. `logits_to_keep` limits the logits
-        to the last so many positions, or to the positions of an index tensor; the loss is over all positions even so,
-        and then made in pieces, so that training with `logits_to_keep=1` never holds all logits `[B, T, V]`."""
+        to that many last positions, or to the positions of an index tensor. The loss still covers all positions; it is
+        computed in chunks, so that training with `logits_to_keep=1` never holds all logits `[B, T, V]`."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

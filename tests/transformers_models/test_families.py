@@ -109,6 +109,23 @@ def test_generation(model_type):
         assert torch.equal(model.generate(ids, **options | {"use_cache": False}), expected)
 
 
+@every_family
+def test_save_and_load(model_type, tmp_path):
+    """What is saved with the door open is a stock checkpoint, and the other way round."""
+    model, ids = tiny(model_type), tokens(2, LENGTH)
+    with torch.no_grad():
+        stock = model(ids).logits
+        with use_in_transformers():
+            expected = model(ids).logits
+            model.save_pretrained(tmp_path)
+            loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+            assert torch.equal(loaded(ids).logits, expected)
+        assert torch.equal(loaded(ids).logits, stock)
+        loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert "forward" not in vars(loaded)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear", "falcon_h1"])
 def test_checkpointed_gradients(model_type):
     model, ids = tiny(model_type), tokens(1, LENGTH)
