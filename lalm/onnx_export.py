@@ -184,7 +184,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     if dtypes != {torch.float32}:
         raise ValueError(f"export_onnx takes float32 weights, got {dtypes}: call model.float() first.")
     try:
-        import onnxscript  # noqa: F401
+        from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     was_training = model.training
@@ -226,6 +226,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
         raise ValueError(f"{type(model).__name__} has no ONNX graph: {one_line(error)}") from error
     finally:
         model.train(was_training)
+    RemoveUnusedNodesPass()(made.model)  # type: ignore[union-attr]  # onnxruntime would warn of them
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     made.save(str(path))  # type: ignore[union-attr]
     return Path(path)

@@ -53,11 +53,12 @@ def test_encoder_with_padding(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["linear_hybrid_both", "gla_plain", "delta_net_gated"])
-def test_steps_of_decoding(name, tmp_path):
+def test_steps_of_decoding(name, tmp_path, capfd):
     """Linear, sliding and full softmax layers; steps below and above the window and a chunk; gates that are shut."""
     model = row_of(name).build(dtype=torch.float32, use_cache=False)  # as training leaves it
     large_weights(model)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
+    assert "onnxruntime" not in capfd.readouterr().err  # it warns of what nothing uses
     for batch, cuts in ((3, (1, 5, 1, 1, 20)), (1, (70, 1, 2))):
         ids, at = tokens(batch, sum(cuts)), 0
         with torch.no_grad():
