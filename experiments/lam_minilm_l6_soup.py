@@ -23,12 +23,13 @@ RATES = {1: 4e-5, 2: 6e-5, 3: 8e-5}  # by seed: the range of every rate tried be
 UNCHOSEN = ["--max_steps", "540", "--load_best_model_at_end", "false", "--do_test", "false", "--save_dtype", "float32"]
 
 
-def average(folders: list[Path], target: Path) -> None:
-    """Save the equal average of sentence encoders of one shape, in bfloat16, as ``target``."""
+def average(folders: list[Path], target: Path, shares: list[float] | None = None) -> None:
+    """Save the average of sentence encoders of one shape, in bfloat16, as ``target``; without shares, an equal one."""
+    shares = shares or [1 / len(folders)] * len(folders)
     models = [SentenceTransformer(str(folder), device="cpu") for folder in folders]
     with torch.no_grad():
         for weights in zip(*(model.parameters() for model in models), strict=True):
-            weights[0].copy_(torch.stack([weight.double() for weight in weights]).mean(0))
+            weights[0].copy_(sum(share * weight.double() for share, weight in zip(shares, weights, strict=True)))
     models[0].to(torch.bfloat16).save(str(target))
 
 

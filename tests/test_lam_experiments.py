@@ -55,21 +55,24 @@ def test_a_split_takes_its_articles_with_the_same_sentences(tmp_path):
         read_articles(path, "test")
 
 
-def test_the_average_with_the_start_is_evaluated(tmp_path, monkeypatch):
-    folders, calls = (tmp_path / "start", tmp_path / "out" / "trained"), []
-    for value, folder in zip((1.0, 3.0), folders, strict=True):
+def test_two_runs_and_the_average_with_the_start_is_evaluated(tmp_path, monkeypatch):
+    names, calls = ("start", "out/first", "out/second"), []
+    for value, folder in zip((1.0, 7.0, 3.0), (tmp_path / name for name in names), strict=True):
         model = SentenceTransformer(modules=[StaticEmbedding(sts_tiny.tokenizer().backend_tokenizer, embedding_dim=4)])
         torch.nn.init.constant_(model[0].embedding.weight, value)
         model.save(str(folder))
-    (folders[1] / "eval_results.json").write_text("{}", encoding="utf-8")  # as of a run that is complete
+    (tmp_path / names[1] / "eval_results.json").write_text("{}", encoding="utf-8")  # as of a run that is complete
     monkeypatch.setattr(lam_documents.run_sts, "main", calls.append)
-    flags = ["--start", str(folders[0]), "--output_dir", str(tmp_path / "out")]
+    flags = ["--start", str(tmp_path / "start"), "--output_dir", str(tmp_path / "out"), "--share", "0.25"]
     monkeypatch.setattr("sys.argv", ["lam_documents", *flags])
     lam_documents.main()
-    ((model_flag, averaged, *_),) = calls
+    second, (model_flag, averaged, *_) = calls
+    _, data, training = parse_sts_arguments(second)
+    assert (training.seed, training.max_steps, data.document_tokens) == (2, 800, 4096)
+    assert second[second.index("--model_name_or_path") + 1] == str(tmp_path / "out/first")
     assert model_flag == "--model_name_or_path"
-    assert "--eval_only" in calls[0]
-    assert SentenceTransformer(averaged, device="cpu")[0].embedding.weight.float().unique().tolist() == [2.0]
+    assert "--eval_only" in calls[1]
+    assert SentenceTransformer(averaged, device="cpu")[0].embedding.weight.float().unique().tolist() == [1.5]
 
 
 def test_the_table_of_variations_shows_means_and_paired_differences():
