@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher")
     parser.add_argument("student")
+    parser.add_argument("--tuned", help="the teacher trained on the student's tokens: the honest baseline, a row more")
     parser.add_argument("--text", type=Path, required=True, help="a plain text, such as WikiText-2's raw test split")
     parser.add_argument("--tokens", type=int, default=16384, help="how many of its tokens to score")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8192])
@@ -175,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher, student = (AutoModelForCausalLM.from_pretrained(x).eval() for x in (arguments.teacher, arguments.student))
     tokens = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8"))["input_ids"])
     models = [row for row in contestants(teacher, student) if row[0] in arguments.rows]
+    if arguments.tuned:
+        tuned = AutoModelForCausalLM.from_pretrained(arguments.tuned).eval()
+        models.insert(1, ("teacher, fine-tuned", tuned, nullcontext))
     if arguments.contexts:
         perplexity_tables(models, tokens[: arguments.tokens], arguments.contexts)
     if arguments.needles and arguments.depths:

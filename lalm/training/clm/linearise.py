@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lalm.convert.centroids import fit_centroids, watch_attention, window_linear_layers
+from lalm.convert.closed_forms import fit_output_projections, layer_sensitivity, linear_layers
 from lalm.convert.softmax import from_softmax, student_config
 from lalm.errors import UserError, one_line, refusal
 from lalm.modeling.modeling_heads import LalmForCausalLM
@@ -64,6 +65,9 @@ class Stage:
         """The mean loss of a batch."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Make the student what is to be saved."""
+
     @contextmanager
     def as_teacher(self) -> Iterator[None]:
         """Inside, the model that the Trainer evaluates is the teacher."""
@@ -79,13 +83,14 @@ class Transfer(Stage):
 
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         super().__init__(student, teacher)
-        self.layers = window_linear_layers(student)
+        self.layers = linear_layers(student)
         if not self.layers:
             raise UserError(NOTHING)
         self.errors: dict[int, float] = {}  # of each layer, a running mean over batches
-        names = {name for name, _ in teacher.named_parameters()}
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name not in names)
+        freeze_inherited(student, teacher)
+        for mixer in self.layers.values():  # a mixer without a window has projections to which it must grow used
+            if not isinstance(mixer, WindowLinearMixer):
+                mixer.requires_grad_(True)
 
     def loss(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """As in the base class."""
@@ -104,9 +109,21 @@ class Transfer(Stage):
 class Distill(Stage):
     """KL divergence of the student from the teacher at a temperature, and the loss on the text."""
 
-    def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM, temperature: float, weight: float):
+    def __init__(
+        self, student: LalmForCausalLM, teacher: LalmForCausalLM, temperature: float, weight: float, lora_rank: int = 0
+    ):
         super().__init__(student, teacher)
         self.temperature, self.weight = temperature, weight
+        self.lora = None
+        if lora_rank:
+            self.lora = add_lora(student, lora_rank)
+            freeze_inherited(student, teacher)
+
+    def finish(self) -> None:
+        """Add LoRA's products to the weights and take it away."""
+        if self.lora is not None:
+            self.lora.merge_and_unload()
+            self.lora = None
 
     def loss(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """As in the base class."""
@@ -129,6 +146,28 @@ class Distill(Stage):
         return self.weight * divergence + (1 - self.weight) * text
 
 
+def freeze_inherited(student: LalmForCausalLM, teacher: LalmForCausalLM) -> None:
+    """Train what the teacher has no parameter for, and nothing else."""
+    names = {name for name, _ in teacher.named_parameters()}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.replace(".base_layer", "") not in names)
+
+
+def add_lora(student: LalmForCausalLM, rank: int) -> Any:
+    """Put LoRA (Hu et al., arXiv 2106.09685) of this rank, alpha twice that, on the projections of every mixer.
+
+    Raises:
+        UserError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig  # noqa: PLC0415  an extra
+        from peft.tuners.lora import LoraModel  # noqa: PLC0415
+    except ImportError:
+        raise UserError("--lora_rank needs PEFT: pip install lalm[peft]") from None
+    targets = [f"{part}_proj" for part in "qkvo"]
+    return LoraModel(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), "default")
+
+
 def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block_size: int) -> None:
     """Refuse a teacher that has no student, and a student that has not its teacher, before any text is read. The
     tokenizer is the teacher's.
@@ -145,7 +184,7 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
         config = new_student_config(arguments, training, theirs)
     except ValueError as error:
         raise UserError(f"--teacher {name}: {one_line(error)}") from None
-    if training.stage == "transfer" and not arguments.model_name_or_path and not _has_window(config):
+    if training.stage == "transfer" and not arguments.model_name_or_path and not _can_transfer(config):
         raise UserError(NOTHING)
     window = getattr(config, "window_size", None)
     if not arguments.model_name_or_path and window and window > block_size:
@@ -157,14 +196,16 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
     arguments.tokenizer_name = arguments.tokenizer_name or name
 
 
-def _has_window(config: Any) -> bool:
-    """Whether a layer has the heads that the transfer trains."""
-    return getattr(config, "window_size", None) is not None and WindowLinearMixer.layer_type in config.layer_types
+def _can_transfer(config: Any) -> bool:
+    """Whether a layer is linear, and in `lalm_linear` has a window."""
+    has_window = config.model_type != "lalm_linear" or config.window_size is not None
+    return has_window and WindowLinearMixer.layer_type in config.layer_types
 
 
 def new_student_config(arguments: ModelArguments, training: ClmTrainingArguments, theirs: Any) -> Any:
     """The configuration that a new student of a teacher's configuration `theirs` gets."""
-    kept = training.keep_softmax_layers or []
+    kept = training.kept_layers
+    kept = list(range(kept)) if isinstance(kept, int) else kept  # as many as will be chosen
     return student_config(theirs, arguments.model_type or "lalm_linear", kept, **arguments.overrides)
 
 
@@ -182,20 +223,17 @@ def build_stage(arguments: ModelArguments, training: ClmTrainingArguments, data:
         if arguments.model_name_or_path:
             student = load_checkpoint(arguments, data.tokenizer, block_size)
         else:
-            kind, kept = arguments.model_type or "lalm_linear", training.keep_softmax_layers or []
-            share = training.stage == "transfer"  # which leaves alone what both have
-            student = from_softmax(stock, kind, kept, share=share, **arguments.overrides)
+            blocks = first_blocks(training, data, block_size)
+            student = new_student(arguments, training, stock, teacher, blocks)
     except (ValueError, OSError) as error:
         raise UserError(f"--stage {training.stage}: {one_line(error)}") from error
     check_pair(student, teacher)
     student = cast(LalmForCausalLM, student)
     for model in (student, teacher):
         cast(torch.nn.Module, model).to(training.device)
-    if not arguments.model_name_or_path and getattr(student.config, "feature_map", "") == "centroids":
-        set_centroids(student, teacher, training, data, block_size)
     if training.stage == "transfer":
         return Transfer(student, teacher)
-    return Distill(student, teacher, training.distill_temperature, training.distill_weight)
+    return Distill(student, teacher, training.distill_temperature, training.distill_weight, training.lora_rank)
 
 
 def check_pair(student: Any, teacher: LalmForCausalLM) -> None:
@@ -208,18 +246,45 @@ def check_pair(student: Any, teacher: LalmForCausalLM) -> None:
         raise UserError(f"--model_name_or_path: {student.config.model_type} is no type of ours")
 
 
-def set_centroids(student: Any, teacher: Any, training: ClmTrainingArguments, data: Any, block_size: int) -> None:
-    """Set a new student's centroids from the first training blocks."""
-    blocks, count = data.splits.get("train"), training.centroid_blocks
-    if blocks is None or not count or not window_linear_layers(student):
-        return
-    collate = PackingCollator(block_size, 0)
-    items = [item for item, _ in zip(blocks, range(count), strict=False)]
-    logger.info("centroids of the keys of %d blocks", len(items))
-    try:
-        fit_centroids(student, teacher, (collate([item]) for item in items))
-    except ValueError as error:
-        raise UserError(f"--centroid_blocks {count}: {one_line(error)}") from None
+def first_blocks(training: ClmTrainingArguments, data: Any, block_size: int) -> list[dict[str, torch.Tensor]]:
+    """The first training blocks, from which a new student gets what has a closed form."""
+    blocks, collate = data.splits.get("train"), PackingCollator(block_size, 0)
+    if blocks is None:
+        return []
+    return [collate([item]) for item, _ in zip(blocks, range(training.centroid_blocks), strict=False)]
+
+
+def new_student(
+    arguments: ModelArguments, training: ClmTrainingArguments, stock: Any, teacher: LalmForCausalLM, blocks: list
+) -> LalmForCausalLM:
+    """A student of the transformers model `stock`, with the parts in closed form set; `teacher` is `stock` as ours.
+
+    Raises:
+        ValueError: what cannot be represented, or too little text; the message names it.
+    """
+    kind, kept = arguments.model_type or "lalm_linear", training.kept_layers
+
+    def make(kept: list[int]) -> LalmForCausalLM:
+        # The transfer of heads with a window leaves alone what both have.
+        share = training.stage == "transfer" and kind == "lalm_linear"
+        student = from_softmax(stock, kind, kept, share=share, **arguments.overrides)
+        cast(torch.nn.Module, student).to(training.device)
+        if not blocks:
+            return student
+        logger.info("closed forms from %d blocks", len(blocks))
+        if getattr(student.config, "feature_map", "") == "centroids":
+            fit_centroids(student, teacher, blocks)
+        elif not window_linear_layers(student):
+            fit_output_projections(student, teacher, blocks)
+        return student
+
+    cast(torch.nn.Module, teacher).to(training.device)
+    if not isinstance(kept, int):
+        return make(kept)
+    rises = layer_sensitivity(make([]), teacher, blocks)
+    kept = sorted(sorted(rises, key=rises.__getitem__)[-kept:])
+    logger.info("layers kept softmax: %s", " ".join(map(str, kept)))
+    return make(kept)
 
 
 def score_teacher(trainer: Any, stage: Stage, splits: dict[str, Any], results: dict) -> None:

@@ -60,7 +60,7 @@ def build_trainer(arguments, data, argv: list[str], results: dict, stage: Stage 
         raise UserError(one_line(error)) from error
 
 
-def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
+def train(trainer: ClmTrainer, checkpoint: str | None, results: dict, stage: Stage | None = None) -> None:
     """Train (or resume), save the model, and gather the figures."""
     if checkpoint and trainer.is_over(checkpoint):
         logger.info("%s is the end of the training: nothing is left to train", checkpoint)
@@ -70,6 +70,8 @@ def train(trainer: ClmTrainer, checkpoint: str | None, results: dict) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if not (trainer.args.do_eval or trainer.args.stage):  # of a stage the loss is no cross-entropy
         check_last_loss(trainer.vocab_size, trainer.state.log_history)
+    if stage:
+        stage.finish()
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     figures = training_figures(trainer)
@@ -175,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         claim_output_dir(record, training)
     trainer.accelerator.wait_for_everyone()
-    train(trainer, checkpoint, results)
+    train(trainer, checkpoint, results, stage)
     evaluate(trainer, data, data_arguments, results)
     if stage:
         score_teacher(trainer, stage, data.splits, results)

@@ -20,16 +20,42 @@ class StageArguments:
         "distill: train the student on the teacher's distribution and on the text. Default: neither.",
     )
     teacher: str | None = option(None, "The softmax model that a stage learns from (folder or Hub name).")
-    keep_softmax_layers: list[int] | None = option(
-        None, "Layers of the teacher that stay softmax in a new student, as 7 15 23 29."
+    keep_softmax_layers: list[str] | None = option(
+        None,
+        "Layers of the teacher that stay softmax in a new student, as 7 15 23 29; or auto:N, the N whose linear layer "
+        "costs the teacher most on the text of --centroid_blocks.",
     )
     centroid_blocks: int = option(
-        16, "transfer: training blocks whose keys give a new student's centroids; 0 leaves them random."
+        16, "Training blocks from which a new student gets its centroids or output projections; 0 leaves both as they are."
     )
     distill_temperature: float = option(1.0, "distill: temperature of both distributions.")
     distill_weight: float = option(
         0.9, "distill: share of the divergence from the teacher in the loss; the rest is the loss on the text."
     )
+    lora_rank: int = option(
+        0,
+        "distill: rank of LoRA (PEFT) on the q, k, v and o projections, trained with the new parameters alone and added "
+        "to the weights at the end; 0 trains everything.",
+    )
+
+    @property
+    def kept_layers(self: Any) -> list[int] | int:
+        """Numbers of the layers that stay softmax, or how many of them are to be chosen.
+
+        Raises:
+            ValueError: what is given is neither.
+        """
+        given = self.keep_softmax_layers or []
+        try:
+            if len(given) == 1 and given[0].startswith("auto:"):
+                count = int(given[0].removeprefix("auto:"))
+                if count > 0:
+                    return count
+            else:
+                return [int(index) for index in given]
+        except ValueError:
+            pass
+        raise ValueError(f"--keep_softmax_layers is '{' '.join(given)}'; give numbers of layers, or auto:N with N > 0")
 
     def check_stage(self: Any) -> None:
         """Refuse contradictory arguments.
@@ -45,6 +71,10 @@ class StageArguments:
         for name, value in given.items():
             if value is not None and not self.stage:
                 raise ValueError(f"--{name} belongs to a --stage: {', '.join(STAGES)}")
+        if isinstance(self.kept_layers, int) and not self.centroid_blocks:
+            raise ValueError("--keep_softmax_layers auto:N measures on text: set --centroid_blocks above 0")
+        if self.lora_rank < 0 or (self.lora_rank and self.stage != "distill"):
+            raise ValueError(f"--lora_rank is {self.lora_rank}; it belongs to --stage distill and must be at least 0")
         if self.centroid_blocks < 0:
             raise ValueError(f"--centroid_blocks is {self.centroid_blocks}; it must be at least 0")
         if self.distill_temperature <= 0:
