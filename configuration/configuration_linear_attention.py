@@ -32,9 +32,6 @@ class LinearAttentionConfig(LalmConfig):
             softmax, and what lies before by linear attention, under one normaliser (LoLCATs, arXiv 2410.10254). They
             have the shape of softmax heads: `head_dim` and `num_key_value_heads` count, `expand_k` and `expand_v` not.
         num_sink_tokens: first tokens of a document that heads with a `window_size` attend by softmax for ever.
-        feature_rope_length: with a `window_size` and rotary positions: the features of far tokens leave out the rotation
-            of channels that take more than so many tokens for a turn, so that no position looks new to them. None
-            rotates all channels.
     """
 
     model_type = "lalm_linear"
@@ -55,7 +52,6 @@ class LinearAttentionConfig(LalmConfig):
     output_norm: bool | None = None
     window_size: int | None = None
     num_sink_tokens: int = 0
-    feature_rope_length: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.output_norm is None:
@@ -72,14 +68,6 @@ class LinearAttentionConfig(LalmConfig):
     def validate_window(self) -> None:
         if self.num_sink_tokens < 0:
             raise ValueError(f"num_sink_tokens must be at least 0, got {self.num_sink_tokens}.")
-        if self.feature_rope_length is not None:
-            if self.window_size is None or self.position_embedding_type != "rope":
-                raise ValueError(
-                    "feature_rope_length belongs to heads with a window and rotary positions: set window_size and "
-                    "position_embedding_type='rope'."
-                )
-            if self.feature_rope_length < 1:
-                raise ValueError(f"feature_rope_length must be None or at least 1, got {self.feature_rope_length}.")
         if self.window_size is None:
             if self.feature_map == "centroids" or self.num_sink_tokens:
                 raise ValueError(

@@ -5,13 +5,11 @@ softmax head becomes (LoLCATs, Zhang et al., arXiv 2410.10254).
 Code symbol -> paper: window_size -> w; exp(log_q_features), key_features -> phi_q, phi_k (section 3.1).
 """
 
-import math
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Cache
 from transformers import initialization as init
 
@@ -55,16 +53,6 @@ class HeadwiseLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
-def _first_slow(config: LinearAttentionConfig) -> int:
-    """The first pair of rotary channels that needs more than `feature_rope_length` tokens for a turn."""
-    assert config.head_dim is not None
-    half, length = config.head_dim // 2, config.feature_rope_length
-    if length is None:
-        return half
-    turns = (2 * math.pi * config.rope_theta ** (pair / half) for pair in range(half))
-    return sum(turn <= length for turn in turns)
-
-
 class WindowLinearMixer(nn.Module):
     """q, k, v -> softmax over a window and the first tokens, linear attention over the rest -> output projection.
 
@@ -74,10 +62,6 @@ class WindowLinearMixer(nn.Module):
         centroids: phi(k) = softmax(W_k k + b_k), a soft choice among F centroids, and psi(q) = exp(W_q q + b_q). For
                    W_q the centroids times the scale of the scores, that is the weight exp(s q . k) which softmax
                    attention gives a token whose key is the centroid (`lalm.convert.centroids` finds them).
-
-    With `feature_rope_length` the features see the slow rotary channels, which do not turn once within so many tokens,
-    before rotation: what they get at any position is then what they got within that length. Softmax sees all channels
-    rotated. q and k carry the slow ones a second time, behind their `head_dim` channels.
     """
 
     layer_type = RecurrentLayer._layer_type
@@ -99,7 +83,6 @@ class WindowLinearMixer(nn.Module):
         count = self.head_dim if self.is_hedgehog else config.num_features or 2 * self.head_dim
         self.q_map = HeadwiseLinear(heads, self.head_dim, count, bias=not self.is_hedgehog)
         self.k_map = HeadwiseLinear(self.key_heads, self.head_dim, count, bias=not self.is_hedgehog)
-        self.first_slow = _first_slow(config)
         self.places = [place for place in _PLACES if config.num_sink_tokens or place != _SINKS]
 
     def forward(
@@ -131,7 +114,7 @@ class WindowLinearMixer(nn.Module):
         return self.o_proj(o.flatten(-2)), None
 
     def project(self, hidden_states: torch.Tensor, rotary: Tables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[B, T, H, K + S]`, k `[B, T, G, K + S]` and v `[B, T, G, K]` of the input `[B, T, D]`: S slow channels."""
+        """q `[B, T, H, K]`, k and v `[B, T, G, K]` of the input `[B, T, D]`."""
         q, k, v = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -139,19 +122,8 @@ class WindowLinearMixer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary:
-            slow = [[half[..., self.first_slow :] for half in x.chunk(2, dim=-1)] for x in (q, k)]
             q, k = rotate(q, rotary[self.head_dim]), rotate(k, rotary[self.head_dim])
-            if self.first_slow < self.head_dim // 2:
-                q, k = (torch.cat([x, *parts], dim=-1) for x, parts in zip((q, k), slow, strict=True))
         return q, k, v
-
-    def feature_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the maps see of a q or k of `project`, `[..., K]`: its slow channels before rotation."""
-        rotated, slow = x[..., : self.head_dim], x[..., self.head_dim :]
-        if not slow.shape[-1]:
-            return rotated
-        halves = zip(rotated.chunk(2, dim=-1), slow.chunk(2, dim=-1), strict=True)
-        return torch.cat([part for fast, last in halves for part in (fast[..., : self.first_slow], last)], dim=-1)
 
     def attend(
         self,
@@ -163,9 +135,8 @@ class WindowLinearMixer(nn.Module):
         output_final_state: bool = False,
     ) -> tuple[torch.Tensor, WindowLinearState | None]:
         """What the op gives for q, k and v, `[B, T, H, V]`, and the state."""
-        extra = k.shape[-1] - self.head_dim
         return window_linear_attention(
-            F.pad(q[..., : self.head_dim], (0, extra)) if extra else q,
+            q,
             k,
             v,
             self.log_q_features(q),
@@ -174,19 +145,18 @@ class WindowLinearMixer(nn.Module):
             self.config.num_sink_tokens,
             initial_state=state,
             output_final_state=output_final_state,
-            scale=self.head_dim**-0.5,
             relative=self.is_hedgehog,
             layout=layout,
         )
 
     def log_q_features(self, q: torch.Tensor) -> torch.Tensor:
-        """log psi: `[B, T, H, K + S] -> [B, T, H, F]`, in float32 or wider."""
-        x = self.q_map(self.feature_input(q))
+        """log psi: `[B, T, H, K] -> [B, T, H, F]`, in float32 or wider."""
+        x = self.q_map(q)
         return torch.cat([x.log_softmax(-1), (-x).log_softmax(-1)], dim=-1) if self.is_hedgehog else x
 
     def key_features(self, k: torch.Tensor) -> torch.Tensor:
-        """phi: `[B, T, G, K + S] -> [B, T, G, F]`, in float32 or wider, not negative."""
-        x = self.k_map(self.feature_input(k))
+        """phi: `[B, T, G, K] -> [B, T, G, F]`, in float32 or wider, not negative."""
+        x = self.k_map(k)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) if self.is_hedgehog else x.softmax(-1)
 
     def _recall(self, cache: Cache | None) -> WindowLinearState | None:

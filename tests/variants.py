@@ -133,16 +133,7 @@ ROWS = (
         sliding_window=5,
         **HYBRID | GROUPED,
     ),
-    _linear(
-        "window_centroids",
-        off=ONE_FORM,
-        feature_map="centroids",
-        window_size=3,
-        num_sink_tokens=2,
-        position_embedding_type="rope",
-        feature_rope_length=12,
-        **GROUPED,
-    ),
+    _linear("window_centroids", off=ONE_FORM, feature_map="centroids", window_size=3, num_sink_tokens=2, **GROUPED),
     _linear(
         "window_hedgehog",
         off=ONE_FORM,

@@ -4,8 +4,7 @@
 With phi(k) the posterior of a mixture of Gaussians of one variance s^2 around the centroids m_f,
     W_k = m_f / s^2,  b_k = -|m_f|^2 / (2 s^2),    W_q = scale m_f,  b_q = 0,
 psi(q) . phi(k) is exp(scale q . k) with k replaced by its centroid (Bounded-memory control, Peng et al., arXiv
-2110.02488, has such slots; k-means after Lloyd, 1982). The centroids are those of keys after rotation
-(of the channels that the features see rotated, `feature_rope_length`).
+2110.02488, has such slots; k-means after Lloyd, 1982). The centroids are those of keys after rotation.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def fit_centroids(
             teacher.model(**inputs, use_cache=False)
             for index, mixer in layers.items():
                 _, k, _ = mixer.project(seen[index].inputs, seen[index].options["rotary"])
-                kept[index].append(mixer.feature_input(k).flatten(0, 1))
+                kept[index].append(k.flatten(0, 1))
     for index, mixer in layers.items():
         keys = torch.cat(kept.pop(index)).transpose(0, 1).float()
         step = max(1, keys.shape[1] // keys_per_head)

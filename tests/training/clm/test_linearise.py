@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm
+from lalm.convert.closed_forms import fit_output_projections, layer_sensitivity
 from lalm.convert.softmax import from_softmax
 from lalm.errors import UserError
 from lalm.modeling.ops.sequence_layout import SequenceLayout
@@ -112,7 +113,8 @@ def stage_of(world, make, **fields):
     folder, _ = world
     stock = AutoModelForCausalLM.from_pretrained(folder / "teacher")
     teacher = from_softmax(stock, keep_softmax_layers=range(3))
-    stage = make(from_softmax(stock, window_size=4, num_features=8, **fields).train(), teacher)
+    fields = fields or {"window_size": 4, "num_features": 8}
+    stage = make(from_softmax(stock, **fields).train(), teacher)
     torch.manual_seed(0)
     item = {"input_ids": torch.randint(3, 200, (40,)).numpy(), "scored": [False] + [True] * 39, "starts": None}
     return stage, PackingCollator(40, 0)([item])
@@ -160,6 +162,77 @@ def test_losses_are_their_definitions(world):
     torch.testing.assert_close(stage.student(**batch).loss, 0.7 * divergence + 0.3 * text, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gated_delta_student_learns_its_layers_and_leaves_the_teacher_alone(world):
+    """Projections are fitted in closed form, trained by layer, and nothing else of the model moves."""
+    folder, run = world
+    flags = ("--stage", "transfer", "--teacher", f"{folder}/teacher", "--model_type", "lalm_delta_net",
+             "--keep_softmax_layers", "auto:1", "--centroid_blocks", "4", "--weight_decay", "0")  # fmt: skip
+    for decay in ("head", "channel"):
+        run(*flags, "--config_overrides", f"decay={decay}", "--max_steps", "12", "--learning_rate", "0.01",
+                      output=f"delta_{decay}")  # fmt: skip
+        values = losses(folder / f"delta_{decay}")
+        assert sum(values[-3:]) < 0.9 * sum(values[:3])
+        student = AutoModelForCausalLM.from_pretrained(folder / f"delta_{decay}")
+        assert (student.config.decay, student.config.layer_types.count("full_attention")) == (decay, 1)
+        teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+        first, second = student.model.layers[0], teacher.model.layers[0]
+        assert torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
+
+
+def test_output_projections_are_those_of_least_squares(world):
+    stage, batch = stage_of(world, Transfer, model_type="lalm_gla")
+    student, teacher = stage.student.eval(), stage.teacher
+    before = Transfer(student, teacher).loss(**batch).item()
+    errors = fit_output_projections(student, teacher, [batch], ridge=1e-9)
+    after = Transfer(student, teacher).loss(**batch).item()
+    assert after < 0.8 * before
+    assert after == pytest.approx(sum(errors.values()) / 3, rel=1e-3)
+    with torch.no_grad():  # no other projection is better
+        student.model.layers[1].mixer.o_proj.weight.mul_(1.01)
+    assert Transfer(student, teacher).loss(**batch).item() > after
+
+
+def test_sensitivity_is_the_rise_of_the_loss(world):
+    """A student whose layer 1 alone is spoilt; the teacher with that layer is a student with the others softmax."""
+    stage, batch = stage_of(world, Transfer)
+    student, teacher = stage.student.eval(), stage.teacher
+    for mixer in (student.model.layers[index].mixer for index in (0, 2)):
+        mixer.q_map.bias.data.fill_(-1e4)
+        student.config.window_size = 40  # as long as the text: the teacher's
+    rises = layer_sensitivity(student, teacher, [batch])
+    assert all(abs(rise) < 1e-5 for rise in rises.values())
+    student.config.window_size = 4
+    rises = layer_sensitivity(student, teacher, [batch])
+    folder, _ = world
+    stock = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    other = from_softmax(stock, keep_softmax_layers=[0, 2], window_size=4, num_features=8)
+    other.load_state_dict({k: v for k, v in student.state_dict().items() if ".1.mixer." in k}, strict=False)
+    with torch.no_grad():
+        loss = [model(batch["input_ids"], labels=batch["input_ids"]).loss.item() for model in (other, teacher)]
+    assert rises[1] == pytest.approx(loss[0] - loss[1], abs=1e-5)
+
+
+def test_lora_trains_its_matrices_and_the_maps_and_is_added_at_the_end(world, students):
+    folder, run = world
+    flags = ("--stage", "distill", "--teacher", f"{folder}/teacher", "--model_name_or_path", f"{folder}/transfer",
+             "--lora_rank", "2", "--learning_rate", "0.01", "--save_steps", "2", "--max_steps", "4", "--do_train")  # fmt: skip
+    run(*flags, output="lora")
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("transfer", "lora"))
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "q_map", "k_map"}
+    difference = after["model.layers.0.mixer.q_proj.weight"] - before["model.layers.0.mixer.q_proj.weight"]
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2
+    resumed = folder / "lora_resumed"
+    resumed.mkdir()
+    for name in ("run.json", "checkpoint-2"):
+        (resumed / name).symlink_to(folder / "lora" / name)
+    run(*flags, output="lora_resumed")
+    again = load_file(resumed / "model.safetensors")
+    for name, weight in after.items():
+        assert torch.equal(weight, again[name]), name
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -171,6 +244,9 @@ def test_losses_are_their_definitions(world):
         (("--stage", "transfer", "--teacher", "{}/teacher", "--config_overrides", "window_size=99"), "window_size 99"),
         (("--stage", "transfer", "--teacher", "{}/teacher", "--keep_softmax_layers", "0", "1", "2",
           "--config_overrides", "window_size=4"), "nothing to train"),
+        (("--stage", "transfer", "--teacher", "{}/teacher", "--keep_softmax_layers", "auto:9"), "numbered 0 to 2"),
+        (("--stage", "transfer", "--teacher", "{}/teacher", "--keep_softmax_layers", "auto:x"), "is 'auto:x'"),
+        (("--stage", "transfer", "--teacher", "{}/teacher", "--lora_rank", "4"), "--lora_rank is 4"),
         (("--stage", "distill", "--teacher", "{}/teacher", "--distill_weight", "2"), "--distill_weight is 2"),
     ],
 )  # fmt: skip
