@@ -160,8 +160,8 @@ def add_lora(student: LalmForCausalLM, rank: int) -> Any:
         UserError: PEFT is not installed.
     """
     try:
-        from peft import LoraConfig  # noqa: PLC0415  an extra
-        from peft.tuners.lora import LoraModel  # noqa: PLC0415
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
     except ImportError:
         raise UserError("--lora_rank needs PEFT: pip install lalm[peft]") from None
     targets = [f"{part}_proj" for part in "qkvo"]

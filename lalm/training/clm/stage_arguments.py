@@ -26,7 +26,8 @@ class StageArguments:
         "costs the teacher most on the text of --centroid_blocks.",
     )
     centroid_blocks: int = option(
-        16, "Training blocks from which a new student gets its centroids or output projections; 0 leaves both as they are."
+        16,
+        "Training blocks from which a new student gets its centroids or output projections; 0 leaves them as they are.",
     )
     distill_temperature: float = option(1.0, "distill: temperature of both distributions.")
     distill_weight: float = option(
@@ -34,8 +35,8 @@ class StageArguments:
     )
     lora_rank: int = option(
         0,
-        "distill: rank of LoRA (PEFT) on the q, k, v and o projections, trained with the new parameters alone and added "
-        "to the weights at the end; 0 trains everything.",
+        "distill: rank of LoRA (PEFT) on the q, k, v and o projections, trained with the new parameters alone and "
+        "added to the weights at the end; 0 trains everything.",
     )
 
     @property

@@ -215,7 +215,8 @@ def test_sensitivity_is_the_rise_of_the_loss(world):
 def test_lora_trains_its_matrices_and_the_maps_and_is_added_at_the_end(world, students):
     folder, run = world
     flags = ("--stage", "distill", "--teacher", f"{folder}/teacher", "--model_name_or_path", f"{folder}/transfer",
-             "--lora_rank", "2", "--learning_rate", "0.01", "--save_steps", "2", "--max_steps", "4", "--do_train")  # fmt: skip
+             "--lora_rank", "2", "--learning_rate", "0.01", "--save_steps", "2", "--max_steps", "4",
+             "--do_train")  # fmt: skip
     run(*flags, output="lora")
     before, after = (load_file(folder / name / "model.safetensors") for name in ("transfer", "lora"))
     assert before.keys() == after.keys()
