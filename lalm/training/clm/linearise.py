@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 # Tokens whose logits exist at once in the distillation loss.
 PIECE = 256
-NOTHING = "--stage transfer: no layer of the student is linear with a window_size, so that there is nothing to train"
+NOTHING = "--stage transfer: no layer of the student is linear (lalm_linear: with a window_size), so that there is nothing to train"
 
 
 class Stage:

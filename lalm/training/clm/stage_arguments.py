@@ -27,7 +27,7 @@ class StageArguments:
     )
     centroid_blocks: int = option(
         16,
-        "Training blocks from which a new student gets its centroids or output projections; 0 leaves them as they are.",
+        "Training blocks from which a new student gets centroids or output projections; 0 leaves them as they are.",
     )
     distill_temperature: float = option(1.0, "distill: temperature of both distributions.")
     distill_weight: float = option(

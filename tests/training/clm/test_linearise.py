@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm
+from experiments import linearise
 from lalm.convert.closed_forms import fit_output_projections, layer_sensitivity
 from lalm.convert.softmax import from_softmax
 from lalm.errors import UserError
@@ -232,6 +233,16 @@ def test_lora_trains_its_matrices_and_the_maps_and_is_added_at_the_end(world, st
     again = load_file(resumed / "model.safetensors")
     for name, weight in after.items():
         assert torch.equal(weight, again[name]), name
+
+
+def test_the_table_has_a_row_for_a_tuned_teacher(world, students, capsys):
+    folder, _ = world
+    linearise.main([f"{folder}/teacher", f"{folder}/transfer", "--tuned", f"{folder}/teacher", "--text",
+                    f"{folder}/train.txt", "--tokens", "512", "--contexts", "64", "--needles", "0", "--lengths",
+                    "--rows", "teacher", "student"])  # fmt: skip
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [name.strip() for name, _ in rows[1:4]] == ["teacher", "teacher, fine-tuned", "student"]
+    assert rows[1][1] == rows[2][1] != rows[3][1]
 
 
 @pytest.mark.parametrize(
