@@ -218,7 +218,7 @@ class ClmTrainingArguments(StageArguments, RunArguments, TrainingArguments):
         "dataset_name", "dataset_config_name", "train_file", "text_column", "streaming", "shuffle_buffer",
         "document_boundary", "packing", "block_size", "curriculum", "curriculum_cycles", "phase_lengths",
         "phase_shares", "train_shares", "max_train_samples", "seed", "stage", "teacher", "keep_softmax_layers",
-        "lora_rank",
+        "lora_rank", "feature_positions",
     )  # fmt: skip
 
     without_meaning: ClassVar[dict[str, str]] = {

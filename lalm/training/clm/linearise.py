@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 # Tokens whose logits exist at once in the distillation loss.
 PIECE = 256
-NOTHING = "--stage transfer: no layer of the student is linear (lalm_linear: with a window_size), so that there is nothing to train"
+NOTHING = "--stage transfer: no layer is linear (in lalm_linear: with a window_size): there is nothing to train"
+    "--stage transfer: no layer is linear (in lalm_linear: with a window_size), so that there is nothing to train"
+)
 
 
 class Stage:
@@ -45,6 +47,7 @@ class Stage:
     def __init__(self, student: LalmForCausalLM, teacher: LalmForCausalLM):
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.own_forward, self.scores_teacher = student.forward, False
+        self.feature_positions = 0  # how far the blocks are shifted at random
         student.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +59,9 @@ class Stage:
         labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         for name in ("logits_to_keep", "use_cache"):
             kwargs.pop(name, None)
+        room = self.feature_positions - labels.shape[1]
+        if room > 0:
+            kwargs = shifted(kwargs, int(torch.randint(room + 1, ())))
         loss = self.loss(labels, **kwargs)
         if items is not None:  # the Trainer adds up the losses of accumulated batches
             loss = loss * (labels[:, 1:] != IGNORED).sum() / items
@@ -146,6 +152,15 @@ class Distill(Stage):
         return self.weight * divergence + (1 - self.weight) * text
 
 
+def shifted(batch: dict[str, Any], by: int) -> dict[str, Any]:
+    """A batch at later positions. Rotary attention gives the same there; feature maps of rotated keys do not."""
+    ids = batch["input_ids"]
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return batch | {"position_ids": positions + by}
+
+
 def freeze_inherited(student: LalmForCausalLM, teacher: LalmForCausalLM) -> None:
     """Train what the teacher has no parameter for, and nothing else."""
     names = {name for name, _ in teacher.named_parameters()}
@@ -186,6 +201,8 @@ def check_stage(arguments: ModelArguments, training: ClmTrainingArguments, block
         raise UserError(f"--teacher {name}: {one_line(error)}") from None
     if training.stage == "transfer" and not arguments.model_name_or_path and not _can_transfer(config):
         raise UserError(NOTHING)
+    if training.feature_positions and config.position_embedding_type != "rope":
+        raise UserError(f"--feature_positions: the positions of --teacher {name} are not rotary; drop it")
     window = getattr(config, "window_size", None)
     if not arguments.model_name_or_path and window and window > block_size:
         raise UserError(f"--config_overrides: window_size {window} is above --block_size {block_size}; lower it")
@@ -232,8 +249,11 @@ def build_stage(arguments: ModelArguments, training: ClmTrainingArguments, data:
     for model in (student, teacher):
         cast(torch.nn.Module, model).to(training.device)
     if training.stage == "transfer":
-        return Transfer(student, teacher)
-    return Distill(student, teacher, training.distill_temperature, training.distill_weight, training.lora_rank)
+        stage: Stage = Transfer(student, teacher)
+    else:
+        stage = Distill(student, teacher, training.distill_temperature, training.distill_weight, training.lora_rank)
+    stage.feature_positions = training.feature_positions
+    return stage
 
 
 def check_pair(student: Any, teacher: LalmForCausalLM) -> None:
@@ -251,7 +271,9 @@ def first_blocks(training: ClmTrainingArguments, data: Any, block_size: int) -> 
     blocks, collate = data.splits.get("train"), PackingCollator(block_size, 0)
     if blocks is None:
         return []
-    return [collate([item]) for item, _ in zip(blocks, range(training.centroid_blocks), strict=False)]
+    batches = [collate([item]) for item, _ in zip(blocks, range(training.centroid_blocks), strict=False)]
+    step = max(0, training.feature_positions - block_size) // max(1, len(batches) - 1)
+    return [shifted(batch, index * step) if step else batch for index, batch in enumerate(batches)]
 
 
 def new_student(

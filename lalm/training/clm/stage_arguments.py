@@ -29,6 +29,11 @@ class StageArguments:
         16,
         "Training blocks from which a new student gets centroids or output projections; 0 leaves them as they are.",
     )
+    feature_positions: int = option(
+        0,
+        "Rotary positions that the feature maps are to know: the blocks are read as if they began anywhere below. 0: "
+        "those of a block.",
+    )
     distill_temperature: float = option(1.0, "distill: temperature of both distributions.")
     distill_weight: float = option(
         0.9, "distill: share of the divergence from the teacher in the loss; the rest is the loss on the text."
@@ -76,6 +81,8 @@ class StageArguments:
             raise ValueError("--keep_softmax_layers auto:N measures on text: set --centroid_blocks above 0")
         if self.lora_rank < 0 or (self.lora_rank and self.stage != "distill"):
             raise ValueError(f"--lora_rank is {self.lora_rank}; it belongs to --stage distill and must be at least 0")
+        if self.feature_positions < 0 or (self.feature_positions and not self.stage):
+            raise ValueError(f"--feature_positions is {self.feature_positions}; it belongs to a --stage, at least 0")
         if self.centroid_blocks < 0:
             raise ValueError(f"--centroid_blocks is {self.centroid_blocks}; it must be at least 0")
         if self.distill_temperature <= 0:

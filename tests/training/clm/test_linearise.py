@@ -235,6 +235,26 @@ def test_lora_trains_its_matrices_and_the_maps_and_is_added_at_the_end(world, st
         assert torch.equal(weight, again[name]), name
 
 
+def test_blocks_are_shifted_and_softmax_gives_the_same(world):
+    """A student whose window holds all of the text: the loss does not see the shift, its rotary tables do."""
+    stage, batch = stage_of(world, lambda *pair: Distill(*pair, temperature=1.0, weight=1.0))
+    stage.student.config.window_size = 40
+    begins = []
+    stage.student.model.register_forward_pre_hook(
+        lambda _, args, kwargs: begins.append(kwargs.get("position_ids", torch.zeros(1, 1))[0, 0].item()),
+        with_kwargs=True,
+    )
+    plain = stage.student(**batch).loss.item()
+    stage.feature_positions = 400
+    found = [stage.student(**batch).loss.item() for _ in range(4)]
+    assert begins[0] == 0
+    assert len(set(begins[1:])) > 2
+    assert max(begins) <= 360
+    assert found == pytest.approx([plain] * 4, abs=1e-5)
+    stage.student.config.window_size = 4  # what is far now depends on the positions
+    assert len({round(stage.student(**batch).loss.item(), 4) for _ in range(3)}) > 1
+
+
 def test_the_table_has_a_row_for_a_tuned_teacher(world, students, capsys):
     folder, _ = world
     linearise.main([f"{folder}/teacher", f"{folder}/transfer", "--tuned", f"{folder}/teacher", "--text",
@@ -258,6 +278,7 @@ def test_the_table_has_a_row_for_a_tuned_teacher(world, students, capsys):
           "--config_overrides", "window_size=4"), "nothing to train"),
         (("--stage", "transfer", "--teacher", "{}/teacher", "--keep_softmax_layers", "auto:9"), "numbered 0 to 2"),
         (("--stage", "transfer", "--teacher", "{}/teacher", "--keep_softmax_layers", "auto:x"), "is 'auto:x'"),
+        (("--feature_positions", "64"), "--feature_positions is 64"),
         (("--stage", "transfer", "--teacher", "{}/teacher", "--lora_rank", "4"), "--lora_rank is 4"),
         (("--stage", "distill", "--teacher", "{}/teacher", "--distill_weight", "2"), "--distill_weight is 2"),
     ],
