@@ -37,8 +37,6 @@ IGNORED = -100
 # Tokens whose logits exist at once in the distillation loss.
 PIECE = 256
 NOTHING = "--stage transfer: no layer is linear (in lalm_linear: with a window_size): there is nothing to train"
-    "--stage transfer: no layer is linear (in lalm_linear: with a window_size), so that there is nothing to train"
-)
 
 
 class Stage:
