@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 import lalm
 
 ROOT = Path(__file__).parents[1]
-CARDS = sorted([*(ROOT / "model_cards").glob("*.md"), ROOT / "checkpoints" / "lam-minilm-l6" / "README.md"])
+CARDS = sorted([*(ROOT / "model_cards").glob("*.md"), *(ROOT / "checkpoints").glob("*/README.md")])
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)

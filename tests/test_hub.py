@@ -134,8 +134,9 @@ def test_folder_holds_exactly_the_code_of_the_variant(tmp_path, variant):
     assert not written & others
 
 
-def test_the_code_of_the_checkpoint_is_that_of_the_package():
-    folder = Path(__file__).parents[1] / "checkpoints" / "lam-minilm-l6"
+@pytest.mark.parametrize("name", ["lam-minilm-l6", "lam-minilm-l6-long"])
+def test_the_code_of_a_checkpoint_is_that_of_the_package(name):
+    folder = Path(__file__).parents[1] / "checkpoints" / name
     (row,) = [row for row in lalm.VARIANTS if row.config is lalm.LamConfig]
     modules = sorted({cls.__module__ for cls in (row.config, *row.models.values())})
     wanted = bundle.checkpoint_sources(*modules)

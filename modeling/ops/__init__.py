@@ -1,5 +1,7 @@
 # Copyright 2026 The lalm authors. Licensed under the Apache License, Version 2.0.
-"""The ops: one function per rule, and the field's pair `recurrent_<rule>` (the definition) and `chunk_<rule>`."""
+"""The ops: one function per rule, such as `gated_delta_rule`, which takes the fastest form for its input, C++ and GPU
+kernels included; and the field's pair `recurrent_<rule>` (the definition) and `chunk_<rule>`, each of which is always
+that form, in plain PyTorch."""
 
 from lalm.modeling.ops.delta.delta_rule import (
     chunk_delta_rule,
